@@ -1,0 +1,151 @@
+"""The cartridge: a trainable KV prefix with a few frozen tokens in front.
+
+Master weights are float32 whatever the model computes in; the forward casts them, so gradients and
+the optimizer's state stay in float32. Reading and writing files lives in ``checkpoint``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from cartridge_distill.errors import ConfigError
+from cartridge_distill.prefix import Prefix, prefix_from_tokens
+
+
+class TrainableCache(nn.Module):
+    """Keys and values of P tokens per layer, the first ``num_frozen_tokens`` of them frozen.
+
+    Tensor names are those of the field's files: ``frozen_keys``, ``frozen_values``,
+    ``trainable_keys``, ``trainable_values``, one ``[1, H, tokens, D]`` per layer.
+
+    Args:
+        prefix: the initial P tokens.
+        num_frozen_tokens: at least 1 (an attention sink; neither upstream nor Tokasaurus can read
+            a cartridge without one) and less than P.
+
+    Raises:
+        ConfigError: a frozen count outside 1..P-1.
+    """
+
+    def __init__(self, prefix: Prefix, num_frozen_tokens: int = 1) -> None:
+        super().__init__()
+        if not 1 <= num_frozen_tokens < prefix.num_tokens:
+            raise ConfigError(
+                f"num_frozen_tokens={num_frozen_tokens} of {prefix.num_tokens} tokens; "
+                f"it must be 1..{prefix.num_tokens - 1}"
+            )
+        cut = num_frozen_tokens
+
+        def part(tensors: list[Tensor], start: int, end: int | None, train: bool) -> nn.ParameterList:
+            return nn.ParameterList(
+                nn.Parameter(tensor[:, :, start:end].detach().float().clone(), requires_grad=train)
+                for tensor in tensors
+            )
+
+        self.frozen_keys = part(prefix.keys, 0, cut, False)
+        self.frozen_values = part(prefix.values, 0, cut, False)
+        self.trainable_keys = part(prefix.keys, cut, None, True)
+        self.trainable_values = part(prefix.values, cut, None, True)
+
+    @classmethod
+    def from_prefix(cls, prefix: Prefix, num_frozen_tokens: int = 1) -> TrainableCache:
+        return cls(prefix, num_frozen_tokens)
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        num_tokens: int,
+        num_frozen_tokens: int = 1,
+    ) -> TrainableCache:
+        """From the KV of the first ``num_tokens`` tokens of a document.
+
+        Args:
+            model: the base model, from :func:`cartridge_distill.models.load_model`.
+            input_ids: ``[>= num_tokens]`` ids from
+                :func:`cartridge_distill.prompts.render_document`, begin-of-text token included.
+
+        Raises:
+            ConfigError: the document is shorter than the cartridge.
+        """
+        if input_ids.shape[0] < num_tokens:
+            raise ConfigError(
+                f"the document has {input_ids.shape[0]} tokens, the cartridge {num_tokens}; "
+                "use fewer cartridge tokens or a longer document"
+            )
+        return cls(prefix_from_tokens(model, input_ids[:num_tokens]), num_frozen_tokens)
+
+    @classmethod
+    def from_random(
+        cls,
+        config: Any,
+        num_tokens: int,
+        num_frozen_tokens: int = 1,
+        seed: int = 0,
+        std: float = 0.02,
+    ) -> TrainableCache:
+        """From normal noise of the given spread; the weak baseline of the paper (its table 2).
+
+        Args:
+            config: the model's transformers config.
+        """
+        text = config.get_text_config(decoder=True)
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, text.num_key_value_heads, num_tokens, head_dim)
+
+        def noise() -> list[Tensor]:
+            return [
+                torch.randn(shape, generator=generator) * std for _ in range(text.num_hidden_layers)
+            ]
+
+        return cls(Prefix(noise(), noise()), num_frozen_tokens)
+
+    @property
+    def num_frozen_tokens(self) -> int:
+        return int(self.frozen_keys[0].shape[2])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frozen_tokens + int(self.trainable_keys[0].shape[2])
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.frozen_keys)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer gets: 2L tensors."""
+        return [*self.trainable_keys, *self.trainable_values]
+
+    def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
+        """The whole cartridge as a prefix, frozen tokens first; gradients flow back through it."""
+
+        def join(frozen: nn.ParameterList, trained: nn.ParameterList) -> list[Tensor]:
+            return [
+                torch.cat([a, b], dim=2).to(dtype=dtype)
+                for a, b in zip(frozen, trained, strict=True)
+            ]
+
+        return Prefix(
+            join(self.frozen_keys, self.trainable_keys),
+            join(self.frozen_values, self.trainable_values),
+        )
+
+    def as_cache(self, dtype: torch.dtype | None = None) -> DynamicCache:
+        """A growing transformers ``Cache`` that begins with the cartridge.
+
+        For ``model(..., past_key_values=cartridge.as_cache())`` and ``model.generate`` on a model
+        with one of transformers' own attention implementations. Positions go on after the
+        cartridge by themselves.
+        """
+        return self.prefix(dtype).as_cache()
+
+    def extra_repr(self) -> str:
+        return (
+            f"tokens={self.num_tokens}, frozen={self.num_frozen_tokens}, layers={self.num_layers}"
+        )

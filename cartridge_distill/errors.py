@@ -1,0 +1,33 @@
+"""The errors this project raises. Every message says what was wrong, which value, and the mend."""
+
+
+class CartridgeDistillError(Exception):
+    """Base class: catch this to catch everything the project raises on purpose."""
+
+
+class ConfigError(CartridgeDistillError, ValueError):
+    """A setting makes no sense, alone or with another one."""
+
+
+class CartridgeFormatError(CartridgeDistillError, ValueError):
+    """A cartridge file cannot be read, or does not fit the model."""
+
+
+class DocumentError(CartridgeDistillError, ValueError):
+    """A sample's document is missing, or does not fit the model's context."""
+
+
+class RolloutError(CartridgeDistillError, RuntimeError):
+    """The inference server answered in a way that no retry can mend."""
+
+
+class ServerUnreachable(RolloutError):
+    """The inference server did not answer within the time allowed."""
+
+
+class OffPolicyError(CartridgeDistillError, RuntimeError):
+    """A rollout was made by another cartridge version than the one being trained."""
+
+
+class SyncError(CartridgeDistillError, RuntimeError):
+    """A cartridge version could not be published, or the server does not serve it."""

@@ -1,0 +1,132 @@
+"""The one forward of the project: frozen model, shared prefix, packed row.
+
+Student (prefix = cartridge) and teacher (prefix = document KV) both call
+:func:`packed_forward`; so do initialisation and evaluation. Positions are
+``prefix length + index``, as in Tokasaurus.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.attention import ATTENTION_NAME, PackedLayout, resolve_backend
+from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.packing import PackedBatch
+from cartridge_distill.prefix import Prefix
+
+
+def _unwrapped_config(model: nn.Module) -> Any:
+    config = model.config
+    return config.get_text_config(decoder=True)
+
+
+def check_prefix_fits(model: nn.Module, prefix: Prefix) -> None:
+    """Compares a prefix with the model's shape.
+
+    Raises:
+        CartridgeFormatError: naming the number that differs.
+    """
+    config = _unwrapped_config(model)
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key = prefix.keys[0]
+    for what, got, want in (
+        ("layers", prefix.num_layers, config.num_hidden_layers),
+        ("kv heads", key.shape[1], heads),
+        ("head size", key.shape[3], head_dim),
+    ):
+        if got != want:
+            raise CartridgeFormatError(
+                f"the prefix has {got} {what}, the model ({config.model_type}) has {want}; "
+                "it was made for another model"
+            )
+
+
+def run_packed(
+    model: nn.Module,
+    prefix: Prefix | None,
+    batch: PackedBatch,
+    keep: Tensor | None = None,
+    backend: str = "auto",
+    cache: Any = None,
+) -> Tensor:
+    """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
+    config = _unwrapped_config(model)
+    if config._attn_implementation != ATTENTION_NAME:
+        raise ConfigError(
+            f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
+            "packed sequences would see each other. Load it with cartridge_distill.models.load_model "
+            "or pass it through prepare_model()"
+        )
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ConfigError(
+            "gradient checkpointing drops the prefix in transformers; "
+            "set actor_rollout_ref.model.enable_gradient_checkpointing=False"
+        )
+    device = batch.input_ids.device
+    if prefix is not None:
+        check_prefix_fits(model, prefix)
+    prefix_tokens = prefix.num_tokens if prefix is not None else 0
+    longest = prefix_tokens + max(batch.lengths)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"prefix of {prefix_tokens} + sequence of {max(batch.lengths)} = {longest} tokens is "
+            f"over the model's context of {limit}; shorten the document, prompt or response"
+        )
+    layout = PackedLayout(batch, prefix, resolve_backend(backend, device))
+    extra: dict[str, Any] = {}
+    if keep is not None:
+        extra["logits_to_keep"] = keep.to(device).nonzero(as_tuple=True)[0]
+    output = model(
+        input_ids=batch.input_ids[None],
+        position_ids=(prefix_tokens + batch.index)[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        packed_layout=layout,
+        **extra,
+    )
+    layout.check_used_by_all(config.num_hidden_layers)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def packed_forward(
+    model: nn.Module,
+    prefix: Prefix | None,
+    batch: PackedBatch,
+    keep: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Logits of a packed batch behind a shared prefix.
+
+    Args:
+        model: frozen decoder from :func:`cartridge_distill.models.load_model`.
+        prefix: P tokens visible to every token, or None for the bare model.
+        batch: the packed sequences, T tokens.
+        keep: ``[T]`` bool; only these rows go through the vocabulary projection. All by default.
+        backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.attention`.
+
+    Returns:
+        ``[T or kept, V]`` logits in the model's dtype; row i is the distribution of token i + 1.
+
+    Raises:
+        ConfigError: wrong attention implementation, or too many positions for the model.
+        CartridgeFormatError: the prefix does not fit the model.
+    """
+    return run_packed(model, prefix, batch, keep, backend)
+
+
+def chosen_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs of given tokens, in float32.
+
+    Args:
+        logits: ``[N, V]``.
+        token_ids: ``[N]``.
+        temperature: logits are divided by it first.
+    """
+    scaled = logits.float() / temperature
+    return torch.gather(scaled, 1, token_ids[:, None])[:, 0] - torch.logsumexp(scaled, dim=-1)

@@ -1,0 +1,71 @@
+"""Loading the frozen base model that student and teacher share.
+
+Any decoder that transformers serves through its attention interface will do; no model file is
+forked. What the packed attention cannot compute exactly is refused here, by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from cartridge_distill.attention import ATTENTION_NAME, register
+from cartridge_distill.errors import ConfigError
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's own config, also of multimodal models."""
+    return config.get_text_config(decoder=True)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuses architectures on which a packed forward with a prefix would be wrong.
+
+    Raises:
+        ConfigError: the architecture keeps state other than per-layer KV, or shares KV.
+    """
+    text = text_config(config)
+    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"{text.model_type}: layers of kind {sorted(kinds)} keep more than keys and values; "
+            "use a model with full or sliding-window attention only"
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ConfigError(
+            f"{text.model_type}: num_kv_shared_layers={text.num_kv_shared_layers}; "
+            "a cartridge needs one KV per layer"
+        )
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Freezes a model in place and sets the packed attention.
+
+    Raises:
+        ConfigError: the model class cannot take a custom attention function.
+    """
+    check_supported(model.config)
+    register()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"{type(model).__name__} does not take its attention from transformers' attention "
+            "interface; without it a cartridge cannot be attached"
+        )
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Loads a decoder from a folder or a hub id, frozen, in eval mode, ready for packed forwards."""
+    config = AutoConfig.from_pretrained(str(name_or_path))
+    check_supported(config)
+    model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype)
+    return prepare_model(model.to(device))

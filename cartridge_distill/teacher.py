@@ -1,0 +1,195 @@
+"""The teacher: the student's own frozen weights, with the whole document as prefix.
+
+No second model and no second server. A document's KV is computed once, kept (bounded, least
+recently used out) and reused for every sample and every step. A sample without its document is an
+error that names it; nothing is scored by the bare model instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.errors import DocumentError
+from cartridge_distill.forward import packed_forward
+from cartridge_distill.loss import TeacherTopK
+from cartridge_distill.packing import pack
+from cartridge_distill.prefix import Prefix, prefix_from_tokens
+
+
+class DocumentStore:
+    """Documents by id, from a ``.parquet`` or ``.jsonl`` file with ``document_id`` and ``text``.
+
+    Raises:
+        DocumentError: the file is missing, lacks a column, repeats an id or holds an empty text.
+    """
+
+    def __init__(self, texts: Mapping[str, str], source: str = "memory") -> None:
+        for document_id, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise DocumentError(f"{source}: document {document_id!r} is empty")
+        self._texts = dict(texts)
+        self.source = source
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> DocumentStore:
+        path = Path(path)
+        if not path.is_file():
+            raise DocumentError(f"documents file {path} does not exist; training/prepare_data.py writes it")
+        if path.suffix == ".parquet":
+            import pandas as pd
+
+            rows = pd.read_parquet(path).to_dict("records")
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        else:
+            raise DocumentError(f"documents file {path}: expected .parquet or .jsonl")
+        texts: dict[str, str] = {}
+        for number, row in enumerate(rows):
+            if "document_id" not in row or "text" not in row:
+                raise DocumentError(
+                    f"{path}, row {number}: needs document_id and text, has {sorted(row)}"
+                )
+            if row["document_id"] in texts:
+                raise DocumentError(f"{path}: document {row['document_id']!r} appears twice")
+            texts[row["document_id"]] = row["text"]
+        if not texts:
+            raise DocumentError(f"{path} holds no document")
+        return cls(texts, str(path))
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._texts)
+
+    def text(self, document_id: str) -> str:
+        """Raises DocumentError, naming the id, when the document is not there."""
+        if document_id not in self._texts:
+            known = ", ".join(self.ids[:5]) + (", ..." if len(self.ids) > 5 else "")
+            raise DocumentError(
+                f"document {document_id!r} is not in {self.source} (it has: {known}); without it "
+                "the teacher would be the bare model"
+            )
+        return self._texts[document_id]
+
+
+class Teacher:
+    """Scores tokens with a document in context.
+
+    Args:
+        model: the frozen base model, the very object the student runs.
+        documents: where the texts are.
+        render: text -> token ids, normally
+            ``functools.partial(cartridge_distill.prompts.render_document, tokenizer)``.
+        max_cached: how many documents' KV is kept.
+        backend: attention backend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        documents: DocumentStore,
+        render: Callable[[str], list[int]],
+        max_cached: int = 8,
+        backend: str = "auto",
+    ) -> None:
+        self.model = model
+        self.documents = documents
+        self.render = render
+        self.max_cached = max_cached
+        self.backend = backend
+        self.prefills = 0  # how often a document's KV was computed; a metric
+        self._cache: OrderedDict[str, Prefix] = OrderedDict()
+
+    @property
+    def context(self) -> int | None:
+        config = self.model.config
+        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def document_ids(self, document_id: str) -> list[int]:
+        """The token ids of a document, as the teacher reads it.
+
+        Raises:
+            DocumentError: missing, or longer than the model's context.
+        """
+        ids = self.render(self.documents.text(document_id))
+        if self.context is not None and len(ids) >= self.context:
+            raise DocumentError(
+                f"document {document_id!r} has {len(ids)} tokens, the model's context is "
+                f"{self.context}; split the document or use a model with a longer context"
+            )
+        return ids
+
+    def prefix(self, document_id: str) -> Prefix:
+        """The document's KV, computed on first use."""
+        if document_id in self._cache:
+            self._cache.move_to_end(document_id)
+            return self._cache[document_id]
+        ids = self.document_ids(document_id)
+        device = next(self.model.parameters()).device
+        prefix = prefix_from_tokens(
+            self.model,  # type: ignore[arg-type]  # FSDP wraps the PreTrainedModel
+            torch.tensor(ids, device=device),
+            self.backend,
+        )
+        self.prefills += 1
+        self._cache[document_id] = prefix
+        while len(self._cache) > self.max_cached:
+            self._cache.popitem(last=False)
+        return prefix
+
+    @torch.no_grad()
+    def topk(
+        self,
+        sequences: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        document_ids: Sequence[str],
+        k: int,
+        temperature: float = 1.0,
+    ) -> TeacherTopK:
+        """The teacher's distributions over the wanted tokens.
+
+        Args:
+            sequences: B ``[length]`` id tensors (prompt + response), without the document.
+            wanted: B ``[length]`` bool masks, the tokens whose distribution is asked for.
+            document_ids: B ids.
+            k, temperature: of the top-k.
+
+        Returns:
+            N = total wanted tokens rows, in the order of the sequences.
+
+        Raises:
+            DocumentError: a document is missing, or document + sequence exceed the context.
+        """
+        results: list[TeacherTopK | None] = [None] * len(sequences)
+        for document_id in dict.fromkeys(document_ids):
+            members = [b for b, other in enumerate(document_ids) if other == document_id]
+            prefix = self.prefix(document_id)
+            longest = max(len(sequences[b]) for b in members)
+            if self.context is not None and prefix.num_tokens + longest > self.context:
+                raise DocumentError(
+                    f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
+                    f"{longest} tokens exceed the model's context of {self.context}"
+                )
+            batch = pack([sequences[b] for b in members])
+            mask = torch.cat([wanted[b] for b in members])
+            logits = packed_forward(self.model, prefix, batch, batch.predicts(mask), self.backend)
+            if not bool(torch.isfinite(logits).all()):
+                raise DocumentError(
+                    f"the teacher's logits for document {document_id!r} are not finite"
+                )
+            top = TeacherTopK.from_logits(logits, k, temperature)
+            counts = [int(wanted[b].sum()) for b in members]
+            for b, ids, logprobs in zip(
+                members, top.ids.split(counts), top.logprobs.split(counts), strict=True
+            ):
+                results[b] = TeacherTopK(ids, logprobs)
+        done = [result for result in results if result is not None]
+        return TeacherTopK(
+            torch.cat([result.ids for result in done]),
+            torch.cat([result.logprobs for result in done]),
+        )
