@@ -1,0 +1,64 @@
+# make setup   virtual environment with the locked packages and the patched veRL
+# make test    setup, linters, types, all tests: no GPU, no network beyond the package registry
+# make lint    linters and types alone
+# make format  let ruff rewrite what it can
+# make clean   throw away the environment and the caches
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOCK := requirements/lock.txt
+PATCHES := $(shell find verl_patches -name '*.patch')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup test lint format clean
+help:
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -5
+
+setup: $(VENV)/.patched
+
+# Each step leaves a stamp; a step runs again when what it read is newer than its stamp.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 12))' || { \
+	  echo "This needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v git >/dev/null || { echo "This needs git (git apply patches veRL): install it." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch by itself, with its dependencies: they differ between CPU and CUDA builds. The rest of the
+# lock is complete, and pip's resolver would work on it for more than ten minutes: --no-deps.
+$(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
+	@echo "== packages (some minutes the first time)"
+	$(PIP) install --quiet --progress-bar off "$$(grep '^torch==' $(LOCK))"
+	$(PIP) install --progress-bar off --no-deps -r $(LOCK) \
+	  | awk '!/already satisfied|^  Using cached/ { print; fflush() }'
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A tree that carries an older version of the patches cannot be patched over: take a fresh one.
+$(VENV)/.patched: $(PATCHES) $(VENV)/.installed
+	$(BIN)/python -m verl_patches apply || { \
+	  $(PIP) install --quiet --force-reinstall --no-deps "$$(grep '^verl==' $(LOCK))" \
+	  && $(BIN)/python -m verl_patches apply; }
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,242 @@
+"""The ASGI app: Tokasaurus' paths over one engine.
+
+Served: ``GET /ping``, ``GET /v1/models``, ``POST /v1/completions``, ``POST /v1/chat/completions``,
+``POST /custom/cartridge/completions``, ``POST /custom/cartridge/chat/completions``. Left out:
+``/v1/files``, ``/v1/batches`` and the pickled ``synchronous-batch`` endpoints (HTTP 404).
+
+``stream`` does what it does on the real server: ``/v1/chat/completions`` computes the whole answer
+and sends it as one server-sent-events chunk; the other paths answer plain JSON.
+
+Beyond the protocol, for people and tests: ``GET /custom/cartridge/loaded`` lists the ids this
+server ever loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cartridge_distill.server.cartridges import CartridgeRefused, CartridgeStore
+from cartridge_distill.server.engine import Engine, EngineError, Generated, Row
+from cartridge_distill.server.protocol import (
+    AnyRequest,
+    Job,
+    Limits,
+    Refused,
+    chat_response,
+    completion_response,
+    stop_check,
+    to_job,
+)
+from cartridge_distill.server.sampling import RequestSeeds
+from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.wire import (
+    CartridgeChatCompletionRequest,
+    CartridgeCompletionRequest,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+)
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Service:
+    """Model, cartridges and engine behind the routes.
+
+    Args:
+        model: from :func:`cartridge_distill.models.load_model`; its attention implementation is
+            taken over, so do not share it with a trainer.
+        tokenizer: the model's.
+        settings: see :class:`ServerSettings`.
+        threads: torch threads for the engine.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ServerSettings,
+        threads: int | None = None,
+    ) -> None:
+        config: Any = model.config
+        config = config.get_text_config(decoder=True)
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.engine = Engine(model, settings, threads)
+        memory = int(settings.cartridge_memory_gb * 1024**3)
+        self.store = CartridgeStore(settings.cartridge_dir, model, memory)
+        self.limits = Limits(
+            settings.max_tokens_per_request or config.max_position_embeddings, config.vocab_size
+        )
+        self.end_ids = end_token_ids(model, tokenizer)
+        self._seeds = RequestSeeds(settings.seed)
+
+    async def generate(self, request: AnyRequest) -> tuple[Job, list[Generated]]:
+        """Computes all choices of a request.
+
+        Raises:
+            HTTPException: 400 for what cannot be served, 500 or 503 for what may work later.
+        """
+        try:
+            job = to_job(request, self.tokenizer, self.limits)
+            prefix = None
+            if job.cartridges:
+                # Reading a file takes time; the event loop goes on meanwhile.
+                prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)
+        except (Refused, CartridgeRefused) as error:
+            raise HTTPException(400, str(error)) from error
+        ids = sorted(ref.id for ref in job.cartridges)
+        futures = []
+        try:
+            for generator in self._seeds.generators(job.prompt_ids, ids, job.num_choices):
+                row = Row(
+                    prompt_ids=job.prompt_ids,
+                    max_new_tokens=job.max_new_tokens,
+                    temperature=job.temperature,
+                    generator=generator,
+                    prefix=prefix,
+                    end_ids=frozenset() if job.ignore_eos else self.end_ids,
+                    ends_with_stop=stop_check(job.stop, self.tokenizer),
+                )
+                futures.append(asyncio.wrap_future(self.engine.submit(row)))
+            # Cancelling this (the client went away) cancels the rows with it.
+            return job, list(await asyncio.gather(*futures))
+        except EngineError as error:
+            for future in futures:
+                future.cancel()
+            status = 400
+            if error.mendable:
+                status = 503 if "shutting down" in str(error) else 500
+            raise HTTPException(status, str(error)) from error
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end an answer: the generation config's, else the tokenizer's."""
+    generation: Any = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        logger.warning("the model names no end token: every answer runs to max_tokens")
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Awaits ``work``; cancels it and returns None when the client goes away first."""
+
+    async def gone() -> None:
+        # The body has been read: the next message but one can only be the disconnect.
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+
+
+def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
+    """A finished chat answer as the chunks that the real server streams."""
+    common = {
+        "id": answer.id,
+        "object": "chat.completion.chunk",
+        "created": answer.created,
+        "model": answer.model,
+    }
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        return common | {"choices": [choice]}
+
+    chunks = [chunk(0, {"role": "assistant", "content": ""}, None)]
+    chunks += [chunk(c.index, {"content": c.message.content}, None) for c in answer.choices]
+    chunks += [chunk(c.index, {}, c.finish_reason) for c in answer.choices]
+    return chunks
+
+
+def create_app(service: Service) -> FastAPI:
+    """The routes. The engine's thread starts and stops with the app."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(lifespan=lifespan, title="Tokasaurus protocol, embedded server")
+    app.state.service = service
+
+    async def complete(request: CompletionRequest, http: Request) -> Response:
+        done = await _unless_disconnected(http, service.generate(request))
+        if done is None:
+            return Response(status_code=499)  # nobody reads it
+        job, results = done
+        answer = completion_response(request, job, results, service.end_ids, service.tokenizer)
+        return JSONResponse(answer.model_dump())
+
+    async def chat(request: ChatCompletionRequest, http: Request) -> Response:
+        done = await _unless_disconnected(http, service.generate(request))
+        if done is None:
+            return Response(status_code=499)  # nobody reads it
+        job, results = done
+        answer = chat_response(request, job, results, service.end_ids, service.tokenizer)
+        if request.stream and not isinstance(request, CartridgeChatCompletionRequest):
+            lines = [f"data: {json.dumps(event)}\n\n" for event in _events(answer)]
+            return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/plain")
+        return JSONResponse(answer.model_dump())
+
+    @app.get("/ping")
+    async def ping() -> dict[str, str]:
+        return {"message": "pong"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        card = {
+            "id": service.settings.model_name,
+            "created": int(time.time()),
+            "object": "model",
+            "owned_by": "tokasaurus",
+        }
+        return {"object": "list", "data": [card]}
+
+    @app.get("/custom/cartridge/loaded")
+    async def loaded() -> dict[str, list[str]]:
+        return {"ids": service.store.loaded_ids}
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        return await complete(request, http)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: ChatCompletionRequest, http: Request) -> Response:
+        return await chat(request, http)
+
+    @app.post("/custom/cartridge/completions")
+    async def cartridge_completions(
+        request: CartridgeCompletionRequest, http: Request
+    ) -> Response:
+        return await complete(request, http)
+
+    @app.post("/custom/cartridge/chat/completions")
+    async def cartridge_chat_completions(
+        request: CartridgeChatCompletionRequest, http: Request
+    ) -> Response:
+        return await chat(request, http)
+
+    return app

@@ -1,0 +1,363 @@
+"""The engine: one thread that computes whatever is in flight, a forward at a time.
+
+Continuous batching. Each turn of the loop takes new rows in (up to ``max_batch`` rows and a bound
+on KV memory), builds one packed forward out of prompt pieces and single decoded tokens, and samples
+a token for every row whose prompt is complete. A row that ends leaves at once; the last row moves
+into its slot, so that slots stay dense. Rows of different cartridges share the forward; only the
+attention tells them apart.
+
+The rest of the server talks to it through :meth:`Engine.submit` and futures. It knows nothing of
+HTTP, chat templates or files. Not done here: prompt caching, paging, speculation, more than one
+device.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.prefix import Prefix
+from cartridge_distill.server.attention import (
+    SERVING_ATTENTION,
+    RowBuffers,
+    RowPart,
+    ServingBatch,
+    register,
+)
+from cartridge_distill.server.sampling import choose
+from cartridge_distill.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+# When idle, how long the first request waits for company: a burst of requests takes some
+# milliseconds to parse, and a forward over one prompt costs nearly as much as one over many.
+_GATHER_SECONDS = 0.005
+
+
+class EngineError(CartridgeDistillError):
+    """A row could not be computed. ``mendable``: the same request may work later."""
+
+    def __init__(self, message: str, mendable: bool) -> None:
+        super().__init__(message)
+        self.mendable = mendable
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out for one row: n tokens (the end token included) and their n log-probs."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence to continue.
+
+    Attributes:
+        prompt_ids: at least one id; they follow the prefix, at positions P, P + 1, ...
+        max_new_tokens: at least 1.
+        temperature: 0 is greedy.
+        generator: the row's own random numbers.
+        prefix: P tokens before the prompt, on the model's device, or None. Rows that share a prefix
+            must hold the same object.
+        end_ids: ids that end the row.
+        ends_with_stop: called with all new ids after each token; true ends the row.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float
+    generator: random.Random
+    prefix: Prefix | None = None
+    end_ids: frozenset[int] = frozenset()
+    ends_with_stop: Callable[[list[int]], bool] | None = None
+    future: Future[Generated] = field(default_factory=Future)
+    done: int = 0  # tokens whose keys and values lie in the buffers
+    new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def need(self) -> int:
+        """Buffer tokens the row may come to need; the last new token is never fed back."""
+        return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    @property
+    def pending(self) -> int:
+        """Tokens known and not yet computed: the rest of the prompt, or the last new token."""
+        return len(self.prompt_ids) + len(self.new_ids) - self.done
+
+    def tokens(self, start: int, length: int) -> list[int]:
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.new_ids[start - prompt : start - prompt + length]
+        return self.prompt_ids[start : start + length]
+
+
+@dataclass
+class EngineStats:
+    """Counts since the start, for the log and for tests."""
+
+    forwards: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    largest_batch: int = 0
+
+
+class Engine:
+    """Serves rows with one model. The model's attention implementation is taken over.
+
+    Args:
+        model: a frozen decoder from :func:`cartridge_distill.models.load_model`.
+        settings: ``max_batch``, ``max_kv_tokens``, ``prefill_tokens``, ``prefill_chunk``.
+        threads: torch threads of the engine's thread; None leaves torch's default.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: ServerSettings, threads: int | None = None
+    ) -> None:
+        register()
+        model.set_attn_implementation(SERVING_ATTENTION)  # type: ignore[operator]
+        model.requires_grad_(False)
+        model.eval()
+        self._model = model
+        self._settings = settings
+        self._threads = threads
+        config: Any = model.config
+        config = config.get_text_config(decoder=True)
+        if config._attn_implementation != SERVING_ATTENTION:
+            raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
+        self._layers: int = config.num_hidden_layers
+        self._query_heads: int = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self._buffers = RowBuffers(
+            self._layers, config.num_key_value_heads, head_dim, parameter.dtype, parameter.device
+        )
+        self._inbox: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
+        self._stopping = threading.Event()
+        self._submit_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.stats = EngineStats()
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """One token through the model: what cannot be served is refused before the first request.
+
+        Raises:
+            ConfigError: some layer does not come through the serving attention.
+        """
+        self._buffers.reserve(1, 1, 0)
+        batch = ServingBatch([RowPart(0, 0, 1, None)], self._buffers, self._query_heads)
+        with torch.no_grad():
+            self._forward([0], [0], [0], batch)
+        batch.check_used_by_all(self._layers)
+        self._buffers.release()
+
+    def _forward(
+        self, ids: list[int], positions: list[int], wanted: list[int], batch: ServingBatch
+    ) -> Tensor:
+        """Logits ``[len(wanted), V]`` of some of T packed tokens; writes their KV."""
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            serving_batch=batch,
+            # Only these rows go through the vocabulary projection.
+            logits_to_keep=torch.tensor(wanted, device=self._device),
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Ends the thread after the forward in progress; rows in flight fail with EngineError."""
+        with self._submit_lock:
+            self._stopping.set()
+            self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def submit(self, row: Row) -> Future[Generated]:
+        """Puts a row in line. Cancelling the future takes the row out.
+
+        Raises:
+            EngineError: the engine has stopped.
+        """
+        with self._submit_lock:
+            if self._stopping.is_set():
+                raise EngineError("the server is shutting down", mendable=True)
+            self._inbox.put(row)
+        return row.future
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while not self._stopping.is_set():
+                self._receive()
+                self._drop_cancelled()
+                self._admit()
+                if not self._rows:
+                    continue
+                try:
+                    self._step()
+                except Exception as error:
+                    # Whatever went wrong, every waiting client hears of it, and the next one finds
+                    # an engine with empty buffers.
+                    logger.exception("a forward failed; %d rows are given up", len(self._rows))
+                    for row in self._rows:
+                        message = f"the forward failed: {type(error).__name__}: {error}"
+                        self._fail(row, message, mendable=True)
+                    self._rows.clear()
+                    self._buffers.release()
+        self._receive()
+        for row in (*self._rows, *self._waiting):
+            self._fail(row, "the server is shutting down", mendable=True)
+
+    def _receive(self) -> None:
+        """Empties the inbox; with nothing to compute, waits for a row."""
+        if not self._rows and not self._waiting and not self._stopping.is_set():
+            self._buffers.release()
+            first = self._inbox.get()
+            if first is not None:
+                self._waiting.append(first)
+                self._stopping.wait(_GATHER_SECONDS)
+        while True:
+            try:
+                row = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if row is not None:
+                self._waiting.append(row)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(row for row in self._waiting if not row.future.cancelled())
+        self._leave([row for row in self._rows if row.future.cancelled()])
+
+    def _admit(self) -> None:
+        """Takes rows in, first come first served."""
+        new: list[Row] = []
+        longest = max((row.need for row in self._rows), default=0)
+        while self._waiting and len(self._rows) + len(new) < self._settings.max_batch:
+            need = max(longest, self._waiting[0].need)
+            count = len(self._rows) + len(new) + 1
+            if count > 1 and count * need > self._settings.max_kv_tokens:
+                break
+            longest = need
+            new.append(self._waiting.popleft())
+        if not new:
+            return
+        # Neighbours of like length share one attention product.
+        new.sort(key=lambda row: len(row.prompt_ids))
+        used = len(self._rows)
+        self._buffers.reserve(used + len(new), longest, used)
+        self._rows += new
+        self.stats.largest_batch = max(self.stats.largest_batch, len(self._rows))
+
+    def _step(self) -> None:
+        """One forward, and one token for each row whose prompt is complete."""
+        parts: list[RowPart] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[Row] = []
+        last_places: list[int] = []
+        budget = self._settings.prefill_tokens
+        for slot, row in enumerate(self._rows):
+            length = row.pending
+            if not row.new_ids:
+                length = min(length, self._settings.prefill_chunk, budget)
+                budget -= length
+                self.stats.prompt_tokens += length
+            if length == 0:
+                continue
+            start = row.prefix.num_tokens + row.done if row.prefix is not None else row.done
+            parts.append(RowPart(slot, row.done, length, row.prefix))
+            ids += row.tokens(row.done, length)
+            positions += range(start, start + length)
+            if length == row.pending:
+                sampled.append(row)
+                last_places.append(len(ids) - 1)
+            row.done += length
+        batch = ServingBatch(parts, self._buffers, self._query_heads)
+        logits = self._forward(ids, positions, last_places or [0], batch)
+        self.stats.forwards += 1
+        if not sampled:
+            return
+        tokens, logprobs = choose(
+            logits,
+            [row.temperature for row in sampled],
+            [row.generator for row in sampled],
+        )
+        self.stats.new_tokens += len(sampled)
+        self._leave(
+            [
+                row
+                for row, token, logprob in zip(sampled, tokens, logprobs, strict=True)
+                if self._append(row, token, logprob)
+            ]
+        )
+
+    def _append(self, row: Row, token: int, logprob: float) -> bool:
+        """Adds a token; true when the row is finished (or has failed)."""
+        if logprob != logprob:
+            self._fail(
+                row,
+                "the model's logits are not finite for this prompt and cartridge; the cartridge's "
+                "training has diverged, or the model overflows in this dtype",
+                mendable=False,
+            )
+            return True
+        row.new_ids.append(token)
+        row.logprobs.append(logprob)
+        reason: Literal["stop", "length"]
+        if len(row.new_ids) == row.max_new_tokens:
+            # As on the real server: an end token in the very last place still counts as "length".
+            reason = "length"
+        elif token in row.end_ids or (row.ends_with_stop and row.ends_with_stop(row.new_ids)):
+            reason = "stop"
+        else:
+            return False
+        try:
+            row.future.set_result(Generated(row.new_ids, row.logprobs, reason))
+        except InvalidStateError:
+            pass  # Cancelled in this moment: nobody waits for the result.
+        return True
+
+    def _leave(self, rows: list[Row]) -> None:
+        """Takes rows out and keeps the slots dense."""
+        for row in rows:
+            slot = self._rows.index(row)
+            last = self._rows.pop()
+            if last is not row:
+                self._buffers.move(len(self._rows), slot, last.done)
+                self._rows[slot] = last
+
+    @staticmethod
+    def _fail(row: Row, message: str, mendable: bool) -> None:
+        try:
+            row.future.set_exception(EngineError(message, mendable))
+        except InvalidStateError:
+            pass  # Cancelled: nobody waits for the result.

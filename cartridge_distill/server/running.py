@@ -1,0 +1,79 @@
+"""Running the app with uvicorn: in the foreground for the command line, in a thread for tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from types import TracebackType
+
+import uvicorn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.server.app import Service, create_app
+from cartridge_distill.server.settings import ServerSettings
+
+# A client that holds a request open must not hold up the end of the server.
+_GRACE_SECONDS = 3
+
+
+def uvicorn_server(service: Service, host: str, port: int, log_level: str) -> uvicorn.Server:
+    """A configured server, not yet running."""
+    config = uvicorn.Config(
+        create_app(service),
+        host=host,
+        port=port,
+        log_level=log_level,
+        access_log=False,  # hundreds of rollouts per step
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        timeout_keep_alive=75,  # longer than a training step's pause between rollouts, mostly
+    )
+    return uvicorn.Server(config)
+
+
+class BackgroundServer:
+    """A server in a thread of this process, on a free port of the loopback; a context manager.
+
+    >>> with BackgroundServer(model, tokenizer, ServerSettings(cartridge_dir=path)) as server:
+    ...     httpx.get(server.url + "/ping")
+
+    The model belongs to the server from here on (its attention implementation is replaced).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ServerSettings,
+        threads: int | None = None,
+    ) -> None:
+        self.service = Service(model, tokenizer, settings, threads)
+        self._server = uvicorn_server(self.service, "127.0.0.1", 0, "warning")
+        self._socket = socket.socket()
+        self._thread: threading.Thread | None = None
+        self.url = ""
+
+    def __enter__(self) -> BackgroundServer:
+        self._socket.bind(("127.0.0.1", 0))
+        # From here on connections queue up until the server takes them: no polling for its start.
+        self._socket.listen(2048)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="server", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(30)
+            if self._thread.is_alive():
+                raise CartridgeDistillError("the embedded server did not stop within 30 s")
+        self._socket.close()

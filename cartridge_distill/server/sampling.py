@@ -1,0 +1,120 @@
+"""Choosing tokens: a function of the server's seed and the request, not of what else is in flight.
+
+**Which log-probs are reported.** As on the real server (read in its ``calc_tokens_and_logprobs``):
+the log of the probability a token was *sampled with*, that is of ``softmax(logits / temperature)``
+in float32; for greedy requests (temperature 0) of ``softmax(logits)``. A trainer that compares
+log-probs must divide its logits by the temperature too.
+
+**Repeatability.** Each choice draws its random numbers from a generator of its own, seeded with
+(server seed, prompt ids, cartridge ids, index of the choice, how often this very request came
+before). Arrival order and batching do not enter, except that floating-point sums of a
+differently composed batch differ by about 1e-6: a draw that falls that close to the border between
+two tokens can go the other way. The ``seed`` of a request is accepted and ignored, as on the real
+server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK = 256
+
+
+@dataclass
+class RequestSeeds:
+    """Hands out one generator per choice; counts how often the same request came.
+
+    Without the count, the same prompt sent twice with one cartridge would give the same text twice.
+    """
+
+    server_seed: int
+    _seen: dict[bytes, int] = field(default_factory=dict)
+
+    def generators(
+        self, prompt_ids: Sequence[int], cartridge_ids: Sequence[str], num_choices: int
+    ) -> list[random.Random]:
+        """One generator per choice of a request."""
+        digest = hashlib.sha256(str(self.server_seed).encode())
+        digest.update(np.asarray(prompt_ids, dtype="<i8").tobytes())
+        for cartridge_id in cartridge_ids:
+            name = cartridge_id.encode()
+            digest.update(b"|%d|" % len(name) + name)
+        key = digest.digest()[:16]
+        repeat = self._seen.get(key, 0)
+        self._seen[key] = repeat + 1
+        return [
+            random.Random(int.from_bytes(key, "big") * 2**64 + repeat * 2**32 + choice)
+            for choice in range(num_choices)
+        ]
+
+
+def choose(
+    logits: Tensor, temperatures: Sequence[float], generators: Sequence[random.Random]
+) -> tuple[list[int], list[float]]:
+    """One token per row.
+
+    Args:
+        logits: ``[n, V]``.
+        temperatures: n values; 0 is greedy.
+        generators: n generators; one number is drawn from each row that is not greedy.
+
+    Returns:
+        n token ids and n log-probs (see the module). A row whose logits are not finite gets NaN.
+    """
+    greedy = [temperature == 0.0 for temperature in temperatures]
+    divisor = [1.0 if temperature == 0.0 else temperature for temperature in temperatures]
+    scaled = logits.float() / torch.tensor(divisor, device=logits.device)[:, None]
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    ids = scaled.argmax(dim=-1)
+    if not all(greedy):
+        # A draw for a greedy row is not needed, and is overwritten.
+        draws = [
+            0.0 if is_greedy else generator.random()
+            for is_greedy, generator in zip(greedy, generators, strict=True)
+        ]
+        uniform = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+        # A row of NaN draws token 0; its log-prob stays NaN and says so.
+        sampled = _inverse_cdf(logprobs.exp().nan_to_num(0.0), uniform)
+        ids = torch.where(torch.tensor(greedy, device=logits.device), ids, sampled)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0]
+    return ids.tolist(), chosen.tolist()
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the running sum of ``probs`` ``[n, V]`` passes ``uniform`` ``[n]``.
+
+    In two steps (which block, which token in it), so that the float64 sums run over V / 256 and 256
+    values and not over V.
+    """
+    rows, vocab = probs.shape
+    padded = torch.nn.functional.pad(probs, (0, -vocab % _BLOCK))
+    blocks = padded.view(rows, -1, _BLOCK)
+    block, within = _passing(blocks.sum(-1).double().cumsum(-1), uniform)
+    inside = blocks[torch.arange(rows, device=probs.device), block].double().cumsum(-1)
+    place, _ = _passing(inside, within)
+    return block * _BLOCK + place
+
+
+def _passing(running: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a running sum ``[n, k]`` passes ``fraction`` of its total.
+
+    Returns:
+        The index ``[n]``, and how far into that entry the point lies, as a fraction ``[n]``.
+    """
+    target = fraction * running[:, -1]
+    # right=True: entries of probability 0 do not move the sum and are stepped over.
+    index = torch.searchsorted(running, target[:, None], right=True)[:, 0]
+    # Rounding may put the target on the total; the last entry that moved the sum is then meant.
+    last = torch.searchsorted(running, running[:, -1:].contiguous())[:, 0]
+    index = torch.minimum(index, last)
+    at = index[:, None]
+    before = torch.where(index > 0, running.gather(1, (at - 1).clamp(min=0))[:, 0], 0.0)
+    width = running.gather(1, at)[:, 0] - before
+    return index, ((target - before) / width).clamp(0.0, 1.0)

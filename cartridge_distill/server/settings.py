@@ -1,0 +1,55 @@
+"""What can be set on the embedded server, with the defaults of its command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cartridge_distill.errors import ConfigError
+
+DEFAULT_PORT = 10210
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of one embedded server.
+
+    Attributes:
+        cartridge_dir: folder that holds ``{id}/cartridge.pt`` and ``{id}/config.yaml``.
+        model_name: what ``/v1/models`` and the answers call the model.
+        seed: all sampling follows from it, see ``sampling``.
+        max_tokens_per_request: prompt + max_tokens may not exceed it; None takes the model's
+            context. Cartridge tokens do not count, as on the real server.
+        max_batch: rows computed at once; more wait in line.
+        max_kv_tokens: bound on rows x longest row, which is what the KV buffers hold. One row is
+            always let in.
+        prefill_tokens: prompt tokens taken into one forward, over all rows.
+        prefill_chunk: prompt tokens of one row taken into one forward.
+        cartridge_memory_gb: KV of loaded cartridges kept; beyond it the least recently used one
+            goes, and its id is refused from then on (an id is never loaded twice).
+
+    Raises:
+        ConfigError: a setting that cannot work.
+    """
+
+    cartridge_dir: Path = Path("cartridges")
+    model_name: str = "model"
+    seed: int = 0
+    max_tokens_per_request: int | None = None
+    max_batch: int = 64
+    max_kv_tokens: int = 65_536
+    prefill_tokens: int = 4_096
+    prefill_chunk: int = 512
+    cartridge_memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_kv_tokens", "prefill_tokens", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_tokens_per_request is not None and self.max_tokens_per_request < 2:
+            raise ConfigError(
+                f"max_tokens_per_request={self.max_tokens_per_request}: a request needs one prompt "
+                "token and one new token at least"
+            )
+        if self.cartridge_memory_gb <= 0:
+            raise ConfigError(f"cartridge_memory_gb={self.cartridge_memory_gb}: must be above 0")

@@ -1,0 +1,102 @@
+"""Imports point one way: core <- verl_patches <- training and modal.
+
+Held twice: by reading every import statement, inside functions too, and by importing the core in
+a process where veRL, Ray and Modal cannot be imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+# layer -> top-level packages it must not import, at any depth of any function
+FORBIDDEN = {
+    "cartridge_distill": {"verl", "ray", "modal", "verl_patches", "training", "transfer_queue"},
+    "verl_patches": {"modal", "training"},
+}
+
+_DYNAMIC = {"import_module", "__import__", "find_spec"}
+
+# Run in the core's own process: nothing of these may be importable, every core module must be.
+_IMPORT_ALL = """
+import importlib, pkgutil, sys
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"verl", "ray", "modal", "verl_patches", "training"}:
+            raise ImportError("the core must not import " + name)
+
+sys.meta_path.insert(0, Forbid())
+import cartridge_distill
+names = [m.name for m in pkgutil.walk_packages(cartridge_distill.__path__, "cartridge_distill.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
+def imported_by(source: str) -> set[str]:
+    """Top-level names of everything `source` imports, lazily or not, by statement or by call."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and node.args:
+            called = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+            first = node.args[0]
+            if (
+                called in _DYNAMIC
+                and isinstance(first, ast.Constant)
+                and isinstance(first.value, str)
+            ):
+                found.add(first.value.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import verl.utils", {"verl"}),
+        ("def f():\n    from ray import get", {"ray"}),
+        ("from .errors import ConfigError", set()),
+        ("import importlib\nimportlib.import_module('modal.app')", {"importlib", "modal"}),
+        ("__import__('verl')", {"verl"}),
+    ],
+)
+def test_the_reader_sees_every_kind_of_import(source: str, expected: set[str]) -> None:
+    assert imported_by(source) == expected
+
+
+@pytest.mark.parametrize("layer", sorted(FORBIDDEN))
+def test_no_layer_imports_one_above_it(layer: str) -> None:
+    files = sorted((PROJECT / layer).rglob("*.py"))
+    assert files, f"no Python files in {layer}"
+    wrong = {
+        file.relative_to(PROJECT).as_posix(): sorted(names)
+        for file in files
+        if (names := imported_by(file.read_text(encoding="utf-8")) & FORBIDDEN[layer])
+    }
+    assert not wrong, f"imports that point the wrong way: {wrong}"
+
+
+def test_the_core_can_be_imported_where_there_is_no_verl() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_ALL], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.splitlines()[-1]) > 0
+
+
+def test_modal_folder_does_not_shadow_the_package() -> None:
+    assert not (PROJECT / "modal" / "__init__.py").exists(), (
+        "modal/__init__.py would hide the package `modal` from everything run in this folder"
+    )

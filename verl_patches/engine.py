@@ -1,0 +1,330 @@
+"""veRL's FSDP engine with a cartridge: student forward, teacher forward, KL, step.
+
+The base model is frozen and shared by student and teacher. veRL drives this engine as any other
+(``train_mini_batch`` -> ``forward_backward_batch`` -> ``forward_step``); what differs is that the
+batch is packed with ``seq_ids``, that only the cartridge has gradients and an optimizer, and that a
+step is refused when its rollouts were not made by the cartridge being trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.device import get_device_id
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config.optimizer import build_optimizer
+from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
+from cartridge_distill.cartridge import TrainableCache
+from cartridge_distill.errors import ConfigError, OffPolicyError
+from cartridge_distill.forward import check_prefix_fits, chosen_logprobs, packed_forward
+from cartridge_distill.integrity import weights_checksum
+from cartridge_distill.loss import get_loss
+from cartridge_distill.models import load_model
+from cartridge_distill.packing import pack
+from cartridge_distill.prompts import render_document
+from cartridge_distill.teacher import DocumentStore, Teacher
+from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
+from verl_patches.samples import Samples
+
+
+class _ModeCtx(BaseEngineCtx):
+    """train/eval mode of veRL without ``module.train()``: the base model stays in eval mode."""
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        if self.mode == "train":
+            self.engine.optimizer_zero_grad()
+        super().__exit__(exc_type, exc_val, exc_tb)
+
+
+@EngineRegistry.register(
+    model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"]
+)
+class CartridgeEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # veRL is untyped
+    """Trains a :class:`TrainableCache` on a frozen model.
+
+    Attributes:
+        cartridge: the student's prefix, float32 master weights.
+        teacher: the same module with a document's KV as prefix.
+        step: optimizer steps done; the version the next rollouts must carry.
+    """
+
+    def __init__(
+        self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
+    ) -> None:
+        self.settings = cartridge_config_of(model_config)
+        self.compute_loss = get_loss(self.settings.loss)
+        self.step = 0
+        self._seconds: dict[str, float] = defaultdict(float)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        if self._is_offload_param or self._is_offload_optimizer:
+            raise ConfigError(
+                "actor.fsdp_config.param_offload / optimizer_offload are for trained weights; a "
+                "frozen base and a cartridge of megabytes stay on the device: set both to False"
+            )
+
+    # ---------------------------------------------------------------- building
+
+    def initialize(self) -> None:
+        """Loads the frozen model, the cartridge, the teacher and the optimizer."""
+        module = self._build_module()
+        document_store = DocumentStore.from_file(self.settings.documents)
+        render = partial(render_document, self.model_config.tokenizer)
+        self.teacher = Teacher(
+            module,
+            document_store,
+            render,
+            max_cached=self.settings.teacher_cache_documents,
+            backend=self.settings.attention,
+        )
+        # Before sharding: every rank holds the whole, equal cartridge.
+        self.cartridge = self._build_cartridge(module).to(get_device_id())
+        if torch.distributed.get_world_size() > 1:
+            module = self._build_fsdp_module(module)
+            self.teacher.model = module
+        self.module = module
+        self.optimizer = build_optimizer(
+            self.cartridge.trainable_parameters(), self.optimizer_config
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr
+        self.lr_scheduler = self._build_lr_scheduler(self.optimizer)
+        self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
+        self._base_before = weights_checksum(module)
+
+    def _build_module(self) -> Any:
+        if self.engine_config.model_dtype is None:
+            raise ConfigError(
+                "actor.fsdp_config.model_dtype is null; say bfloat16 (GPU) or float32 (CPU)"
+            )
+        return load_model(
+            self.model_config.local_path,
+            dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),
+            device=get_device_id(),
+        )
+
+    def _build_cartridge(self, module: Any) -> TrainableCache:
+        cfg = self.settings
+        if cfg.init == "checkpoint":
+            cartridge = load_cartridge(cfg.checkpoint_path)
+            if cartridge.num_tokens != cfg.num_tokens:
+                raise ConfigError(
+                    f"{cfg.checkpoint_path} holds {cartridge.num_tokens} tokens, "
+                    f"actor.cartridge.num_tokens is {cfg.num_tokens}; make them equal"
+                )
+        elif cfg.init == "random":
+            cartridge = TrainableCache.from_random(
+                module.config, cfg.num_tokens, cfg.num_frozen_tokens, cfg.seed
+            )
+        else:
+            ids = self.teacher.document_ids(self._init_document())
+            cartridge = TrainableCache.from_text(
+                module,
+                torch.tensor(ids, device=get_device_id()),
+                cfg.num_tokens,
+                cfg.num_frozen_tokens,
+            )
+        check_prefix_fits(module, cartridge.prefix())
+        return cartridge
+
+    def _init_document(self) -> str:
+        chosen, known = self.settings.init_document, self.teacher.documents.ids
+        if chosen is not None:
+            return str(chosen)
+        if len(known) > 1:
+            raise ConfigError(
+                f"{self.settings.documents} holds {len(known)} documents; set "
+                f"actor.cartridge.init_document to the one to start from, e.g. {known[0]!r}"
+            )
+        return known[0]
+
+    def _frozen_tokens(self) -> list[Tensor]:
+        return [*self.cartridge.frozen_keys, *self.cartridge.frozen_values]
+
+    # ---------------------------------------------------------------- one step
+
+    def train_mode(self, **kwargs: Any) -> BaseEngineCtx:
+        return _ModeCtx(self, "train", **kwargs)
+
+    def eval_mode(self, **kwargs: Any) -> BaseEngineCtx:
+        return _ModeCtx(self, "eval", **kwargs)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels are queued; without this the next stage pays
+        self._seconds[stage] += time.perf_counter() - start
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
+        self._seconds.clear()
+        start = time.perf_counter()
+        output: dict[str, Any] = super().train_batch(data, loss_function)
+        measured = sum(self._seconds.values())
+        self._seconds["student_backward"] = time.perf_counter() - start - measured
+        changed = any(
+            not torch.equal(a, b)
+            for a, b in zip(self._frozen_before, self._frozen_tokens(), strict=True)
+        )
+        own = {
+            "frozen_tokens_changed": float(changed),
+            "teacher_prefills": float(self.teacher.prefills),
+            **{f"seconds/{stage}": seconds for stage, seconds in self._seconds.items()},
+        }
+        # veRL expects a list a metric: one value a micro-batch, gathered over the ranks.
+        output["metrics"].update({name: [value] for name, value in own.items()})
+        return output
+
+    def forward_step(
+        self, micro_batch: TensorDict, loss_function: Any, forward_only: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Student and teacher over one micro-batch.
+
+        Raises:
+            OffPolicyError: rollouts of another version, or log-probs that differ past the bound.
+            DocumentError: a sample's document is missing or too long.
+        """
+        samples = Samples.from_micro_batch(
+            micro_batch.to(get_device_id()), self.settings.document_key
+        )
+        self._check_versions(samples)
+        cfg = self.settings
+        batch = pack(samples.sequences)
+        wanted = torch.cat(samples.wanted)
+        with self._timed("student_forward"):
+            logits = packed_forward(
+                self.module,
+                self.cartridge.prefix(),
+                batch,
+                keep=batch.predicts(wanted),
+                backend=cfg.attention,
+            )
+        metrics = self._check_logprobs(samples, logits.detach(), batch.input_ids[wanted])
+        with self._timed("teacher_forward"):
+            teacher = self.teacher.topk(
+                samples.sequences,
+                samples.wanted,
+                samples.document_ids,
+                cfg.topk,
+                cfg.kl_temperature,
+            )
+        with self._timed("loss"):
+            token_loss = self.compute_loss(logits, teacher, cfg.kl_temperature)
+            loss, _ = loss_function(
+                model_output={"token_loss": token_loss},
+                data=micro_batch,
+                dp_group=self.get_data_parallel_group(),
+            )
+        metrics["teacher_tail_mass"] = teacher.tail_logprob.exp().mean().item()
+        metrics["response_tokens"] = float(token_loss.numel())
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def _check_versions(self, samples: Samples) -> None:
+        stale = sorted({step for step in samples.steps if step != self.step}, key=str)
+        if stale:
+            raise OffPolicyError(
+                f"rollouts of cartridge step {stale} reached the trainer at step {self.step}; "
+                "strict on-policy training takes step "
+                f"{self.step} only. The rollout proxy or the sync is out of order"
+            )
+
+    def _check_logprobs(self, samples: Samples, logits: Tensor, tokens: Tensor) -> dict[str, Any]:
+        """The best staleness alarm there is: both sides hold the same numbers or they do not."""
+        own = chosen_logprobs(logits, tokens, samples.temperature)
+        difference = (own - samples.rollout_logprobs.to(own)).abs()
+        largest = difference.max().item()
+        if not largest <= self.settings.max_logprob_diff:
+            worst = int(difference.nan_to_num(float("inf")).argmax())
+            raise OffPolicyError(
+                f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
+                f"(server {samples.rollout_logprobs[worst]:.4f}, trainer {own[worst]:.4f}, token "
+                f"{int(tokens[worst])}), bound {self.settings.max_logprob_diff:g}: the server does "
+                "not serve this cartridge version, or not this base model, dtype or temperature. "
+                "Raise actor.cartridge.max_logprob_diff only for a bfloat16 server"
+            )
+        return {
+            "logprob_diff/max": largest,
+            "logprob_diff/mean": difference.mean().item(),
+            "student_logprob": own.mean().item(),
+        }
+
+    def optimizer_zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self) -> float:
+        """Averages gradients over ranks, clips, steps; returns the norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite. veRL would skip the step and go on.
+        """
+        parameters = self.cartridge.trainable_parameters()
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            for parameter in parameters:
+                torch.distributed.all_reduce(parameter.grad)
+                assert parameter.grad is not None
+                parameter.grad /= ranks
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_grad)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"the cartridge's gradient norm is {norm}; the step was not taken"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return float(norm)
+
+    # ---------------------------------------------------------------- what leaves the engine
+
+    def get_per_tensor_param(self, **_: Any) -> tuple[Iterator[tuple[str, Tensor]], None]:
+        """veRL's weight update carries the cartridge and nothing else."""
+        tensors = ((name, tensor.detach()) for name, tensor in self.cartridge.state_dict().items())
+        return tensors, None
+
+    def to(
+        self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True
+    ) -> None:
+        """Nothing moves: offloading is refused in ``__init__``."""
+
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Writes the cartridge, megabytes; the base model is frozen and already on disk.
+
+        Raises:
+            RuntimeError: the base weights are no longer those that were loaded.
+        """
+        if weights_checksum(self.module) != self._base_before:
+            raise RuntimeError("the frozen base model's weights changed during training")
+        if self.rank == 0:
+            meta = CartridgeMeta(
+                base_model=str(self.model_config.path),
+                step=self.step,
+                recipe={k: v for k, v in self.settings.items() if not k.startswith("_")},
+            )
+            save_cartridge(self.cartridge, Path(local_path) / "cartridge", meta)
+        torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path: str, *_: Any, **__: Any) -> None:
+        raise ConfigError(
+            f"resuming from {local_path} is not there yet: optimizer state and data position are "
+            "not saved. To go on from its cartridge set actor.cartridge.init=checkpoint and "
+            f"checkpoint_path={local_path}/cartridge"
+        )

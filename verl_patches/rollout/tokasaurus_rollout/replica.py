@@ -1,0 +1,95 @@
+"""veRL's view of the server: a rollout replica that launches a proxy, and nothing on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from verl.workers.rollout.replica import RolloutReplica
+
+from cartridge_distill.errors import ConfigError
+from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
+
+
+def proxy_name(replica_rank: int, suffix: str = "") -> str:
+    """The Ray name of a replica's proxy; the server adapter finds it by this name."""
+    return f"tokasaurus_http_server_{replica_rank}{suffix}"
+
+
+def server_urls(custom: Any) -> list[str]:
+    """``rollout.custom.tokasaurus_url``: one URL or a list of them.
+
+    Raises:
+        ConfigError: none given.
+    """
+    given = (custom or {}).get("tokasaurus_url")
+    urls = [given] if isinstance(given, str) else list(given or [])
+    if not urls:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; start a server with "
+            "`python -m cartridge_distill.server` or deploy one, and give its URL"
+        )
+    return [url.rstrip("/") for url in urls]
+
+
+class TokasaurusReplica(RolloutReplica):  # type: ignore[misc]  # veRL is untyped
+    """Replica r talks to URL r modulo the number of URLs."""
+
+    async def launch_servers(self) -> None:
+        """Starts the proxy and waits until the server answers.
+
+        Raises:
+            ServerUnreachable: the server does not answer within ``custom.startup_timeout_s``.
+        """
+        custom = dict(self.config.custom or {})
+        urls = server_urls(custom)
+        url = urls[self.replica_rank % len(urls)]
+        vocabulary = getattr(getattr(self.model_config, "hf_config", None), "vocab_size", None)
+        proxy = (
+            ray.remote(TokasaurusHttpServer)
+            .options(
+                name=proxy_name(self.replica_rank, self.name_suffix),
+                num_cpus=0,
+                max_concurrency=self.max_concurrency,
+            )
+            .remote(
+                url=url,
+                response_length=self.config.response_length,
+                vocab_size=vocabulary,
+                static_cartridges=[dict(ref) for ref in custom.get("cartridges") or []],
+                client_options=dict(custom.get("client") or {}),
+            )
+        )
+        await proxy.wait_until_ready.remote()
+        self.servers = [proxy]
+        self._server_handle = proxy
+        self._server_address = url
+
+    # veRL's lifecycle calls free and restore GPU memory that a rollout engine shares with the
+    # trainer. The server's memory is its own, and one process serves every version, so there is
+    # nothing to do. Each call is named: a misspelt one still fails.
+
+    async def sleep(self) -> None:
+        """The server keeps its memory."""
+
+    async def wake_up(self) -> None:
+        """The server never slept."""
+
+    async def clear_kv_cache(self) -> None:
+        """Every version has an id of its own, so no KV of another version can be reused."""
+
+    async def release_kv_cache(self) -> None:
+        """The server keeps its memory."""
+
+    async def resume_kv_cache(self) -> None:
+        """The server kept its memory."""
+
+    async def abort_all_requests(self, reject_request: bool = False) -> None:
+        raise ConfigError(
+            "partial rollout is not supported by the tokasaurus rollout; use trainer_mode=cartridge"
+        )
+
+    async def resume_generation(self) -> None:
+        raise ConfigError(
+            "partial rollout is not supported by the tokasaurus rollout; use trainer_mode=cartridge"
+        )
