@@ -124,9 +124,10 @@ def forward_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1
     Returns:
         ``[N]``, never negative but for rounding; zero with zero gradient when both agree.
     """
-    loss: Tensor = _ForwardKLTopK.apply(
-        logits, teacher.ids, teacher.logprobs, teacher.tail_logprob, temperature
-    )
+    tail = teacher.tail_logprob
+    if teacher.ids.shape[1] == logits.shape[1]:
+        tail = torch.full_like(tail, float("-inf"))  # all of V: what 1 - sum(p) leaves is rounding
+    loss: Tensor = _ForwardKLTopK.apply(logits, teacher.ids, teacher.logprobs, tail, temperature)
     return loss
 
 
@@ -140,10 +141,12 @@ def topk_cross_entropy(logits: Tensor, teacher: TeacherTopK, temperature: float 
 def reverse_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
     """KL(student || teacher) over the teacher's top k and the tail, in nats, ``[N]``."""
     top, tail = _student_topk(logits, teacher.ids, temperature)
+    inside = (top.exp() * (top - teacher.logprobs)).sum(-1)
+    if teacher.ids.shape[1] == logits.shape[1]:
+        return inside  # all of V: there is no tail
     # A teacher without a tail would make any student tail infinitely wrong; float32 has no such
     # certainty, so its tail is at least the smallest mass that float32 tells from none.
     teacher_tail = teacher.tail_logprob.clamp(min=-16.0)
-    inside = (top.exp() * (top - teacher.logprobs)).sum(-1)
     return inside + _times_log(tail.exp(), tail - teacher_tail)
 
 

@@ -1,0 +1,192 @@
+"""The trainable prefix, its files, its versions."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cartridge_distill.cartridge import TrainableCache
+from cartridge_distill.checkpoint import (
+    CartridgeMeta,
+    load_cartridge,
+    load_pt,
+    read_meta,
+    save_cartridge,
+    write_tokasaurus,
+)
+from cartridge_distill.errors import CartridgeFormatError, ConfigError, SyncError
+from cartridge_distill.forward import packed_forward
+from cartridge_distill.integrity import weights_checksum
+from cartridge_distill.models import prepare_model
+from cartridge_distill.packing import pack
+from cartridge_distill.prefix import prefix_from_tokens
+from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, step_of, version_id
+from tests.server.conftest import VOCAB, random_cartridge, tiny_model
+
+
+def equal(a: TrainableCache, b: TrainableCache) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_from_text_takes_the_first_tokens() -> None:
+    model = prepare_model(tiny_model())
+    ids = torch.randint(3, VOCAB, (50,))
+    cartridge = TrainableCache.from_text(model, ids, num_tokens=32, num_frozen_tokens=2)
+    whole = prefix_from_tokens(model, ids)
+    assert (cartridge.num_tokens, cartridge.num_frozen_tokens) == (32, 2)
+    for layer, key in enumerate(cartridge.prefix().keys):
+        torch.testing.assert_close(key, whole.keys[layer][:, :, :32], atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="50 tokens, the cartridge 64"):
+        TrainableCache.from_text(model, ids, num_tokens=64)
+
+
+def test_master_weights_are_float32_on_a_bfloat16_model() -> None:
+    model = prepare_model(tiny_model().bfloat16())
+    cartridge = TrainableCache.from_text(model, torch.arange(3, 35), 16)
+    assert {p.dtype for p in cartridge.parameters()} == {torch.float32}
+    logits = packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)]))
+    assert logits.dtype == torch.bfloat16
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in cartridge.trainable_parameters())
+
+
+def test_only_the_trainable_part_moves() -> None:
+    model = prepare_model(tiny_model())
+    cartridge = random_cartridge(model, 16)
+    before = {name: t.clone() for name, t in cartridge.state_dict().items()}
+    checksum = weights_checksum(model)
+    optimizer = torch.optim.AdamW(cartridge.trainable_parameters(), lr=0.1)
+    packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)])).logsumexp(-1).sum().backward()
+    optimizer.step()
+    for name, tensor in cartridge.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("frozen"), name
+    assert weights_checksum(model) == checksum
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] += 1e-3
+    assert weights_checksum(model) != checksum
+
+
+def test_random_is_seeded_and_shaped_like_the_model() -> None:
+    config = tiny_model().config
+    first = TrainableCache.from_random(config, 16, seed=3)
+    assert equal(first, TrainableCache.from_random(config, 16, seed=3))
+    assert not equal(first, TrainableCache.from_random(config, 16, seed=4))
+    assert first.prefix().keys[0].shape == (1, 2, 16, 16)
+
+
+@pytest.mark.parametrize("frozen", [0, 16, 20])
+def test_frozen_counts_that_nobody_can_read_are_refused(frozen: int) -> None:
+    prefix = random_cartridge(tiny_model(), 16).prefix()
+    with pytest.raises(ConfigError, match="must be 1..15"):
+        TrainableCache.from_prefix(prefix, frozen)
+
+
+def test_generation_with_transformers_goes_on_after_the_cartridge() -> None:
+    """As a transformers Cache: generate() gives what the packed forward predicts, greedily."""
+    model = tiny_model()
+    cartridge = random_cartridge(model, 16)
+    prompt = torch.arange(10, 20)
+    cache = cartridge.as_cache()
+    # transformers infers positions from the cache; the mask covers cartridge and prompt.
+    out = model.generate(
+        prompt[None],
+        past_key_values=cache,
+        attention_mask=torch.ones(1, 26, dtype=torch.long),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+    )[0]
+    prepare_model(model)
+    with torch.no_grad():
+        logits = packed_forward(model, cartridge.prefix(), pack([out]))
+    assert logits[9:14].argmax(-1).tolist() == out[10:].tolist()
+
+
+def test_our_directory_round_trips(tmp_path: Path) -> None:
+    cartridge = random_cartridge(tiny_model(), 16)
+    save_cartridge(cartridge, tmp_path / "c", CartridgeMeta("base", step=7, recipe={"lr": 0.02}))
+    assert equal(load_cartridge(tmp_path / "c"), cartridge)
+    meta = read_meta(tmp_path / "c")
+    assert (meta["step"], meta["num_tokens"], meta["base_model"]) == (7, 16, "base")
+    save_cartridge(cartridge, tmp_path / "c", CartridgeMeta("base", step=8))  # replaces, atomically
+    assert read_meta(tmp_path / "c")["step"] == 8
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_tokasaurus_directory_round_trips_and_never_changes(tmp_path: Path) -> None:
+    cartridge = random_cartridge(tiny_model(), 16)
+    write_tokasaurus(cartridge, tmp_path / "v", "base", torch.float32)
+    assert equal(load_cartridge(tmp_path / "v"), cartridge)
+    with pytest.raises(FileExistsError):
+        write_tokasaurus(cartridge, tmp_path / "v", "base")
+    (tmp_path / "v" / "config.yaml").write_text("kv_cache_initializer: {max_tokens: 32}")
+    with pytest.raises(CartridgeFormatError, match="max_tokens=32.* holds 16"):
+        load_cartridge(tmp_path / "v")
+
+
+@pytest.mark.parametrize("spelling", ["fixed", "frozen"])
+@pytest.mark.parametrize("wrap", [list, nn.ParameterList], ids=["lists", "ParameterList"])
+def test_both_upstream_spellings(tmp_path: Path, spelling: str, wrap: type) -> None:
+    cartridge = random_cartridge(tiny_model(), 16)
+    data = {
+        name.replace("frozen", spelling): wrap([p.detach() for p in getattr(cartridge, name)])
+        for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
+    }
+    torch.save(data, tmp_path / "cache-step4092.pt")
+    assert equal(load_cartridge(tmp_path / "cache-step4092.pt"), cartridge)
+    assert equal(load_cartridge(tmp_path), cartridge)  # the folder of a hub repository
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/cartridge-distill-was-here",)
+
+
+def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
+    mark = Path("/tmp/cartridge-distill-was-here")
+    mark.unlink(missing_ok=True)
+    torch.save({"frozen_keys": _Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Evil()))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(CartridgeFormatError, match="cannot be read safely"):
+            load_pt(tmp_path / name)
+    assert not mark.exists()
+
+
+def test_files_that_are_no_cartridge_say_why(tmp_path: Path) -> None:
+    torch.save({"keys": []}, tmp_path / "a.pt")
+    with pytest.raises(CartridgeFormatError, match="neither fixed_keys nor frozen_keys"):
+        load_pt(tmp_path / "a.pt")
+    cartridge = random_cartridge(tiny_model(), 16)
+    parts = {name: [p.detach() for p in getattr(cartridge, name)] for name in
+             ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")}
+    parts["trainable_values"][1][0, 0, 0, 0] = float("nan")
+    torch.save(parts, tmp_path / "nan.pt")
+    with pytest.raises(CartridgeFormatError, match="layer 1 holds values that are not finite"):
+        load_pt(tmp_path / "nan.pt")
+    with pytest.raises(CartridgeFormatError, match="no file, no directory"):
+        load_cartridge(tmp_path / "nowhere")
+
+
+def test_every_version_has_a_new_id_and_old_ones_go(tmp_path: Path) -> None:
+    cartridge = random_cartridge(tiny_model(), 16)
+    run = new_run_id("demo")
+    assert run != new_run_id("demo")  # an id of an earlier run would be served from memory
+    publisher = SharedDirectoryPublisher(tmp_path, "base", torch.float32)
+    for step in range(4):
+        publisher.publish(version_id(run, step), cartridge)
+        publisher.retire(keep=2)
+    assert sorted(os.listdir(tmp_path)) == [version_id(run, 2), version_id(run, 3)]
+    assert step_of(version_id(run, 3)) == 3
+    with pytest.raises(SyncError, match="published before"):
+        publisher.publish(version_id(run, 3), cartridge)
+    with pytest.raises(SyncError, match="no version id"):
+        publisher.publish("latest", cartridge)
+    with pytest.raises(ConfigError, match="Tokasaurus rewrites"):
+        new_run_id("my run")

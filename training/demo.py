@@ -1,0 +1,238 @@
+"""The whole loop on a CPU: `make demo`.
+
+A real pretrained model (SmolLM2-135M-Instruct) distils a fictional patient record into a cartridge,
+on-policy: an embedded server that speaks Tokasaurus' protocol writes the rollouts, veRL trains, a
+new cartridge version reaches the server after every step. At the end a table says what the
+cartridge is worth. Everything started here is stopped here, also on Ctrl-C and on failure.
+
+The GPU run is the same command with other numbers: see run_cartridge_distill.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
+
+_ERROR = re.compile(r"(?:cartridge_distill\.errors\.)?\w*(?:Error|Unreachable)\b.*: \S")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
+    option("--prompts", type=int, default=48, help="rollouts per step (%(default)s)")
+    option("--response", type=int, default=4, help="tokens per rollout at most (%(default)s)")
+    option("--tokens", type=int, default=128, help="cartridge tokens (%(default)s)")
+    option("--seed", type=int, default=0, help="of data, sampling and order (%(default)s)")
+    option("--data", default=str(HERE / "data" / "demo.json"), help="records in LongHealth's schema")
+    option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
+    option("--out", type=Path, default=ROOT / "runs" / "demo", help="everything goes here (%(default)s)")
+    option("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads (%(default)s)")
+    option(
+        "override", nargs="*", help="further Hydra overrides, e.g. actor_rollout_ref.actor.cartridge.topk=50"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    start = time.monotonic()
+    out: Path = options.out.resolve()
+    if out.exists():
+        shutil.rmtree(out)
+    (out / "cartridges").mkdir(parents=True)
+    try:
+        with Supervisor() as supervisor:
+            run(options, out, supervisor)
+    except KeyboardInterrupt:
+        print("\nstopped; every process of the demo was ended", flush=True)
+        return 130
+    except ChildFailed as error:
+        print(f"\nthe demo failed: {error}\nall logs: {out}", file=sys.stderr)
+        return 1
+    print(f"\n{time.monotonic() - start:.0f} s in all, installation not counted")
+    return 0
+
+
+def run(options: argparse.Namespace, out: Path, supervisor: Supervisor) -> None:
+    """The stages, one after the other."""
+    model = options.model or get_model(out, supervisor)
+    prepare_data(options, model, out, supervisor)
+    url = start_server(options, model, out, supervisor)
+    train(options, model, url, out, supervisor)
+    supervisor.stop()  # the evaluation gets the whole machine
+    print_proof(out, options.steps)
+    evaluate(options, model, out, supervisor)
+    cartridge = out / "cartridge"
+    print(f"\ncartridge: {cartridge}")
+    print(f"chat:      {python()} -m cartridge_distill.chat --model {model} --cartridge {cartridge}")
+    print(f"logs:      {out}/*.log, metrics: {out}/metrics.jsonl")
+
+
+def python() -> str:
+    """The interpreter as a person would type it."""
+    path = Path(sys.executable)
+    return os.path.relpath(path) if path.is_relative_to(ROOT) else str(path)
+
+
+def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
+        "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
+        "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "ERROR"),
+        "OMP_NUM_THREADS": str(options.threads),
+        # Server and trainer take turns; spinning threads of the one would starve the other.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_DEDUP_LOGS": "0",
+    }
+
+
+def stage(command: list[str], name: str, out: Path, supervisor: Supervisor, env: dict[str, str]) -> str:
+    """Runs a short stage with its output shown; returns what it printed.
+
+    Raises:
+        ChildFailed: it ended with an error.
+    """
+    log = out / f"{name}.log"
+    child = supervisor.start([sys.executable, *command], log, env)
+    status = follow(child, log, lambda line: f"   {line}" if line.strip() else None, name)
+    if status != 0:
+        raise ChildFailed(f"{name} ended with status {status}.\n{tail(log)}")
+    return log.read_text()
+
+
+def get_model(out: Path, supervisor: Supervisor) -> str:
+    print("== model", flush=True)
+    printed = stage([str(HERE / "get_demo_model.py")], "model", out, supervisor, {})
+    return printed.strip().splitlines()[-1]
+
+
+def prepare_data(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> None:
+    print("== data", flush=True)
+    command = [str(HERE / "prepare_data.py"), "--data", options.data, "--tokenizer", model]
+    command += ["--out", str(out / "data"), "--seed", str(options.seed)]
+    command += ["--rows", str(options.steps * options.prompts)]
+    stage(command, "data", out, supervisor, environment(options, out))
+
+
+def start_server(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> str:
+    """Starts the embedded server on a free port; returns its URL."""
+    print("== rollout server", flush=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    log = out / "server.log"
+    command = [sys.executable, "-m", "cartridge_distill.server", "--model", model]
+    command += ["--port", str(port), "--cartridge-dir", str(out / "cartridges")]
+    command += ["--threads", str(options.threads), "--seed", str(options.seed)]
+    server = supervisor.start(command, log, environment(options, out))
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/ping", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_for(answers, server, log, "server", timeout_s=180)
+    print(f"   {url} speaks Tokasaurus' protocol; cartridges from {out / 'cartridges'}", flush=True)
+    return url
+
+
+def overrides(options: argparse.Namespace, model: str, url: str, out: Path) -> list[str]:
+    """The run in Hydra's words: what differs from training/config/cartridge_distill.yaml."""
+    data, actor = out / "data", "actor_rollout_ref.actor"
+    return [
+        "platform=cpu",
+        f"data.train_files={data}/train.parquet",
+        f"data.val_files={data}/val.parquet",
+        f"data.train_batch_size={options.prompts}",
+        "data.max_prompt_length=192",
+        f"data.max_response_length={options.response}",
+        f"data.seed={options.seed}",
+        f"actor_rollout_ref.model.path={model}",
+        f"{actor}.cartridge.num_tokens={options.tokens}",
+        f"{actor}.cartridge.documents={data}/documents.jsonl",
+        f"{actor}.cartridge.sync_dir={out}/cartridges",
+        f"{actor}.cartridge.run_name=demo",
+        f"actor_rollout_ref.rollout.custom.tokasaurus_url={url}",
+        "trainer.logger=[console,file]",
+        f"trainer.total_training_steps={options.steps}",
+        f"trainer.save_freq={options.steps}",
+        f"trainer.default_local_dir={out}/checkpoints",
+        *options.override,
+    ]
+
+
+def train(options: argparse.Namespace, model: str, url: str, out: Path, supervisor: Supervisor) -> None:
+    """veRL, with one line a step shown.
+
+    Raises:
+        ChildFailed: it ended with an error; the cause is named.
+    """
+    print("== training with veRL (a minute or so until the first step: Ray and its workers)", flush=True)
+    log = out / "train.log"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo"]
+    command += ["--config-path", str(HERE / "config"), "--config-name", "cartridge_distill"]
+    child = supervisor.start(
+        [*command, *overrides(options, model, url, out)], log, environment(options, out)
+    )
+
+    def show(line: str) -> str | None:
+        return f"   {line.split('[cartridge] ', 1)[1]}" if "[cartridge] " in line else None
+
+    status = follow(child, log, show, "veRL")
+    if status != 0:
+        causes = dict.fromkeys(
+            line.strip() for line in log.read_text(errors="replace").splitlines() if _ERROR.match(line)
+        )
+        named = "\n".join(list(causes)[-3:])
+        raise ChildFailed(f"veRL ended with status {status}.\n{named}\n{tail(log)}")
+    saved = out / "checkpoints" / f"global_step_{options.steps}" / "actor" / "cartridge"
+    shutil.copytree(saved, out / "cartridge")
+
+
+def print_proof(out: Path, steps: int) -> None:
+    """What shows that the run was what it says, from the server's log and the trainer's metrics."""
+    loaded = re.findall(r"loaded cartridge (\S+):", (out / "server.log").read_text())
+    metrics = [json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    worst = max(step["actor/logprob_diff/max"] for step in metrics)
+    changed = sum(step["actor/frozen_tokens_changed"] for step in metrics)
+    print("== proof", flush=True)
+    print(
+        f"   versions the server loaded: {len(set(loaded))} (the initial one and one for each of the "
+        f"{steps} steps)"
+    )
+    print(f"   largest server/trainer log-prob difference of {len(metrics)} steps: {worst:.1e}")
+    print(f"   steps in which a frozen token changed: {changed:.0f}; base weights unchanged (checksum)")
+
+
+def evaluate(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> None:
+    print("== evaluation on questions that were not trained on", flush=True)
+    command = ["-m", "cartridge_distill.evaluate", "--model", model, "--data", str(out / "data")]
+    command += ["--cartridge", str(out / "cartridge"), "--json", str(out / "table.json")]
+    stage(command, "evaluation", out, supervisor, environment(options, out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

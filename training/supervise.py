@@ -1,0 +1,172 @@
+"""Child processes of a script: started in groups of their own, logged to files, always stopped.
+
+Ray starts daemons that outlive a killed driver. Every child here carries a mark in its environment,
+which its descendants inherit, so that at the end all of them can be found and none else is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+MARK = "CARTRIDGE_DISTILL_RUN"
+_GRACE_SECONDS = 10.0
+
+
+class ChildFailed(RuntimeError):
+    """A child ended with an error; the message has the end of its log."""
+
+
+class Supervisor:
+    """Starts children and, on leaving the ``with`` block, ends them and all they started."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Supervisor:
+        # SIGTERM (a job scheduler, `timeout`) must clean up as Ctrl-C does.
+        self._previous = signal.signal(signal.SIGTERM, _as_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A second Ctrl-C must not stop the cleaning up.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.stop()
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def start(
+        self, command: Sequence[str], log: Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Starts a child that writes to ``log``."""
+        environment = {**os.environ, **(env or {}), MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        with log.open("wb") as sink:
+            child = subprocess.Popen(
+                command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # the terminal's Ctrl-C reaches the supervisor alone
+            )
+        self._children.append(child)
+        return child
+
+    def stop(self) -> None:
+        """Asks, waits, then kills; first the children, then whatever still carries the mark."""
+        for child in reversed(self._children):
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for child in self._children:
+            try:
+                child.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        left = list(self._marked())
+        for process in left:
+            with _gone_is_fine():
+                process.terminate()
+        _, alive = psutil.wait_procs(left, timeout=5)
+        for process in alive:
+            with _gone_is_fine():
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        self._children.clear()
+
+    def _marked(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with _gone_is_fine():
+                if process.pid != os.getpid() and process.environ().get(MARK) == self.mark:
+                    yield process
+
+
+def _as_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        pass  # it ended between two looks, or was never ours
+
+
+def wait_for(
+    ready: Callable[[], bool],
+    child: subprocess.Popen[bytes],
+    log: Path,
+    what: str,
+    timeout_s: float,
+) -> None:
+    """Waits until ``ready()``, telling how long it has been.
+
+    Raises:
+        ChildFailed: the child ended, or the time ran out.
+    """
+    start = time.monotonic()
+    told = 0.0
+    while not ready():
+        waited = time.monotonic() - start
+        if child.poll() is not None:
+            raise ChildFailed(f"{what} ended with status {child.returncode}.\n{tail(log)}")
+        if waited > timeout_s:
+            raise ChildFailed(f"{what} was not ready after {timeout_s:.0f} s.\n{tail(log)}")
+        if waited - told >= 10:
+            told = waited
+            print(f"   {what}: {waited:.0f} s ...", flush=True)
+        time.sleep(0.2)
+
+
+def follow(
+    child: subprocess.Popen[bytes],
+    log: Path,
+    show: Callable[[str], str | None],
+    quiet: str,
+    quiet_s: float = 20.0,
+) -> int:
+    """Prints the lines of a child's log that ``show`` lets through until it ends.
+
+    Args:
+        show: a log line to what is printed of it, or None.
+        quiet: printed with the seconds gone by when nothing was shown for ``quiet_s``.
+
+    Returns:
+        The child's exit status.
+    """
+    start = last = time.monotonic()
+    with log.open("r", errors="replace") as source:
+        partial = ""
+        while True:
+            ended = child.poll() is not None
+            partial += source.read()
+            *lines, partial = partial.split("\n")
+            for line in lines:
+                if (text := show(line)) is not None:
+                    print(text, flush=True)
+                    last = time.monotonic()
+            if ended:
+                return int(child.returncode)
+            if time.monotonic() - last > quiet_s:
+                last = time.monotonic()
+                print(f"   {quiet}: {last - start:.0f} s ...", flush=True)
+            time.sleep(0.2)
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    """The end of a log file, with its path."""
+    text = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join([f"--- last lines of {log}", *text[-lines:], "---"])
