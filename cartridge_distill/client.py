@@ -342,9 +342,8 @@ class TokasaurusClient:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         settings = self.settings
-        backoff = tenacity.wait_exponential_jitter(
-            initial=settings.backoff_s, max=settings.max_backoff_s, jitter=settings.backoff_s
-        )(state)
+        backoff = tenacity.wait_exponential(settings.backoff_s, settings.max_backoff_s)(state)
+        backoff += tenacity.wait_random(0.0, settings.backoff_s)(state)
         error = state.outcome.exception() if state.outcome else None
         asked = error.wait_s if isinstance(error, _Passing) else None
         return backoff if asked is None else max(asked, 0.0)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cartridge_distill.attention import BACKENDS as ATTENTIONS
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.loss import LOSSES
 
 INITS = ("text", "random", "checkpoint")
-LOSSES = ("forward_kl_topk", "topk_cross_entropy", "reverse_kl")
-ATTENTIONS = ("auto", "flex", "grouped", "dense")
 TRANSPORTS = ("shared_dir",)
 SYNC_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -74,7 +74,7 @@ def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
         )
     if not isinstance(config.document_key, str) or not config.document_key:
         refuse("document_key", "name the key in extra_info that holds the document's id")
-    one_of("loss", LOSSES)
+    one_of("loss", tuple(LOSSES))
     at_least("topk", 1, "the loss compares the teacher's k likeliest tokens (20 is usual)")
     above_zero("kl_temperature", "logits are divided by it (1.0 leaves them alone)")
     one_of("attention", ATTENTIONS)

@@ -155,7 +155,7 @@ LossFunction = Callable[[Tensor, TeacherTopK, float], Tensor]
 LOSSES: dict[str, LossFunction] = {
     "forward_kl_topk": forward_kl_topk,
     "topk_cross_entropy": topk_cross_entropy,
-    "reverse_kl_topk": reverse_kl_topk,
+    "reverse_kl": reverse_kl_topk,
 }
 
 

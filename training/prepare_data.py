@@ -51,10 +51,10 @@ DEFAULT_DATA = Path(__file__).parent / "data" / "demo.json"
 
 # Short, because every token of the user's turn is paid for in each of the three forwards.
 STARTED_TURNS = (
-    "What does the record say about {section}?",
     "Tell me about {section}.",
     "Describe {section}.",
-    "What do you know about {section}?",
+    "What about {section}?",
+    "{section}?",
 )
 OPEN_TURNS = (
     "Summarize what the record says about {section}.",
@@ -111,9 +111,11 @@ def sentences(text: str) -> list[str]:
 def cut_points(tokenizer: PreTrainedTokenizerBase, sentence: str) -> list[str]:
     """The beginnings of a sentence at which a started answer may stop.
 
-    At least 2 tokens in and 1 before the end. A cut counts only if its text, tokenised again
-    behind the rendered prompt, gives the very tokens that the whole sentence begins with: the
-    student must go on from a token sequence that the sentence itself could have.
+    They lie in the later half of the sentence, at least 2 tokens in, before the last word: what is
+    new in a sentence comes late, and there the teacher knows what the student does not. A cut
+    counts only if its text, tokenised again behind the rendered prompt, gives the very tokens that
+    the whole sentence begins with: the student must go on from a token sequence that the sentence
+    itself could have.
     """
 
     def render(answer: str) -> list[int]:
@@ -124,7 +126,11 @@ def cut_points(tokenizer: PreTrainedTokenizerBase, sentence: str) -> list[str]:
     if whole[: len(head)] != head:
         return []
     starts = []
-    for end in range(len(head) + 2, len(whole)):
+    tokens = len(whole) - len(head)
+    for cut in range(max(2, tokens // 2), max(3, tokens - 1)):
+        end = len(head) + cut
+        if end >= len(whole):
+            break
         start = str(tokenizer.decode(whole[len(head) : end]))
         if sentence.startswith(start) and render(start) == whole[:end]:
             starts.append(start)

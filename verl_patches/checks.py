@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from cartridge_distill.config import KEY, cartridge_problems
 from cartridge_distill.errors import ConfigError
+from verl_patches.hooks import TRAINER_MODE
 
 PAGE_SIZE = 16
 """Tokens in a page of Tokasaurus' KV cache."""
 
-TRAINER_MODE = "cartridge"
 MIN_RAY_CPUS = 4
 
 _ACTOR = "actor_rollout_ref.actor"
@@ -67,6 +67,16 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (False, None),
         "it starts a second model as teacher; here the teacher is the student's own model",
     ),
+    (
+        "trainer.resume_mode",
+        ("disable",),
+        "optimizer state and data position are not saved yet; to go on from a saved cartridge use "
+        "actor.cartridge.init=checkpoint",
+    ),
+    ("trainer.test_freq", (-1, 0), "veRL's validation scores rewards, and there are none"),
+    ("trainer.val_before_train", (False,), "veRL's validation scores rewards, and there are none"),
+    (f"{_ACTOR}.fsdp_config.param_offload", (False,), "the frozen base stays on the device"),
+    (f"{_ACTOR}.fsdp_config.optimizer_offload", (False,), "the cartridge's state is megabytes"),
     ("trainer.use_v1", (True,), "the cartridge trainer is a v1 trainer"),
     ("trainer.v1.trainer_mode", (TRAINER_MODE,), "no other trainer refuses stale rollouts"),
     (f"{_ROLLOUT}.name", ("tokasaurus",), "no other rollout sends the cartridge"),
@@ -177,6 +187,11 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
     for url in [urls] if isinstance(urls, str) else urls:
         if not str(url).startswith(("http://", "https://")):
             yield f"{key}={url!r}: set a URL with http:// or https://"
+    if _get(config, f"{_ROLLOUT}.custom.cartridges"):
+        yield (
+            f"{_ROLLOUT}.custom.cartridges: the server would join fixed cartridges to the trained "
+            "one, the trainer's forward would not have them; set it to []"
+        )
     tokens = _get(config, f"{KEY}.num_tokens")
     if isinstance(tokens, int) and tokens % PAGE_SIZE:
         near = max(PAGE_SIZE, round(tokens / PAGE_SIZE) * PAGE_SIZE)

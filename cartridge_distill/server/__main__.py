@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="holds one folder per cartridge id (default: ./cartridges)",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, default=10210, help="default: 10210")
+    add("--port", type=int, default=10210, help="default: 10210; 0 takes a free one")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
         "--dtype",
@@ -106,6 +107,19 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop_early)
     signal.signal(signal.SIGINT, stop_early)
 
+    # The port is taken now, for nobody should learn after minutes of loading that it is not free;
+    # connections are refused until the server listens on it.
+    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((options.host, options.port))
+    except OSError as error:
+        print(
+            f"cannot start: {options.host}:{options.port}: {error.strerror}; choose another --port "
+            "(or --host)",
+            file=sys.stderr,
+        )
+        return 1
     started = time.monotonic()
     print(f"loading {options.model} ...", flush=True)
     import torch
@@ -141,20 +155,16 @@ def main(arguments: list[str] | None = None) -> int:
         f"model ready after {time.monotonic() - started:.1f} s ({options.dtype} on "
         f"{options.device}, {torch.get_num_threads()} threads); "
         f"cartridges from {options.cartridge_dir.resolve()}; "
-        f"starting on http://{options.host}:{options.port}",
+        f"serving on http://{options.host}:{listener.getsockname()[1]}",
         flush=True,
     )
     try:
-        server.run()
+        server.run(sockets=[listener])
     except (KeyboardInterrupt, SystemExit):
         # uvicorn hands the signal on once it has shut down in order.
         pass
     if not server.started:
-        print(
-            f"cannot start: {options.host}:{options.port} cannot be listened on (in use?); "
-            "choose another --port",
-            file=sys.stderr,
-        )
+        print("cannot start: see the log above", file=sys.stderr)
         return 1
     print("stopped", flush=True)
     return 0

@@ -228,9 +228,7 @@ def create_app(service: Service) -> FastAPI:
         return await chat(request, http)
 
     @app.post("/custom/cartridge/completions")
-    async def cartridge_completions(
-        request: CartridgeCompletionRequest, http: Request
-    ) -> Response:
+    async def cartridge_completions(request: CartridgeCompletionRequest, http: Request) -> Response:
         return await complete(request, http)
 
     @app.post("/custom/cartridge/chat/completions")

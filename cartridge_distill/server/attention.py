@@ -96,12 +96,17 @@ class RowBuffers:
 
 @dataclass(frozen=True)
 class RowPart:
-    """What one row brings into a forward: ``length`` tokens after ``past`` already in its slot."""
+    """What one row brings into a forward: ``length`` tokens after ``past`` already in its slot.
+
+    ``borrowed``: the first of those ``past`` tokens that another row computes in this very forward,
+    as places in the packed row. Each layer writes keys and values before it reads any.
+    """
 
     slot: int
     past: int
     length: int
     prefix: Prefix | None
+    borrowed: Sequence[int] = ()
 
 
 @dataclass
@@ -154,8 +159,17 @@ class ServingBatch:
         for part in parts:
             slots += [part.slot] * part.length
             index += range(part.past, part.past + part.length)
-        self.slots = torch.tensor(slots, device=device)
         self.index = torch.tensor(index, device=device)
+        sources = list(range(len(index)))
+        for part in parts:
+            slots += [part.slot] * len(part.borrowed)
+            index += range(len(part.borrowed))
+            sources += part.borrowed
+        # Where each key and value goes, and which packed token it comes from.
+        self.write_slots = torch.tensor(slots, device=device)
+        self.write_index = torch.tensor(index, device=device)
+        everything = len(sources) == len(self.index)
+        self.write_sources = None if everything else torch.tensor(sources, device=device)
         self.segments = self._segments(parts, device)
         self.groups = self._groups(parts, device)
         self.layers_seen: set[int] = set()
@@ -388,8 +402,11 @@ def serving_attention(
     batch = serving_batch
     layer = cast(int, module.layer_idx)
     batch.layers_seen.add(layer)
-    batch.buffers.keys[layer][batch.slots, :, batch.index] = key[0].transpose(0, 1)
-    batch.buffers.values[layer][batch.slots, :, batch.index] = value[0].transpose(0, 1)
+    for buffers, new in ((batch.buffers.keys, key), (batch.buffers.values, value)):
+        tokens = new[0].transpose(0, 1)  # [T, H, D]
+        if batch.write_sources is not None:
+            tokens = tokens[batch.write_sources]
+        buffers[layer][batch.write_slots, :, batch.write_index] = tokens
     by_token = query[0].transpose(0, 1)  # [T, Hq, D]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     own = _attend_own(batch, layer, by_token, scale, softcap, sliding_window)

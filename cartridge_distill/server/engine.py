@@ -7,8 +7,9 @@ into its slot, so that slots stay dense. Rows of different cartridges share the 
 attention tells them apart.
 
 The rest of the server talks to it through :meth:`Engine.submit` and futures. It knows nothing of
-HTTP, chat templates or files. Not done here: prompt caching, paging, speculation, more than one
-device.
+HTTP, chat templates or files. Prompts that begin alike (the same chat header, the
+same question) compute the common tokens once when they start in the same forward. Not done here: a
+prompt cache across forwards, paging, speculation, more than one device.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from cartridge_distill.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-# When idle, how long the first request waits for company: a burst of requests takes some
-# milliseconds to parse, and a forward over one prompt costs nearly as much as one over many.
+# When idle, the first request waits for company until none has come for this long, and at most so
+# often: a burst takes a while to parse, and prompts in one forward share what they have in common.
 _GATHER_SECONDS = 0.005
+_GATHER_TIMES = 40
 
 
 class EngineError(CartridgeDistillError):
@@ -60,6 +62,7 @@ class Generated:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+    shared_tokens: int = 0  # prompt tokens that were computed for another row
 
 
 @dataclass(eq=False)
@@ -86,6 +89,7 @@ class Row:
     ends_with_stop: Callable[[list[int]], bool] | None = None
     future: Future[Generated] = field(default_factory=Future)
     done: int = 0  # tokens whose keys and values lie in the buffers
+    shared: int = 0
     new_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -111,7 +115,8 @@ class EngineStats:
     """Counts since the start, for the log and for tests."""
 
     forwards: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    shared_tokens: int = 0  # not computed: another row of the same forward had them, too
     new_tokens: int = 0
     largest_batch: int = 0
 
@@ -244,7 +249,13 @@ class Engine:
             first = self._inbox.get()
             if first is not None:
                 self._waiting.append(first)
-                self._stopping.wait(_GATHER_SECONDS)
+                for _ in range(_GATHER_TIMES):
+                    self._stopping.wait(_GATHER_SECONDS)
+                    if self._inbox.empty() or len(self._waiting) >= self._settings.max_batch:
+                        break
+                    while not self._inbox.empty():
+                        if (row := self._inbox.get()) is not None:
+                            self._waiting.append(row)
         while True:
             try:
                 row = self._inbox.get_nowait()
@@ -284,8 +295,13 @@ class Engine:
         positions: list[int] = []
         sampled: list[Row] = []
         last_places: list[int] = []
+        fresh: list[tuple[Row, list[int]]] = []
         budget = self._settings.prefill_tokens
         for slot, row in enumerate(self._rows):
+            borrowed = self._borrow(row, fresh) if row.done == 0 and budget > 0 else []
+            row.done += len(borrowed)
+            row.shared += len(borrowed)
+            self.stats.shared_tokens += len(borrowed)
             length = row.pending
             if not row.new_ids:
                 length = min(length, self._settings.prefill_chunk, budget)
@@ -294,7 +310,9 @@ class Engine:
             if length == 0:
                 continue
             start = row.prefix.num_tokens + row.done if row.prefix is not None else row.done
-            parts.append(RowPart(slot, row.done, length, row.prefix))
+            parts.append(RowPart(slot, row.done, length, row.prefix, borrowed))
+            if row.done == len(borrowed):
+                fresh.append((row, [*borrowed, *range(len(ids), len(ids) + length)]))
             ids += row.tokens(row.done, length)
             positions += range(start, start + length)
             if length == row.pending:
@@ -320,6 +338,29 @@ class Engine:
             ]
         )
 
+    @staticmethod
+    def _borrow(row: Row, fresh: list[tuple[Row, list[int]]]) -> list[int]:
+        """The longest beginning that a row has in common with one already in this forward.
+
+        Args:
+            row: a row that has nothing computed yet.
+            fresh: rows that begin in this forward, with the packed places of their tokens.
+
+        Returns:
+            Packed places of the common tokens; at least the row's last one is left to compute.
+        """
+        best: list[int] = []
+        for other, places in fresh:
+            limit = min(len(row.prompt_ids) - 1, len(places))
+            if other.prefix is not row.prefix or limit <= len(best):
+                continue
+            common = 0
+            while common < limit and row.prompt_ids[common] == other.prompt_ids[common]:
+                common += 1
+            if common > len(best):
+                best = places[:common]
+        return best
+
     def _append(self, row: Row, token: int, logprob: float) -> bool:
         """Adds a token; true when the row is finished (or has failed)."""
         if logprob != logprob:
@@ -341,7 +382,7 @@ class Engine:
         else:
             return False
         try:
-            row.future.set_result(Generated(row.new_ids, row.logprobs, reason))
+            row.future.set_result(Generated(row.new_ids, row.logprobs, reason, row.shared))
         except InvalidStateError:
             pass  # Cancelled in this moment: nobody waits for the result.
         return True

@@ -249,7 +249,9 @@ def _usage(job: Job, results: Sequence[Generated]) -> Usage:
         prompt_tokens=prompt,
         completion_tokens=new,
         total_tokens=prompt + new,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(result.shared_tokens for result in results)
+        ),
     )
 
 

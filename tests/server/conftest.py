@@ -27,11 +27,14 @@ from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
 
 VOCAB = 259
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "mistral_window", "gemma", "gemma2", "gemma3"]
+ARCHITECTURES = [
+    *("llama", "qwen2", "qwen3", "mistral", "mistral_window"),
+    *("gemma", "gemma2", "gemma3"),
+]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-    "{% if not loop.last or m['role'] != 'assistant' %}\n{% endif %}{% endfor %}"
+    "{% if not loop.last or m['role'] != 'assistant' %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -76,8 +76,9 @@ def test_logprobs_equal_the_plain_forward(kind: str, engine_of: EngineOf) -> Non
     engine = engine_of(model, prefill_chunk=16, prefill_tokens=48, max_batch=9)
     prefixes = [random_cartridge(model, tokens, tokens).prefix() for tokens in (16, 48, 32)]
     choices: list[Prefix | None] = [*prefixes, None]
+    heats = (0.7, 0.0, 1.0, 1.6)
     rows = [
-        row(prompt(length, place), 1 + place % 9, choices[place % 4], (0.7, 0.0, 1.0, 1.6)[place % 4])
+        row(prompt(length, place), 1 + place % 9, choices[place % 4], heats[place % 4])
         for place, length in enumerate([1, 5, 40, 1, 23, 2, 70, 9, 1, 31, 17, 3, 64, 12])
     ]
     futures = [engine.submit(item) for item in rows[:6]]
@@ -89,6 +90,26 @@ def test_logprobs_equal_the_plain_forward(kind: str, engine_of: EngineOf) -> Non
         assert result.finish_reason == "length"
         check(model, item, result)
     assert engine.stats.largest_batch > 1
+
+
+def test_bfloat16(llama: PreTrainedModel, engine_of: EngineOf) -> None:
+    """The model's dtype rules the matmuls; the softmax is float32, so the error is one rounding."""
+    half = copy.deepcopy(llama).to(torch.bfloat16)
+    engine = engine_of(half)
+    prefix = random_cartridge(llama).prefix().to(dtype=torch.bfloat16)
+    for item in [row(prompt(3 + 9 * n, n), 4, prefix) for n in range(4)]:
+        result = engine.submit(item).result(60)
+        wanted = plain_logprobs(half, prefix, item.prompt_ids, result.token_ids, item.temperature)
+        assert result.logprobs == pytest.approx(wanted, abs=0.15)
+
+
+def test_the_bound_on_kv_memory_holds(llama: PreTrainedModel, engine_of: EngineOf) -> None:
+    engine = engine_of(llama, max_kv_tokens=64)
+    rows = [row(prompt(length, length), 4, None) for length in (9, 100, 12, 13, 40, 8, 8, 8)]
+    futures = [engine.submit(item) for item in rows]
+    for item, future in zip(rows, futures, strict=True):
+        check(llama, item, future.result(60))
+    assert engine.stats.largest_batch <= 64 // 11
 
 
 def test_greedy_takes_the_most_likely_token(llama: PreTrainedModel, engine_of: EngineOf) -> None:
@@ -130,6 +151,23 @@ def test_the_cartridge_is_not_copied_per_row(
     for future in futures:
         future.result(60)
     assert seen and all(entry == (1, True) for entry in seen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral_window", "gemma2"])
+def test_common_beginnings_are_computed_once(kind: str, engine_of: EngineOf) -> None:
+    model = tiny_model(kind)
+    engine = engine_of(model, prefill_chunk=30)
+    prefixes = [random_cartridge(model, 16, seed).prefix() for seed in range(2)]
+    stem, question = prompt(20, 0), prompt(15, 1)
+    prompts = [stem + question + prompt(n, n) for n in (3, 1, 8)]
+    prompts += [stem, stem, stem + question, [*stem[:7], 255], prompt(6, 9)]
+    rows = [row(ids, 5, prefix) for prefix in prefixes for ids in prompts]
+    for number, item in enumerate(rows):
+        item.generator = random.Random(number)
+    for item, future in [(item, engine.submit(item)) for item in rows]:
+        check(model, item, future.result(60))
+    assert engine.stats.shared_tokens > 100
+    assert engine.stats.shared_tokens + engine.stats.prompt_tokens == sum(map(len, prompts)) * 2
 
 
 def test_segments_keep_padding_small(llama: PreTrainedModel) -> None:

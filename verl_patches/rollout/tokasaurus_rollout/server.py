@@ -113,7 +113,7 @@ class TokasaurusHttpServer:
                 prompt_ids,
                 max_tokens=int(sampling_params.get("max_tokens", self.response_length)),
                 temperature=float(sampling_params["temperature"]),
-                cartridges=self._refs(version),
+                cartridges=self.static if version is None else self._refs(version),
             )
         )[0]
         if not completion.token_ids:
@@ -123,7 +123,7 @@ class TokasaurusHttpServer:
             log_probs=completion.logprobs,
             stop_reason="completed",
             extra_fields={
-                "global_steps": step_of(version),
+                "global_steps": None if version is None else step_of(version),
                 "cartridge_version": version,
                 "finish_reason": completion.finish_reason,
             },

@@ -1,0 +1,271 @@
+"""The engine inside veRL's own training worker, one process, real gloo: what trains, what does not."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+
+pytest.importorskip("verl.workers.config", reason="veRL is not installed")
+
+from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
+from tests.server.conftest import VOCAB, byte_tokenizer, plain_logprobs, tiny_model
+from verl_patches.hooks import distill_loss
+
+TEMPERATURE = 0.7
+DOCUMENTS = {"red": "The red house stands by the sea. " * 3, "blue": "The blue boat is new. " * 4}
+# (prompt, response, document): a response of length 1 and one of the maximum in one batch.
+SHAPES = [(5, 1, "red"), (20, 16, "blue"), (3, 4, "red"), (9, 16, "blue")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def engine(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Built from veRL's own config classes, as its training worker builds it."""
+    import verl_patches.platform_cpu as cpu
+    from verl.plugin.platform import platform_manager
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import (
+        CartridgeConfig,
+        FSDPEngineConfig,
+        FSDPOptimizerConfig,
+        HFModelConfig,
+    )
+
+    monkeypatch.setattr(platform_manager, "_current_platform", cpu.PlatformCPU())
+    from verl_patches.engine import CartridgeEngine
+
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text(
+        "\n".join(json.dumps({"document_id": k, "text": v}) for k, v in DOCUMENTS.items())
+    )
+    model = HFModelConfig(
+        path=str(model_folder), use_remove_padding=False, enable_gradient_checkpointing=False
+    )
+    model.cartridge = CartridgeConfig(
+        enabled=True,
+        num_tokens=32,
+        lr=0.02,
+        documents=str(documents),
+        init_document="red",
+        sync_dir=str(tmp_path),
+    )
+    optimizer = FSDPOptimizerConfig(lr=1.0, weight_decay=0.0, total_training_steps=10)
+    built = CartridgeEngine(
+        model,
+        FSDPEngineConfig(strategy="fsdp2", model_dtype="fp32", use_torch_compile=False),
+        optimizer,
+        CheckpointConfig(),
+    )
+    built.initialize()
+    return built
+
+
+def rollouts(engine: Any, seed: int = 0) -> TensorDict:
+    """A batch in veRL's form; the log-probs come from plain one-by-one transformers forwards."""
+    generator = torch.Generator().manual_seed(seed)
+    plain, prefix = tiny_model(), engine.cartridge.prefix()
+    columns: dict[str, list[Tensor]] = {
+        name: [] for name in ("input_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs")
+    }
+    for prompt_length, length, _ in SHAPES:
+        prompt, response = (
+            torch.randint(3, VOCAB - 3, (n,), generator=generator) for n in (prompt_length, length)
+        )
+        logprobs = plain_logprobs(plain, prefix, prompt.tolist(), response.tolist(), TEMPERATURE)
+        row = (
+            torch.cat([prompt, response]),
+            prompt,
+            response,
+            torch.ones(length, dtype=torch.long),
+            torch.ones(length, dtype=torch.long),
+            torch.tensor(logprobs),
+        )
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    from verl.utils import tensordict_utils as tu
+
+    data = tu.get_tensordict(
+        {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in columns.items()},
+        {
+            "temperature": TEMPERATURE,
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": 2,
+        },
+    )
+    tu.assign_non_tensor_stack(data, "extra_info", [{"document_id": d} for _, _, d in SHAPES])
+    tu.assign_non_tensor_stack(data, "extra_fields", [{"global_steps": engine.step}] * len(SHAPES))
+    return data
+
+
+def step(engine: Any, data: TensorDict) -> dict[str, Any]:
+    with engine.train_mode():
+        metrics: dict[str, Any] = engine.train_batch(data, distill_loss)
+    return metrics
+
+
+def replace(data: TensorDict, name: str, values: list[Any]) -> TensorDict:
+    from verl.utils import tensordict_utils as tu
+
+    tu.assign_non_tensor_stack(data, name, values)
+    return data
+
+
+def test_steps_lower_the_loss_and_touch_the_cartridge_alone(engine: Any) -> None:
+    losses = []
+    for _ in range(4):
+        out = step(engine, rollouts(engine))
+        losses.append(sum(out["loss"]))
+        assert max(out["metrics"]["logprob_diff/max"]) < 1e-5  # length 1 and 16 in one batch
+        assert out["metrics"]["frozen_tokens_changed"] == [0.0]
+    assert losses[-1] < losses[0] * 0.9
+    assert engine.step == 4
+    assert engine.teacher.prefills == 2  # two documents, four steps
+
+
+def test_micro_batches_add_up_to_one_batch(engine: Any) -> None:
+    """The mean is over response tokens, however the batch is cut."""
+    gradients = []
+    for size in (1, 2, 4):
+        data = rollouts(engine)
+        from verl.utils import tensordict_utils as tu
+
+        tu.assign_non_tensor(data, micro_batch_size_per_gpu=size)
+        engine.optimizer_zero_grad()
+        engine.forward_backward_batch(data, distill_loss)
+        gradients.append([p.grad.clone() for p in engine.cartridge.trainable_parameters()])
+    for other in gradients[1:]:
+        for mine, reference in zip(other, gradients[0], strict=True):
+            torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-4)
+
+
+def no_logprob(data: TensorDict) -> TensorDict:
+    del data["rollout_log_probs"]
+    return data
+
+
+def wrong_logprob(data: TensorDict) -> TensorDict:
+    values = [v.clone() for v in data["rollout_log_probs"].unbind()]
+    values[1][7] -= 0.01
+    data["rollout_log_probs"] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
+    return data
+
+
+def nan_logprob(data: TensorDict) -> TensorDict:
+    values = [v.clone() for v in data["rollout_log_probs"].unbind()]
+    values[0][0] = float("nan")
+    data["rollout_log_probs"] = torch.nested.as_nested_tensor(values, layout=torch.jagged)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        pytest.param(
+            lambda d: replace(d, "extra_fields", [{"global_steps": -1}] + [{"global_steps": 0}] * 3),
+            OffPolicyError,
+            r"step \[-1\] reached the trainer at step 0",
+            id="stale version",
+        ),
+        pytest.param(
+            lambda d: replace(d, "extra_fields", [{}] * 4),
+            OffPolicyError,
+            r"step \[None\]",
+            id="no version stamp",
+        ),
+        pytest.param(wrong_logprob, OffPolicyError, "disagree .* by 0.01", id="other log-prob"),
+        pytest.param(nan_logprob, OffPolicyError, "disagree .* by nan", id="NaN log-prob"),
+        pytest.param(no_logprob, RolloutError, "calculate_log_probs=True", id="no log-probs"),
+        pytest.param(
+            lambda d: replace(d, "extra_info", [{"document_id": "green"}] * 4),
+            DocumentError,
+            "'green' is not in",
+            id="missing document",
+        ),
+        pytest.param(
+            lambda d: replace(d, "extra_info", [{"split": "train"}] * 4),
+            DocumentError,
+            "has no 'document_id'",
+            id="no document id",
+        ),
+    ],
+)
+def test_nothing_is_trained_on(engine: Any, spoil: Any, error: type[Exception], message: str) -> None:
+    before = {k: v.clone() for k, v in engine.cartridge.state_dict().items()}
+    with pytest.raises(error, match=message):
+        step(engine, spoil(rollouts(engine)))
+    assert engine.step == 0
+    assert all(torch.equal(v, before[k]) for k, v in engine.cartridge.state_dict().items())
+    assert all(p.grad is None for p in engine.cartridge.trainable_parameters())
+    step(engine, rollouts(engine))  # and a sound batch still trains
+    assert engine.step == 1
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(engine: Any) -> None:
+    step(engine, rollouts(engine))
+    for parameter in engine.cartridge.trainable_parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(FloatingPointError, match="the step was not taken"):
+        engine.optimizer_step()
+    assert engine.step == 1
+
+
+def test_the_weight_update_carries_the_cartridge_alone(engine: Any) -> None:
+    from verl_patches.rollout.tokasaurus_rollout.adapter import cartridge_from_tensors
+
+    tensors, peft = engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+    rebuilt = cartridge_from_tensors(dict(tensors))
+    assert peft is None
+    assert rebuilt.num_tokens == 32
+    mine = engine.cartridge.state_dict()
+    assert all(torch.equal(v, mine[k]) for k, v in rebuilt.state_dict().items())
+
+
+def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(engine: Any, tmp_path: Path) -> None:
+    from cartridge_distill.checkpoint import load_cartridge, read_meta
+
+    step(engine, rollouts(engine))
+    engine.save_checkpoint(str(tmp_path / "actor"), global_step=1)
+    saved = load_cartridge(tmp_path / "actor" / "cartridge")
+    assert torch.equal(saved.trainable_keys[0], engine.cartridge.trainable_keys[0])
+    assert read_meta(tmp_path / "actor" / "cartridge")["step"] == 1
+    with torch.no_grad():
+        next(engine.module.parameters()).view(-1)[0] += 1
+    with pytest.raises(RuntimeError, match="frozen base model's weights changed"):
+        engine.save_checkpoint(str(tmp_path / "other"), global_step=2)
+    with pytest.raises(ConfigError, match="init=checkpoint"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
+
+
+def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
+    engine.settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
+    with pytest.raises(ConfigError, match="holds 2 documents; set actor.cartridge.init_document"):
+        engine._init_document()

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# On-policy cartridge distillation with veRL, on a GPU.
+#
+#   TOKASAURUS_URL=https://... SYNC_DIR=/shared/cartridges \
+#     bash training/run_cartridge_distill.sh [hydra overrides]
+#
+# Needs
+#   TOKASAURUS_URL   the rollout server, e.g. http://gpu-box:10210
+#   SYNC_DIR         that server's cartridge directory as this machine sees it; a directory that
+#                    both see is the only way a new cartridge travels so far
+# May be set
+#   MODEL            base model, folder or hub id      (meta-llama/Llama-3.2-3B-Instruct)
+#   DATA             folder of training/prepare_data.py (data/longhealth; written when absent)
+#   SOURCE, PATIENTS, ROWS   what is written there     (longhealth, patient_01, 4096 prompts)
+#   TOKENS, LR, BATCH, TEMPERATURE                     (2048, 0.02, 32, 0.7)
+#   OUT              checkpoints and metrics           (runs/<name of DATA>)
+#   PLATFORM         cuda or cpu                       (cuda)
+#   WAIT             seconds to wait for the server, a cold start included (60)
+#   PYTHON           interpreter                       (.venv/bin/python, else python3)
+#   DRY_RUN=1        check everything, print veRL's command, do not run it
+#
+# Everything else is in training/config/cartridge_distill.yaml and may be overridden:
+#   ... run_cartridge_distill.sh actor_rollout_ref.actor.cartridge.topk=50 trainer.nnodes=2
+# Small, on a CPU:
+#   PLATFORM=cpu MODEL=path/to/small/model DATA=runs/demo/data TOKENS=128 BATCH=8 \
+#     TOKASAURUS_URL=http://127.0.0.1:10210 SYNC_DIR=cartridges \
+#     bash training/run_cartridge_distill.sh data.max_prompt_length=192 data.max_response_length=4
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
+
+refuse() { printf 'refused: %s\n' "$@" >&2; exit 2; }
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
+
+MODEL=${MODEL:-meta-llama/Llama-3.2-3B-Instruct}
+if [[ -d $MODEL ]]; then MODEL=$(absolute "$MODEL"); fi
+DATA=$(absolute "${DATA:-$ROOT/data/longhealth}")
+NAME=$(basename "$DATA" | sed 's/[^[:alnum:]]\{1,\}/-/g; s/^-//; s/-$//') # begins the version ids
+OUT=$(absolute "${OUT:-$ROOT/runs/$NAME}")
+PLATFORM=${PLATFORM:-cuda}
+PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
+
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export VERL_USE_EXTERNAL_MODULES=verl_patches.plugin
+export VERL_FILE_LOGGER_PATH=$OUT/metrics.jsonl
+if [[ $PLATFORM == cpu ]]; then export VERL_PLATFORM=cpu; fi
+
+# ---- checks: nothing starts on a machine where it cannot end well
+
+checked=$("$PYTHON" -m verl_patches check 2>&1) ||
+  refuse "veRL is not ready for cartridges. $PYTHON -m verl_patches check says:" "$checked" \
+    "mend: $PYTHON -m verl_patches apply (or: make setup)"
+
+read -r -d '' get_a_server <<EOT || true
+how to get a server:
+  the embedded one, on this or another GPU machine that shares a directory with this one:
+    $PYTHON -m cartridge_distill.server --model $MODEL --device cuda --dtype bfloat16 \\
+      --host 0.0.0.0 --port 10210 --cartridge-dir /shared/cartridges
+  or the real Tokasaurus, its branch geoff/cartridges (the release on PyPI has no cartridges):
+    toka model=$MODEL port=10210 cartridge_dir=/shared/cartridges
+  then: TOKASAURUS_URL=http://that-machine:10210 SYNC_DIR=/shared/cartridges bash $0
+  (deployment on Modal is not there yet)
+EOT
+
+[[ -n ${TOKASAURUS_URL:-} ]] || refuse "TOKASAURUS_URL is not set: no server to write the rollouts." "$get_a_server"
+"$PYTHON" - "$TOKASAURUS_URL" "${WAIT:-60}" "$MODEL" <<'EOT' || refuse "no server to write the rollouts, see above." "$get_a_server"
+import asyncio, logging, sys
+from cartridge_distill.client import ClientSettings, TokasaurusClient
+from cartridge_distill.errors import RolloutError
+
+async def look(url: str, wait: float, model: str) -> None:
+    async with TokasaurusClient(url, ClientSettings(startup_timeout_s=wait)) as client:
+        await client.wait_until_ready()
+        print(f"server {url} serves {', '.join(await client.models())}; to be trained: {model}")
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("httpx").setLevel(logging.WARNING)
+try:
+    asyncio.run(look(sys.argv[1], float(sys.argv[2]), sys.argv[3]))
+except RolloutError as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+EOT
+
+[[ -n ${SYNC_DIR:-} ]] || refuse "SYNC_DIR is not set: give the server's cartridge directory (its --cartridge-dir) as this machine sees it."
+SYNC_DIR=$(absolute "$SYNC_DIR")
+[[ -d $SYNC_DIR && -w $SYNC_DIR ]] || refuse "SYNC_DIR=$SYNC_DIR is no directory that can be written to: mount the server's cartridge directory there."
+
+# ---- data
+
+if [[ ! -f $DATA/train.parquet ]]; then
+  read -r -a patients <<<"${PATIENTS:-patient_01}"
+  prepare=("$PYTHON" "$ROOT/training/prepare_data.py" --data "${SOURCE:-longhealth}" --patients "${patients[@]}")
+  prepare+=(--recipe mixed --rows "${ROWS:-4096}" --tokenizer "$MODEL" --out "$DATA")
+  echo "no data in $DATA; writing it: ${prepare[*]}"
+  [[ -n ${DRY_RUN:-} ]] || "${prepare[@]}" || refuse "the data could not be written, see above."
+fi
+
+# ---- the run
+
+run=(
+  "$PYTHON" -m verl.trainer.main_ppo
+  --config-path "$ROOT/training/config" --config-name cartridge_distill
+  platform="$PLATFORM"
+  data.train_files="$DATA/train.parquet"
+  data.val_files="$DATA/val.parquet"
+  data.train_batch_size="${BATCH:-32}"
+  actor_rollout_ref.model.path="$MODEL"
+  actor_rollout_ref.actor.cartridge.num_tokens="${TOKENS:-2048}"
+  actor_rollout_ref.actor.cartridge.lr="${LR:-0.02}"
+  actor_rollout_ref.actor.cartridge.documents="$DATA/documents.jsonl"
+  actor_rollout_ref.actor.cartridge.sync_dir="$SYNC_DIR"
+  actor_rollout_ref.rollout.temperature="${TEMPERATURE:-0.7}"
+  actor_rollout_ref.rollout.custom.tokasaurus_url="$TOKASAURUS_URL"
+  trainer.experiment_name="$NAME"
+  trainer.default_local_dir="$OUT/checkpoints"
+  "trainer.logger=[console,file]"
+  "$@"
+)
+if [[ -n ${DRY_RUN:-} ]]; then
+  printf '%q ' "${run[@]}"
+  echo
+  exit 0
+fi
+mkdir -p "$OUT"
+"${run[@]}"
+echo "cartridges: $OUT/checkpoints/global_step_*/actor/cartridge, metrics: $OUT/metrics.jsonl"
+echo "what is it worth:  $PYTHON -m cartridge_distill.evaluate --model $MODEL --data $DATA --cartridge $OUT/checkpoints/global_step_N/actor/cartridge"
