@@ -10,7 +10,8 @@ function which tokens belong together. Three backends give the same result:
 ``grouped``
     Plain matmuls. The prefix is one large product for all tokens; a sequence's own part is computed
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
-    neither keys nor values are repeated for grouped queries. The default on a CPU.
+    neither keys nor values are repeated for grouped queries. Tokens with the same past (samples of
+    one prompt) are computed once, through the whole model. The default on a CPU.
 ``dense``
     One product under a full ``[T, P + T]`` mask: the readable reference for the other two.
 
@@ -22,7 +23,8 @@ layer did not come through here: nothing falls back to full attention. Dropout i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -47,7 +49,7 @@ _GROUP_RATIO = 0.75
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """"auto" by device; anything else as given.
+    """ "auto" by device; anything else as given.
 
     Raises:
         ConfigError: an unknown name.
@@ -59,18 +61,53 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-class PackedLayout:
-    """Which token may see which, for one forward; masks are built once and shared by all layers."""
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of like shape, padded to the longest of them.
 
-    def __init__(self, batch: PackedBatch, prefix: Prefix | None, backend: str) -> None:
+    Attributes:
+        queries: ``[n, q]`` computed tokens whose attention is asked for; a shorter sequence's row is
+            filled up with its last one, and the results there are never used.
+        places: ``[n, q]`` place of each query in its sequence.
+        keys: ``[n, k]`` computed tokens of each sequence from its beginning, filled up likewise.
+    """
+
+    queries: Tensor
+    places: Tensor
+    keys: Tensor
+
+
+class PackedLayout:
+    """Which token may see which, for one forward; masks are built once and shared by all layers.
+
+    Sequences of a batch often begin alike: samples of one prompt, prompts about one section. With
+    ``share_beginnings`` a token whose whole past equals another's is computed once: its hidden
+    states are the same. ``computed`` says which tokens of the row are, ``of_token`` where each
+    token's result is found. Only the grouped backend can do this.
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        prefix: Prefix | None,
+        backend: str,
+        share_beginnings: bool = False,
+    ) -> None:
         self.batch = batch
         self.prefix = prefix
         self.backend = backend
         self.prefix_tokens = prefix.num_tokens if prefix is not None else 0
         self._layers_seen: set[int] = set()
         self._masks: dict[tuple[str, int | None], Any] = {}
-        self._groups: list[tuple[Tensor, int, int]] | None = None
+        self._groups: list[_Group] | None = None
         self._restore: Tensor | None = None
+        device = batch.input_ids.device
+        if share_beginnings and backend == "grouped":
+            computed, of_token = _shared_beginnings(batch)
+            self.computed = torch.tensor(computed, device=device)
+            self.of_token = torch.tensor(of_token, device=device)
+        else:
+            self.computed = self.of_token = torch.arange(batch.num_tokens, device=device)
 
     def note_layer(self, layer: int) -> None:
         self._layers_seen.add(layer)
@@ -80,29 +117,29 @@ class PackedLayout:
         missing = sorted(set(range(num_layers)) - self._layers_seen)
         if missing:
             raise ConfigError(
-                f"layers {missing} did not use the packed attention: their sequences saw each other "
-                "and not the prefix. This model class is not supported"
+                f"layers {missing} did not use the packed attention: their sequences saw each "
+                "other and not the prefix. This model class is not supported"
             )
 
     def allowed(self, window: int | None) -> Tensor:
         """``[T, P + T]`` bool: may query i see key j (the prefix first)?"""
         key = ("dense", window)
         if key not in self._masks:
-            seq, index, prefix = self.batch.seq_ids, self.batch.index, self.prefix_tokens
+            seq, index = self.batch.seq_ids, self.batch.index
             own = (seq[:, None] == seq[None, :]) & (index[:, None] >= index[None, :])
             if window is not None:
                 own &= (index[:, None] - index[None, :]) < window
             self._masks[key] = torch.cat([self.prefix_allowed(index, window), own], dim=1)
-            assert self._masks[key].shape[1] == prefix + seq.shape[0]
         return cast(Tensor, self._masks[key])
 
-    def prefix_allowed(self, index: Tensor, window: int | None) -> Tensor:
-        """``[n, P]`` bool for queries at these places in their sequences."""
-        prefix = self.prefix_tokens
+    def prefix_allowed(self, place: Tensor, window: int | None) -> Tensor:
+        """``[..., P]`` bool for queries at these ``[...]`` places in their sequences."""
+        prefix = torch.arange(self.prefix_tokens, device=place.device)
         if window is None:
-            return torch.ones(index.shape[0], prefix, dtype=torch.bool, device=index.device)
-        distance = prefix + index[:, None] - torch.arange(prefix, device=index.device)[None, :]
-        return distance < window
+            return torch.ones_like(place[..., None], dtype=torch.bool).expand(
+                *place.shape, self.prefix_tokens
+            )
+        return self.prefix_tokens + place[..., None] - prefix < window
 
     def block_mask(self, window: int | None) -> Any:
         """The same rule as a FlexAttention ``BlockMask``."""
@@ -130,46 +167,81 @@ class PackedLayout:
             )
         return self._masks[key]
 
-    def groups(self) -> list[tuple[Tensor, int, int]]:
-        """Sequences of like length together.
-
-        Returns:
-            (rows ``[n * longest]`` into the packed row, n, longest); a shorter sequence's tail
-            repeats its last token, and its results there are never used.
-        """
+    def groups(self) -> list[_Group]:
+        """Every computed token once as a query, with the keys of its sequence."""
         if self._groups is None:
             starts, lengths = self.batch.offsets, self.batch.lengths
-            order = sorted(range(len(lengths)), key=lambda b: -lengths[b])
+            own = [0] * len(lengths)  # how many tokens each sequence computes itself: its last ones
+            for token in self.computed.tolist():
+                own[int(self.batch.seq_ids[token])] += 1
+            order = [b for b in range(len(lengths)) if own[b]]
+            order.sort(key=lambda b: (-lengths[b], -own[b]))
+            where = self.of_token.tolist()
             self._groups = []
-            at = 0
-            while at < len(order):
-                longest = lengths[order[at]]
-                end = at
-                while end < len(order) and lengths[order[end]] >= _GROUP_RATIO * longest:
-                    end += 1
-                members = order[at:end]
-                rows = [
-                    starts[b] + min(place, lengths[b] - 1)
-                    for b in members
-                    for place in range(longest)
+            while order:
+                head = order[0]
+                members = [
+                    b
+                    for b in order
+                    if lengths[b] >= _GROUP_RATIO * lengths[head]
+                    and own[head] >= own[b] >= _GROUP_RATIO * own[head]
                 ]
+                order = [b for b in order if b not in set(members)]
+                longest, queries = lengths[head], own[head]
+
+                def rows(b: int, places: Sequence[int]) -> list[int]:
+                    return [where[starts[b] + place] for place in places]
+
+                asked = [
+                    [min(lengths[b] - own[b] + i, lengths[b] - 1) for i in range(queries)]
+                    for b in members
+                ]
+                read = [[min(i, lengths[b] - 1) for i in range(longest)] for b in members]
                 device = self.batch.input_ids.device
-                self._groups.append((torch.tensor(rows, device=device), len(members), longest))
-                at = end
+                self._groups.append(
+                    _Group(
+                        torch.tensor(
+                            [rows(*p) for p in zip(members, asked, strict=True)], device=device
+                        ),
+                        torch.tensor(asked, device=device),
+                        torch.tensor(
+                            [rows(*p) for p in zip(members, read, strict=True)], device=device
+                        ),
+                    )
+                )
         return self._groups
 
-    def restore(self, places: list[Tensor]) -> Tensor:
-        """``[T]``: where in the concatenated group results each packed token stands.
-
-        A token repeated in a group's padded tail stands there more than once; its true place comes
-        first.
-        """
+    def restore(self, queries: list[Tensor]) -> Tensor:
+        """Where in the concatenated group results each computed token stands first."""
         if self._restore is None:
-            place = torch.cat(places)
-            slots = torch.arange(place.shape[0], device=place.device)
-            first = torch.full((self.batch.num_tokens,), place.shape[0], device=place.device)
-            self._restore = first.scatter_reduce(0, place, slots, reduce="amin")
+            token = torch.cat(queries)
+            slots = torch.arange(token.shape[0], device=token.device)
+            first = torch.full_like(self.computed, token.shape[0])
+            self._restore = first.scatter_reduce(0, token, slots, reduce="amin")
         return self._restore
+
+
+def _shared_beginnings(batch: PackedBatch) -> tuple[list[int], list[int]]:
+    """A trie over the sequences.
+
+    Returns:
+        The tokens of the row that are the first with their past, and for each token of the row
+        the number of its equal among them.
+    """
+    known: dict[tuple[int, int], int] = {}
+    computed: list[int] = []
+    of_token: list[int] = []
+    ids = batch.input_ids.tolist()
+    for start, length in zip(batch.offsets, batch.lengths, strict=False):
+        node = -1
+        for token in range(start, start + length):
+            key = (node, ids[token])
+            if key not in known:
+                known[key] = len(computed)
+                computed.append(token)
+            node = known[key]
+            of_token.append(node)
+    return computed, of_token
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -209,22 +281,17 @@ def _group_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    places: Tensor,
     past: tuple[Tensor, Tensor] | None,
     scaling: float,
     softcap: float | None,
     window: int | None,
-    first: int,
 ) -> Tensor:
-    """One group of n sequences.
-
-    query ``[H, n, G, q, D]`` holds places ``first .. first + q`` of each sequence; key and value
-    ``[H, n, k, D]`` hold places 0..k. Returns ``[H, n, G, q, D]``.
-    """
-    heads, members, per_head, length, size = query.shape
+    """n sequences: query ``[H, n, G, q, D]`` at ``places`` ``[n, q]``; key, value ``[H, n, k, D]``."""
+    heads, members, per_head, length, _ = query.shape
     keys = key.shape[2]
-    index = first + torch.arange(length, device=query.device)
     own = _scores(query.flatten(2, 3), key, scaling, softcap)  # [H, n, G * q, k]
-    distance = index[:, None] - torch.arange(keys, device=query.device)[None, :]
+    distance = places[:, None, :, None] - torch.arange(keys, device=query.device)
     allowed = distance >= 0
     if window is not None:
         allowed &= distance < window
@@ -232,10 +299,11 @@ def _group_attention(
     if past is None:
         weights = _weights(own, value.dtype).flatten(2, 3)
         return torch.matmul(weights, value).view(query.shape)
-    shared = _scores(query.flatten(1, 3), past[0], scaling, softcap)  # one product for all n * G * q
+    shared = _scores(query.flatten(1, 3), past[0], scaling, softcap)  # one product for all
     shared = shared.view(heads, members, per_head, length, -1)
     if window is not None:
-        shared = shared.masked_fill(~layout.prefix_allowed(index, window), float("-inf"))
+        visible = layout.prefix_allowed(places, window)[:, None]
+        shared = shared.masked_fill(~visible, float("-inf"))
     weights = _weights(torch.cat([shared, own], dim=-1), value.dtype)
     from_past = weights[..., : layout.prefix_tokens].reshape(heads, -1, layout.prefix_tokens)
     from_own = weights[..., layout.prefix_tokens :].flatten(2, 3)
@@ -253,45 +321,29 @@ def _grouped(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """query ``[Hq, T, D]``, key and value ``[H, T, D]`` -> ``[Hq, T, D]``."""
+    """query ``[Hq, U, D]``, key and value ``[H, U, D]`` of the U computed tokens -> ``[Hq, U, D]``."""
     heads, tokens, size = key.shape
-    per_head = query.shape[0] // heads
-    by_head = query.view(heads, per_head, tokens, size)
+    by_head = query.view(heads, -1, tokens, size)
     pieces: list[Tensor] = []
-    places: list[Tensor] = []
-    for rows, members, longest in layout.groups():
-        cost = query.shape[0] * longest * (layout.prefix_tokens + longest)
-        per_chunk = max(1, min(members, _SCORE_BUDGET // cost))
-        query_rows = longest
-        if per_chunk == 1:
-            query_rows = max(1, min(longest, _SCORE_BUDGET * longest // cost))
-        for at in range(0, members, per_chunk):
-            n = min(per_chunk, members - at)
-            chunk = rows[at * longest : (at + n) * longest]
-            whole = len(chunk) == tokens and len(layout.batch.lengths) == members == n
-            in_order = whole and members == 1  # the row as it is: no gather needed
-            k = key if in_order else key[:, chunk]
-            v = value if in_order else value[:, chunk]
-            q = by_head if in_order else by_head[:, :, chunk]
-            k, v = (x.view(heads, n, longest, size) for x in (k, v))
-            q = q.view(heads, per_head, n, longest, size).transpose(1, 2)
-            for first in range(0, longest, query_rows):
-                end = min(first + query_rows, longest)
-                out = _group_attention(
-                    layout,
-                    q[:, :, :, first:end],
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    past,
-                    scaling,
-                    softcap,
-                    window,
-                    first,
-                )
-                # [H, n, G, q, D] -> [Hq, n * q, D]
+    asked: list[Tensor] = []
+    for group in layout.groups():
+        members, queries = group.queries.shape
+        longest = group.keys.shape[1]
+        row_cost = query.shape[0] * (layout.prefix_tokens + longest)
+        at_once = max(1, _SCORE_BUDGET // row_cost)  # queries
+        n_at_once, q_at_once = max(1, at_once // queries), min(queries, at_once)
+        for n in range(0, members, n_at_once):
+            some = slice(n, n + n_at_once)
+            k = key[:, group.keys[some]]  # [H, n, k, D]
+            v = value[:, group.keys[some]]
+            for first in range(0, queries, q_at_once):
+                rows = group.queries[some, first : first + q_at_once]
+                q = by_head[:, :, rows].transpose(1, 2)  # [H, n, G, q, D]
+                places = group.places[some, first : first + q_at_once]
+                out = _group_attention(layout, q, k, v, places, past, scaling, softcap, window)
                 pieces.append(out.transpose(1, 2).reshape(query.shape[0], -1, size))
-                places.append(chunk.view(n, longest)[:, first:end].reshape(-1))
-    return torch.cat(pieces, dim=1)[:, layout.restore(places)]
+                asked.append(rows.reshape(-1))
+    return torch.cat(pieces, dim=1)[:, layout.restore(asked)]
 
 
 @functools.cache

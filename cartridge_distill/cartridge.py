@@ -40,7 +40,9 @@ class TrainableCache(nn.Module):
             )
         cut = num_frozen_tokens
 
-        def part(tensors: list[Tensor], start: int, end: int | None, train: bool) -> nn.ParameterList:
+        def part(
+            tensors: list[Tensor], start: int, end: int | None, train: bool
+        ) -> nn.ParameterList:
             return nn.ParameterList(
                 nn.Parameter(tensor[:, :, start:end].detach().float().clone(), requires_grad=train)
                 for tensor in tensors

@@ -90,7 +90,9 @@ def save_cartridge(cartridge: TrainableCache, directory: str | Path, meta: Cartr
     }
 
     def write(scratch: Path) -> None:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in cartridge.state_dict().items()}
+        tensors = {
+            name: t.detach().cpu().contiguous() for name, t in cartridge.state_dict().items()
+        }
         save_file(tensors, scratch / WEIGHTS_FILE)
         (scratch / META_FILE).write_text(json.dumps(described, indent=2, default=str) + "\n")
 
@@ -154,9 +156,13 @@ def load_pt(path: str | Path) -> TrainableCache:
         with torch.serialization.safe_globals([nn.ParameterList, nn.Parameter]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CartridgeFormatError(f"{path} cannot be read safely as a cartridge: {error}") from error
+        raise CartridgeFormatError(
+            f"{path} cannot be read safely as a cartridge: {error}"
+        ) from error
     if not isinstance(data, dict):
-        raise CartridgeFormatError(f"{path} holds a {type(data).__name__}, expected a dict of KV lists")
+        raise CartridgeFormatError(
+            f"{path} holds a {type(data).__name__}, expected a dict of KV lists"
+        )
     for frozen_keys, frozen_values in _FROZEN_NAMES:
         if frozen_keys in data:
             break
@@ -172,7 +178,9 @@ def load_pt(path: str | Path) -> TrainableCache:
     parts = {name: list(data[name]) for name in names}
     for name, tensors in parts.items():
         if not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
-            raise CartridgeFormatError(f"{path}: {name} must be a list of [1, H, tokens, D] tensors")
+            raise CartridgeFormatError(
+                f"{path}: {name} must be a list of [1, H, tokens, D] tensors"
+            )
     return _from_parts(
         parts[frozen_keys],
         parts[frozen_values],
@@ -204,7 +212,9 @@ def _from_parts(
             [torch.cat(pair, dim=2) for pair in zip(frozen_values, trainable_values, strict=True)],
         )
     except RuntimeError as error:
-        raise CartridgeFormatError(f"{source}: frozen and trainable parts do not join: {error}") from error
+        raise CartridgeFormatError(
+            f"{source}: frozen and trainable parts do not join: {error}"
+        ) from error
     return TrainableCache(prefix, frozen_keys[0].shape[2])
 
 
@@ -221,7 +231,9 @@ def load_safetensors(directory: str | Path) -> TrainableCache:
         try:
             return [tensors[f"{name}.{layer}"] for layer in range(count)]
         except KeyError as error:
-            raise CartridgeFormatError(f"{path}: layers of {name} are not numbered 0..n: {error}") from None
+            raise CartridgeFormatError(
+                f"{path}: layers of {name} are not numbered 0..n: {error}"
+            ) from None
 
     parts = [
         layers(name)

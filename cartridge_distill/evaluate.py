@@ -111,12 +111,13 @@ def evaluate(
         raise ConfigError(f"The row {FULL_DOCUMENT!r} is made by evaluate itself; leave it out.")
     chunks = list(_chunks(questions, document_ids))
     tallies = {name: _Tally() for name in (*conditions, FULL_DOCUMENT)}
+    ends = _end_ids(model, tokenizer)
     steps = _Steps(len(questions) * (2 + 2 * len(conditions)), progress)
     for document_id, chunk in chunks:
         ids = torch.tensor(list(document_ids[document_id]), device=_device(model))
         document = prefix_from_tokens(model, ids)
         prompts = [_prompt(tokenizer, q.question) for q in chunk]
-        answers = greedy_answers(model, document, prompts, answer_tokens, _end_ids(model, tokenizer))
+        answers = greedy_answers(model, document, prompts, answer_tokens, ends)
         teacher = _response_logits(model, document, prompts, answers).float().log_softmax(-1)
         steps.advance(len(chunk))
         for name, prefix in conditions.items():
@@ -308,10 +309,10 @@ def _extended(prefix: Prefix | None, cache: DynamicCache) -> Prefix:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, aligned for a terminal."""
-    header = ("condition", "KL to full document", "log-loss of right answer", "accuracy", "KV tokens")
+    header = ["condition", "KL to full document", "log-loss of answer", "accuracy", "KV tokens"]
     body = [
-        (row.condition, f"{row.kl:.3f}", f"{row.log_loss:.2f}", f"{row.accuracy:.2f}", str(row.kv_tokens))
-        for row in rows
+        [r.condition, f"{r.kl:.3f}", f"{r.log_loss:.2f}", f"{r.accuracy:.2f}", str(r.kv_tokens)]
+        for r in rows
     ]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
 
@@ -319,8 +320,8 @@ def format_table(rows: Sequence[Row]) -> str:
         numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
         return "| " + " | ".join([cells[0].ljust(widths[0]), *numbers]) + " |"
 
-    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-    return "\n".join([line(header), rule, *map(line, body)])
+    rules = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), f"|{'|'.join(rules)}|", *map(line, body)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -355,13 +356,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _evaluate_folder(options: argparse.Namespace) -> list[Row]:
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"--dtype {options.dtype!r} is no dtype; use float32, bfloat16 or float16.")
+        raise ConfigError(f"--dtype {options.dtype!r}: use float32, bfloat16 or float16.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = load_questions(options.data / "eval.json")
     documents = DocumentStore.from_file(options.data / "documents.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = load_model(options.model, dtype, device)
-    document_ids = {name: render_document(tokenizer, documents.text(name)) for name in documents.ids}
+    document_ids = {
+        document_id: render_document(tokenizer, documents.text(document_id))
+        for document_id in documents.ids
+    }
     trained = load_cartridge(options.cartridge)
     if options.untrained:
         untrained = load_cartridge(options.untrained)

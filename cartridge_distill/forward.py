@@ -77,17 +77,18 @@ def run_packed(
             f"prefix of {prefix_tokens} + sequence of {max(batch.lengths)} = {longest} tokens is "
             f"over the model's context of {limit}; shorten the document, prompt or response"
         )
-    layout = PackedLayout(batch, prefix, resolve_backend(backend, device))
-    extra: dict[str, Any] = {}
-    if keep is not None:
-        extra["logits_to_keep"] = keep.to(device).nonzero(as_tuple=True)[0]
+    # A cache that collects the row's KV wants every token of it.
+    layout = PackedLayout(
+        batch, prefix, resolve_backend(backend, device), share_beginnings=cache is None
+    )
+    rows = layout.of_token if keep is None else layout.of_token[keep.to(device)]
     output = model(
-        input_ids=batch.input_ids[None],
-        position_ids=(prefix_tokens + batch.index)[None],
+        input_ids=batch.input_ids[layout.computed][None],
+        position_ids=(prefix_tokens + batch.index[layout.computed])[None],
         past_key_values=cache,
         use_cache=cache is not None,
         packed_layout=layout,
-        **extra,
+        logits_to_keep=rows,
     )
     layout.check_used_by_all(config.num_hidden_layers)
     logits: Tensor = output.logits[0]

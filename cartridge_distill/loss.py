@@ -104,9 +104,7 @@ class _ForwardKLTopK(torch.autograd.Function):
             rows = slice(at, at + _ROWS)
             q = torch.exp(logits[rows].float() / tau - total[rows, None])
             # p_t / q_t; where the teacher has no tail the ratio is 0 whatever the student has.
-            ratio = torch.where(
-                torch.isneginf(tail[rows]), 0.0, torch.exp(tail[rows] - rest[rows])
-            )
+            ratio = torch.where(torch.isneginf(tail[rows]), 0.0, torch.exp(tail[rows] - rest[rows]))
             grad = q * (1.0 - ratio[:, None])
             inside = torch.gather(q, 1, ids[rows]) - logprobs[rows].exp()
             grad.scatter_(1, ids[rows], inside)

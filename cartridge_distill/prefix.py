@@ -36,7 +36,9 @@ class Prefix:
                 f"a prefix needs as many key as value layers, at least one: "
                 f"got {len(self.keys)} and {len(self.values)}"
             )
-        token_counts = {tensor.shape[2] for tensor in (*self.keys, *self.values) if tensor.dim() == 4}
+        token_counts = {
+            tensor.shape[2] for tensor in (*self.keys, *self.values) if tensor.dim() == 4
+        }
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             if key.dim() != 4 or key.shape[0] != 1 or key.shape != value.shape:
                 raise CartridgeFormatError(
@@ -44,7 +46,9 @@ class Prefix:
                     "must both be [1, kv_heads, tokens, head_dim]"
                 )
         if len(token_counts) != 1:
-            raise CartridgeFormatError(f"layers hold different token counts: {sorted(token_counts)}")
+            raise CartridgeFormatError(
+                f"layers hold different token counts: {sorted(token_counts)}"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -54,7 +58,9 @@ class Prefix:
     def num_layers(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Prefix:
         """The same prefix elsewhere or in another dtype; differentiable."""
         return Prefix(
             [key.to(device=device, dtype=dtype) for key in self.keys],

@@ -82,8 +82,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise ConfigError(
-            f"The tokenizer's chat template refuses a conversation of the roles [{roles}]: {error}. "
-            "Use roles that the model's template knows."
+            f"The tokenizer's chat template refuses a conversation of the roles [{roles}]: "
+            f"{error}. Use roles that the model's template knows."
         ) from error
     return _tokenize(tokenizer, rendered + started)
 
@@ -107,9 +107,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
     return turns
 
 
-def _render_without_prefix(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]
-) -> str:
+def _render_without_prefix(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
     """The conversation with an open assistant turn, less begin-of-text and system prompt."""
     system = None if turns[0]["role"] == "system" else _system_rendering(tokenizer, _PROBE)
     if system is None:

@@ -40,7 +40,9 @@ class DocumentStore:
     def from_file(cls, path: str | Path) -> DocumentStore:
         path = Path(path)
         if not path.is_file():
-            raise DocumentError(f"documents file {path} does not exist; training/prepare_data.py writes it")
+            raise DocumentError(
+                f"documents file {path} does not exist; training/prepare_data.py writes it"
+            )
         if path.suffix == ".parquet":
             import pandas as pd
 

@@ -41,12 +41,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--response", type=int, default=4, help="tokens per rollout at most (%(default)s)")
     option("--tokens", type=int, default=128, help="cartridge tokens (%(default)s)")
     option("--seed", type=int, default=0, help="of data, sampling and order (%(default)s)")
-    option("--data", default=str(HERE / "data" / "demo.json"), help="records in LongHealth's schema")
+    option(
+        "--data", default=str(HERE / "data" / "demo.json"), help="records in LongHealth's schema"
+    )
     option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct from its PyPI wheel)")
-    option("--out", type=Path, default=ROOT / "runs" / "demo", help="everything goes here (%(default)s)")
+    option(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "demo",
+        help="everything goes here (%(default)s)",
+    )
     option("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads (%(default)s)")
     option(
-        "override", nargs="*", help="further Hydra overrides, e.g. actor_rollout_ref.actor.cartridge.topk=50"
+        "override",
+        nargs="*",
+        help="further Hydra overrides, e.g. actor_rollout_ref.actor.cartridge.topk=50",
     )
     return parser.parse_args(arguments)
 
@@ -82,7 +91,9 @@ def run(options: argparse.Namespace, out: Path, supervisor: Supervisor) -> None:
     evaluate(options, model, out, supervisor)
     cartridge = out / "cartridge"
     print(f"\ncartridge: {cartridge}")
-    print(f"chat:      {python()} -m cartridge_distill.chat --model {model} --cartridge {cartridge}")
+    print(
+        f"chat:      {python()} -m cartridge_distill.chat --model {model} --cartridge {cartridge}"
+    )
     print(f"logs:      {out}/*.log, metrics: {out}/metrics.jsonl")
 
 
@@ -107,7 +118,9 @@ def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
     }
 
 
-def stage(command: list[str], name: str, out: Path, supervisor: Supervisor, env: dict[str, str]) -> str:
+def stage(
+    command: list[str], name: str, out: Path, supervisor: Supervisor, env: dict[str, str]
+) -> str:
     """Runs a short stage with its output shown; returns what it printed.
 
     Raises:
@@ -127,7 +140,9 @@ def get_model(out: Path, supervisor: Supervisor) -> str:
     return printed.strip().splitlines()[-1]
 
 
-def prepare_data(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> None:
+def prepare_data(
+    options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor
+) -> None:
     print("== data", flush=True)
     command = [str(HERE / "prepare_data.py"), "--data", options.data, "--tokenizer", model]
     command += ["--out", str(out / "data"), "--seed", str(options.seed)]
@@ -184,13 +199,18 @@ def overrides(options: argparse.Namespace, model: str, url: str, out: Path) -> l
     ]
 
 
-def train(options: argparse.Namespace, model: str, url: str, out: Path, supervisor: Supervisor) -> None:
+def train(
+    options: argparse.Namespace, model: str, url: str, out: Path, supervisor: Supervisor
+) -> None:
     """veRL, with one line a step shown.
 
     Raises:
         ChildFailed: it ended with an error; the cause is named.
     """
-    print("== training with veRL (a minute or so until the first step: Ray and its workers)", flush=True)
+    print(
+        "== training with veRL (a minute or so until the first step: Ray and its workers)",
+        flush=True,
+    )
     log = out / "train.log"
     command = [sys.executable, "-m", "verl.trainer.main_ppo"]
     command += ["--config-path", str(HERE / "config"), "--config-name", "cartridge_distill"]
@@ -204,7 +224,9 @@ def train(options: argparse.Namespace, model: str, url: str, out: Path, supervis
     status = follow(child, log, show, "veRL")
     if status != 0:
         causes = dict.fromkeys(
-            line.strip() for line in log.read_text(errors="replace").splitlines() if _ERROR.match(line)
+            line.strip()
+            for line in log.read_text(errors="replace").splitlines()
+            if _ERROR.match(line)
         )
         named = "\n".join(list(causes)[-3:])
         raise ChildFailed(f"veRL ended with status {status}.\n{named}\n{tail(log)}")
@@ -215,7 +237,9 @@ def train(options: argparse.Namespace, model: str, url: str, out: Path, supervis
 def print_proof(out: Path, steps: int) -> None:
     """What shows that the run was what it says, from the server's log and the trainer's metrics."""
     loaded = re.findall(r"loaded cartridge (\S+):", (out / "server.log").read_text())
-    metrics = [json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line)["data"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
     worst = max(step["actor/logprob_diff/max"] for step in metrics)
     changed = sum(step["actor/frozen_tokens_changed"] for step in metrics)
     print("== proof", flush=True)
@@ -224,7 +248,9 @@ def print_proof(out: Path, steps: int) -> None:
         f"{steps} steps)"
     )
     print(f"   largest server/trainer log-prob difference of {len(metrics)} steps: {worst:.1e}")
-    print(f"   steps in which a frozen token changed: {changed:.0f}; base weights unchanged (checksum)")
+    print(
+        f"   steps in which a frozen token changed: {changed:.0f}; base weights unchanged (checksum)"
+    )
 
 
 def evaluate(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> None:

@@ -184,9 +184,12 @@ def shuffled_passes(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
         yield from rng.sample(items, len(items))
 
 
-def started_rows(cuts: Sequence[Cut], rng: random.Random, name_patient: bool) -> Iterator[dict]:
+def started_rows(
+    cuts: Sequence[Cut], rng: random.Random, name_patient: bool
+) -> Iterator[dict[str, Any]]:
     for cut in shuffled_passes(cuts, rng):
-        user = rng.choice(STARTED_TURNS).format(section=_about(cut.section, cut.record, name_patient))
+        section = _about(cut.section, cut.record, name_patient)
+        user = rng.choice(STARTED_TURNS).format(section=section)
         messages = [
             {"role": "user", "content": user},
             {"role": "assistant", "content": cut.start},
@@ -196,7 +199,7 @@ def started_rows(cuts: Sequence[Cut], rng: random.Random, name_patient: bool) ->
 
 def open_rows(
     records: Sequence[Record], guard: Guard, rng: random.Random, name_patient: bool
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     prompts = [
         (record, turn.format(section=_about(topic, record, name_patient)))
         for record in records

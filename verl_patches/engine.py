@@ -26,8 +26,8 @@ from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
 from cartridge_distill.cartridge import TrainableCache
+from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
 from cartridge_distill.errors import ConfigError, OffPolicyError
 from cartridge_distill.forward import check_prefix_fits, chosen_logprobs, packed_forward
 from cartridge_distill.integrity import weights_checksum

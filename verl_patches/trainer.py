@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import transfer_queue as tq
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer

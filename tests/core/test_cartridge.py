@@ -26,7 +26,7 @@ from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import prefix_from_tokens
 from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, step_of, version_id
-from tests.server.conftest import VOCAB, random_cartridge, tiny_model
+from tests.tiny import VOCAB, random_cartridge, tiny_model
 
 
 def equal(a: TrainableCache, b: TrainableCache) -> bool:
@@ -53,7 +53,10 @@ def test_master_weights_are_float32_on_a_bfloat16_model() -> None:
     logits = packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)]))
     assert logits.dtype == torch.bfloat16
     logits.float().logsumexp(-1).sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in cartridge.trainable_parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32
+        for p in cartridge.trainable_parameters()
+    )
 
 
 def test_only_the_trainable_part_moves() -> None:
@@ -62,7 +65,9 @@ def test_only_the_trainable_part_moves() -> None:
     before = {name: t.clone() for name, t in cartridge.state_dict().items()}
     checksum = weights_checksum(model)
     optimizer = torch.optim.AdamW(cartridge.trainable_parameters(), lr=0.1)
-    packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)])).logsumexp(-1).sum().backward()
+    packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)])).logsumexp(
+        -1
+    ).sum().backward()
     optimizer.step()
     for name, tensor in cartridge.state_dict().items():
         assert torch.equal(tensor, before[name]) == name.startswith("frozen"), name
@@ -164,8 +169,10 @@ def test_files_that_are_no_cartridge_say_why(tmp_path: Path) -> None:
     with pytest.raises(CartridgeFormatError, match="neither fixed_keys nor frozen_keys"):
         load_pt(tmp_path / "a.pt")
     cartridge = random_cartridge(tiny_model(), 16)
-    parts = {name: [p.detach() for p in getattr(cartridge, name)] for name in
-             ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")}
+    parts = {
+        name: [p.detach() for p in getattr(cartridge, name)]
+        for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
+    }
     parts["trainable_values"][1][0, 0, 0, 0] = float("nan")
     torch.save(parts, tmp_path / "nan.pt")
     with pytest.raises(CartridgeFormatError, match="layer 1 holds values that are not finite"):

@@ -127,7 +127,9 @@ def test_more_rows_than_one_block(name: str) -> None:
     student = torch.randn(1100, 11, generator=generator).requires_grad_()
     teacher = TeacherTopK.from_logits(torch.randn(1100, 11, generator=generator), 4)
     loss = get_loss(name)(student, teacher, 1.0)
-    late = get_loss(name)(student[900:], TeacherTopK(teacher.ids[900:], teacher.logprobs[900:]), 1.0)
+    late = get_loss(name)(
+        student[900:], TeacherTopK(teacher.ids[900:], teacher.logprobs[900:]), 1.0
+    )
     torch.testing.assert_close(loss[900:], late)
     gradient = torch.autograd.grad(loss[900:].sum(), student)[0]
     assert gradient[:900].abs().max() == 0

@@ -12,7 +12,7 @@ from cartridge_distill.forward import packed_forward
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
-from tests.server.conftest import ARCHITECTURES, VOCAB, random_cartridge, tiny_model
+from tests.tiny import ARCHITECTURES, VOCAB, random_cartridge, tiny_model
 
 # Ragged, with length 1 twice, and 30 > the tiny models' sliding window of 24: the window is shorter
 # than prefix + sequence, and in the second prefix shorter than the prefix itself.
@@ -55,7 +55,9 @@ def test_packed_equals_one_by_one(kind: str, prefix_tokens: int) -> None:
         got = torch.autograd.grad(weighted(parts), cartridge.trainable_parameters())
         for mine, reference in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, reference, atol=1e-5, rtol=0)
-    with torch.no_grad():  # FlexAttention has no backward on a CPU; uncompiled it still shows the mask
+    with (
+        torch.no_grad()
+    ):  # FlexAttention has no backward on a CPU; uncompiled it still shows the mask
         logits = packed_forward(model, cartridge.prefix(), pack(tokens), backend="flex")
     torch.testing.assert_close(logits, torch.cat(outputs), atol=1e-5, rtol=0)
 
@@ -102,7 +104,9 @@ def test_prefix_from_tokens_is_the_models_own_kv() -> None:
     prefix = prefix_from_tokens(prepare_model(model), ids)
     for layer in range(prefix.num_layers):
         torch.testing.assert_close(prefix.keys[layer], cache.layers[layer].keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(prefix.values[layer], cache.layers[layer].values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            prefix.values[layer], cache.layers[layer].values, atol=1e-5, rtol=0
+        )
 
 
 def test_another_attention_implementation_is_refused() -> None:
@@ -135,7 +139,9 @@ def test_a_prefix_of_another_model_is_refused_by_the_number_that_differs() -> No
 def test_too_many_positions_are_refused() -> None:
     model = prepare_model(tiny_model())  # context 512
     prefix = random_cartridge(model, 496).prefix()
-    with pytest.raises(ConfigError, match="496 .* 30 = 526 tokens is over the model's context of 512"):
+    with pytest.raises(
+        ConfigError, match="496 .* 30 = 526 tokens is over the model's context of 512"
+    ):
         packed_forward(model, prefix, pack(sequences()))
 
 
@@ -159,3 +165,35 @@ def test_compiled_flex_on_a_gpu_has_the_same_gradients() -> None:
         results.append(torch.autograd.grad(loss, cartridge.trainable_parameters()))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral_window"])
+def test_sequences_that_begin_alike_are_computed_once_and_equal_one_by_one(kind: str) -> None:
+    """Branches, a sequence that is another's beginning, and one that stands there twice."""
+    model = tiny_model(kind).requires_grad_(False)
+    cartridge = random_cartridge(model, 32)
+    a = torch.randint(3, VOCAB, (30,), generator=torch.Generator().manual_seed(4))
+    tokens = [a, a[:12], torch.cat([a[:12], a[:9]]), a[:12], torch.cat([a[:20], a[:1]]), a[5:9]]
+    outputs = []
+    for ids in tokens:
+        positions = 32 + torch.arange(len(ids))
+        cache = cartridge.as_cache()
+        out = model(input_ids=ids[None], position_ids=positions[None], past_key_values=cache)
+        outputs.append(out.logits[0])
+    weights = [
+        torch.randn(o.shape, generator=torch.Generator().manual_seed(n)) / 50
+        for n, o in enumerate(outputs)
+    ]
+    loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    expected = torch.autograd.grad(loss, cartridge.trainable_parameters())  # type: ignore[arg-type]
+    prepare_model(model)
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, __: seen.append(args[0].numel())
+    )
+    logits = packed_forward(model, cartridge.prefix(), pack(tokens), backend="grouped")
+    assert seen == [30 + 9 + 1 + 4]  # of 30 + 12 + 21 + 12 + 21 + 4
+    torch.testing.assert_close(logits, torch.cat(outputs), atol=1e-5, rtol=0)
+    got = torch.autograd.grad((logits * torch.cat(weights)).sum(), cartridge.trainable_parameters())
+    for mine, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cartridge_distill.errors import DocumentError
-from cartridge_distill.loss import TeacherTopK, forward_kl_topk
 from cartridge_distill.cartridge import TrainableCache
+from cartridge_distill.errors import DocumentError
 from cartridge_distill.forward import packed_forward
+from cartridge_distill.loss import TeacherTopK, forward_kl_topk
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.teacher import DocumentStore, Teacher
-from tests.server.conftest import VOCAB, tiny_model
+from tests.tiny import VOCAB, tiny_model
 
 TEXTS = {"a": "first document " * 3, "b": "another one " * 5}
 
@@ -33,7 +33,9 @@ def teacher(model: object = None, **options: object) -> Teacher:
 def samples() -> tuple[list[Tensor], list[Tensor], list[str]]:
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (9, 4, 12, 6)]
-    wanted = [torch.arange(len(s)) >= start for s, start in zip(sequences, (5, 3, 1, 2), strict=True)]
+    wanted = [
+        torch.arange(len(s)) >= start for s, start in zip(sequences, (5, 3, 1, 2), strict=True)
+    ]
     return sequences, wanted, ["b", "a", "b", "a"]
 
 

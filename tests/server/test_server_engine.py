@@ -17,8 +17,7 @@ from cartridge_distill.server.attention import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.engine import Engine, EngineError, Generated, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
-
-from .conftest import (
+from tests.tiny import (
     ARCHITECTURES,
     plain_distributions,
     plain_logprobs,

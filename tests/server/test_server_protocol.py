@@ -27,8 +27,8 @@ from cartridge_distill.errors import RolloutError
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.wire import CartridgeRef, decode_fingerprint
-
-from .conftest import StartServer, plain_logprobs, random_cartridge, write_cartridge
+from tests.conftest import StartServer
+from tests.tiny import plain_logprobs, random_cartridge, write_cartridge
 
 COMPLETIONS = "/custom/cartridge/completions"
 CHAT = "/custom/cartridge/chat/completions"

@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
-from tests.server.conftest import VOCAB, byte_tokenizer, plain_logprobs, tiny_model
+from tests.tiny import VOCAB, byte_tokenizer, plain_logprobs, tiny_model
 from verl_patches.hooks import distill_loss
 
 TEMPERATURE = 0.7
@@ -50,7 +50,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Built from veRL's own config classes, as its training worker builds it."""
-    import verl_patches.platform_cpu as cpu
     from verl.plugin.platform import platform_manager
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
@@ -59,6 +58,8 @@ def engine(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         FSDPOptimizerConfig,
         HFModelConfig,
     )
+
+    import verl_patches.platform_cpu as cpu
 
     monkeypatch.setattr(platform_manager, "_current_platform", cpu.PlatformCPU())
     from verl_patches.engine import CartridgeEngine
@@ -94,7 +95,15 @@ def rollouts(engine: Any, seed: int = 0) -> TensorDict:
     generator = torch.Generator().manual_seed(seed)
     plain, prefix = tiny_model(), engine.cartridge.prefix()
     columns: dict[str, list[Tensor]] = {
-        name: [] for name in ("input_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs")
+        name: []
+        for name in (
+            "input_ids",
+            "prompts",
+            "responses",
+            "response_mask",
+            "loss_mask",
+            "rollout_log_probs",
+        )
     }
     for prompt_length, length, _ in SHAPES:
         prompt, response = (
@@ -190,7 +199,9 @@ def nan_logprob(data: TensorDict) -> TensorDict:
     ("spoil", "error", "message"),
     [
         pytest.param(
-            lambda d: replace(d, "extra_fields", [{"global_steps": -1}] + [{"global_steps": 0}] * 3),
+            lambda d: replace(
+                d, "extra_fields", [{"global_steps": -1}] + [{"global_steps": 0}] * 3
+            ),
             OffPolicyError,
             r"step \[-1\] reached the trainer at step 0",
             id="stale version",
@@ -218,7 +229,9 @@ def nan_logprob(data: TensorDict) -> TensorDict:
         ),
     ],
 )
-def test_nothing_is_trained_on(engine: Any, spoil: Any, error: type[Exception], message: str) -> None:
+def test_nothing_is_trained_on(
+    engine: Any, spoil: Any, error: type[Exception], message: str
+) -> None:
     before = {k: v.clone() for k, v in engine.cartridge.state_dict().items()}
     with pytest.raises(error, match=message):
         step(engine, spoil(rollouts(engine)))
@@ -249,7 +262,9 @@ def test_the_weight_update_carries_the_cartridge_alone(engine: Any) -> None:
     assert all(torch.equal(v, mine[k]) for k, v in rebuilt.state_dict().items())
 
 
-def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(engine: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
+    engine: Any, tmp_path: Path
+) -> None:
     from cartridge_distill.checkpoint import load_cartridge, read_meta
 
     step(engine, rollouts(engine))

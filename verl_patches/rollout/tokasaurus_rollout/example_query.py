@@ -2,7 +2,8 @@
 
 The prompt goes out as token ids (from the tokenizer that ``--model`` names), as the trainer's
 prompts do, and what comes back is shown token by token with its log-prob. A cartridge is named by
-its id on the server; this script uploads nothing. Needs neither veRL nor Ray.
+its id on the server; this script uploads nothing. Needs neither veRL nor Ray when it is run by its
+path, as in the examples.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ EXAMPLES = """\
 examples:
   # the demo's trained cartridge: copy a published version's folder into the server's
   # --cartridge-dir, or keep the server of a run; its id is the folder's name
-  python -m verl_patches.rollout.tokasaurus_rollout.example_query --url http://127.0.0.1:10210 \\
-      --model path/to/model --cartridge demo-20260101120000-ab12-step-000032
+  python verl_patches/rollout/tokasaurus_rollout/example_query.py --model path/to/model \\
+      --url http://127.0.0.1:10210 --cartridge demo-20260101120000-ab12-step-000032
 
   # two cartridges before one prompt; the server joins them in alphabetical order of their ids
   ... --cartridge record_a --cartridge record_b --prompt "What do the two patients share?"
 
   # a cartridge from the Hugging Face hub, on a server that may download
-  ... --model meta-llama/Llama-3.2-3B-Instruct --cartridge huggingface:hazyresearch/cartridge-wauoq23f
+  ... --model meta-llama/Llama-3.2-3B-Instruct \\
+      --cartridge huggingface:hazyresearch/cartridge-wauoq23f
 
   # a started answer: the model goes on in the middle of the sentence
   ... --prompt "What does the record say about medication?" --answer "The patient takes"
@@ -43,7 +45,6 @@ exit status: 0 answered, 1 an error, which is named
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m verl_patches.rollout.tokasaurus_rollout.example_query",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -100,9 +101,7 @@ def prompt_ids(
     return render_document(tokenizer, "You are a helpful assistant.") + ids
 
 
-def show(
-    title: str, sent: int, completion: Completion, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def show(title: str, sent: int, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:
     """The answer, and a line with each token's log-prob."""
     count, total = len(completion.token_ids), sum(completion.logprobs)
     print(f"\n== {title}")

@@ -36,7 +36,6 @@ from cartridge_distill.forward import chosen_logprobs, packed_forward
 from cartridge_distill.models import load_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_prompt
-from cartridge_distill.server.app import Service  # noqa: F401  (fails early without its extras)
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, step_of, version_id
@@ -145,24 +144,19 @@ def publish(cartridge: TrainableCache, folder: Path, model: str) -> str:
 
 
 def compose_config(options: argparse.Namespace, url: str) -> DictConfig:
-    """The project's configuration, with this run's numbers.
-
-    Raises:
-        ConfigError: veRL is not patched, so "tokasaurus" means nothing to it.
-    """
+    """The project's configuration, with this run's numbers."""
     rollout = "actor_rollout_ref.rollout"
     with initialize_config_dir(str(CONFIG), version_base=None):
-        config = compose(
+        return compose(
             "cartridge_distill",
             overrides=[
                 "platform=cpu",
                 f"data.max_response_length={options.max_tokens}",
                 f"actor_rollout_ref.model.path={options.model}",
                 f"{rollout}.custom.tokasaurus_url={url}",
-                f"+{rollout}.custom.client.startup_timeout_s={options.wait}",
+                f"{rollout}.custom.client.startup_timeout_s={options.wait}",
             ],
         )
-    return config
 
 
 def build_replica(config: DictConfig) -> Any:
@@ -287,7 +281,7 @@ def run(options: argparse.Namespace) -> int:
             version = options.version
         say("starting Ray ...")
         # Counted, not used: the proxy takes no CPU. Two, so that it starts on any machine.
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
             rollouts = asyncio.run(roll_out(replica, version, options, tokenizer))
         finally:
@@ -316,15 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
     os.environ.setdefault("VERL_PLATFORM", "cpu")  # no model runs here, wherever the server is
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return 1 if run(options) else 0
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
+    except (ray.exceptions.RayTaskError, CartridgeDistillError, OSError) as error:
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
-    except (CartridgeDistillError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        if isinstance(error, SyncError):
+        if isinstance(cause, SyncError):
             print("is --cartridge-dir the directory that the server reads?", file=sys.stderr)
     return 1
 

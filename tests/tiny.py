@@ -3,12 +3,9 @@ measured against."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -23,8 +20,6 @@ from transformers import (
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import write_tokasaurus
 from cartridge_distill.prefix import Prefix
-from cartridge_distill.server.running import BackgroundServer
-from cartridge_distill.server.settings import ServerSettings
 
 VOCAB = 259
 ARCHITECTURES = [
@@ -141,35 +136,3 @@ def plain_logprobs(
     """Log-probs of ``new_ids``, as :func:`plain_distributions`."""
     logprobs = plain_distributions(model, prefix, prompt_ids, new_ids, temperature)
     return [float(logprobs[place, token]) for place, token in enumerate(new_ids)]
-
-
-@pytest.fixture(scope="session")
-def llama() -> PreTrainedModel:
-    """The reference model; servers get a copy, for they replace the attention."""
-    return tiny_model()
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-StartServer = Callable[..., BackgroundServer]
-
-
-@pytest.fixture
-def start_server(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Iterator[StartServer]:
-    """A function that starts a server over a copy of the tiny Llama; all are stopped at the end."""
-    running: list[BackgroundServer] = []
-
-    def start(**settings: Any) -> BackgroundServer:
-        settings.setdefault("cartridge_dir", tmp_path)
-        server = BackgroundServer(copy.deepcopy(llama), tokenizer, ServerSettings(**settings))
-        running.append(server.__enter__())
-        return server
-
-    yield start
-    for server in running:
-        server.__exit__(None, None, None)

@@ -1,0 +1,47 @@
+"""Fixtures for all tests: a tiny reference model, and embedded servers over copies of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cartridge_distill.server.running import BackgroundServer
+from cartridge_distill.server.settings import ServerSettings
+from tests.tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    """The reference model; servers get a copy, for they replace the attention."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+StartServer = Callable[..., BackgroundServer]
+
+
+@pytest.fixture
+def start_server(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Iterator[StartServer]:
+    """A function that starts a server over a copy of the tiny Llama; all are stopped at the end."""
+    running: list[BackgroundServer] = []
+
+    def start(**settings: Any) -> BackgroundServer:
+        settings.setdefault("cartridge_dir", tmp_path)
+        server = BackgroundServer(copy.deepcopy(llama), tokenizer, ServerSettings(**settings))
+        running.append(server.__enter__())
+        return server
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)

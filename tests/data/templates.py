@@ -1,0 +1,111 @@
+"""Chat templates of the shapes in the field, each with a small tokenizer that fits it.
+
+The templates are shortened from the models' own: tools and images are left out, everything that
+decides about begin-of-text, roles and system prompts is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import byte_tokenizer
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN2 = SMOLLM2.replace("AI assistant named SmolLM", "assistant.")
+LLAMA3 = (
+    "{{ bos_token }}{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}"
+    "{% endif %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system_message = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system_message = '' %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' }}"
+    "{{ system_message + '<|eot_id|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for message in rest %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') }}"
+    "{{ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}"
+    "{% for message in rest %}{% if message['role'] == 'user' %}"
+    "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + message['content'] }}"
+    "{% else %}{{ '[INST] ' + message['content'] }}{% endif %}{{ '[/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# Refuses a conversation without a user, and has a system role all the same.
+NEEDS_USER = (
+    "{{ bos_token }}{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ raise_exception('No user query found in messages.') }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A template, its special tokens, and what it must make of a document and of a prompt."""
+
+    template: str | None
+    bos: str | None
+    specials: tuple[str, ...]
+    document: str
+    prompt: str
+
+
+_CHATML = ("<|im_start|>", "<|im_end|>")
+_CHATML_DOCUMENT = "<|im_start|>system\nDOC<|im_end|>\n"
+_CHATML_PROMPT = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_GEMMA_PROMPT = "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n"
+_GEMMA = ("<start_of_turn>", "<end_of_turn>")
+
+SHAPES = {
+    "smollm2": Shape(SMOLLM2, "<|im_start|>", _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT),
+    "qwen2": Shape(QWEN2, None, _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT),
+    "llama3": Shape(
+        LLAMA3,
+        "<|begin_of_text|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|begin_of_text|>" + _HEADER.format("system") + "Today Date: 26 Jul 2024\n\nDOC<|eot_id|>",
+        _HEADER.format("user") + "Who?<|eot_id|>" + _HEADER.format("assistant"),
+    ),
+    "gemma2": Shape(GEMMA2, "<bos>", _GEMMA, "<bos>DOC\n\n", _GEMMA_PROMPT),
+    "gemma3": Shape(GEMMA3, "<bos>", _GEMMA, "<bos>DOC\n\n", _GEMMA_PROMPT),
+    "mistral": Shape(MISTRAL, "<s>", ("[INST]", "[/INST]"), "<s>DOC\n\n", "[INST] Who?[/INST]"),
+    "needs_user": Shape(NEEDS_USER, "<s>", (), "<s><system>DOC", "<user>Who?<assistant>"),
+    "none": Shape(None, "<s>", (), "<s>DOC\n\n", "User:\nWho?\n\nAssistant:\n"),
+}
+
+
+def tokenizer_of(shape: Shape) -> PreTrainedTokenizerFast:
+    """A byte tokenizer with the special tokens of a shape."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(shape.specials)})
+    tokenizer.bos_token = None
+    if shape.bos is not None:
+        tokenizer.add_special_tokens({"bos_token": shape.bos})
+    tokenizer.chat_template = shape.template
+    return tokenizer

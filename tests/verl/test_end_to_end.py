@@ -1,0 +1,259 @@
+"""Whole runs: real veRL, real Ray, real HTTP, a tiny random model; faults injected on the wire.
+
+The gateway below stands between trainer and embedded server, as a cloud's front door would, and
+breaks chosen requests. Each run is a process of its own, started as a user starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pandas as pd
+import pytest
+
+pytest.importorskip("verl.workers.config", reason="veRL is not installed")
+
+from cartridge_distill.prompts import render_document
+from cartridge_distill.server.running import BackgroundServer
+from cartridge_distill.server.settings import ServerSettings
+from tests.tiny import byte_tokenizer, tiny_model
+from training.supervise import MARK, Supervisor
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS, STEPS, CARTRIDGE = 4, 3, 160
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+
+class Gateway:
+    """A reverse proxy that spoils completions: ``spoil(number, body)`` may change or answer them."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.spoil = target, lambda number, body: None
+        self.completions = 0
+        self._lock = threading.Lock()
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.forward(httpx.get(gateway.target + self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with gateway._lock:
+                    gateway.completions += 1
+                    number = gateway.completions
+                answer = gateway.spoil(number, body)
+                if answer is None:
+                    answer = httpx.post(gateway.target + self.path, json=body, timeout=60)
+                self.forward(answer)
+
+            def forward(self, answer: httpx.Response) -> None:
+                self.send_response(answer.status_code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer.content)))
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # a client that lost its patience
+                    self.wfile.write(answer.content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@dataclass
+class World:
+    """A server with its directory, the gateway before it, and data whose document is 160 tokens."""
+
+    folder: Path
+    gateway: Gateway
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    def loaded(self) -> list[str]:
+        ids: list[str] = httpx.get(self.gateway.target + "/custom/cartridge/loaded").json()[
+            "loaded"
+        ]
+        return ids
+
+    def run(self, *overrides: str) -> tuple[int, str]:
+        """One run; returns its exit status and its log."""
+        command = [sys.executable, "-m", "verl.trainer.main_ppo"]
+        command += ["--config-path", str(ROOT / "training" / "config")]
+        command += ["--config-name", "cartridge_distill", "platform=cpu"]
+        cartridge, folder = "actor_rollout_ref.actor.cartridge", self.folder
+        command += [
+            f"data.train_files={folder}/train.parquet",
+            f"data.val_files={folder}/train.parquet",
+            f"data.train_batch_size={ROWS}",
+            "data.max_prompt_length=64",
+            "data.max_response_length=8",
+            f"actor_rollout_ref.model.path={folder}/model",
+            f"{cartridge}.num_tokens={CARTRIDGE}",
+            f"{cartridge}.documents={folder}/documents.jsonl",
+            f"{cartridge}.sync_dir={folder}/cartridges",
+            f"actor_rollout_ref.rollout.custom.tokasaurus_url={self.gateway.url}",
+            "actor_rollout_ref.rollout.custom.client={max_attempts: 3, backoff_s: 0.05, read_timeout_s: 5, startup_timeout_s: 5}",
+            "trainer.logger=[file]",
+            f"trainer.total_training_steps={STEPS}",
+            f"trainer.save_freq={STEPS}",
+            f"trainer.default_local_dir={folder}/checkpoints",
+            *overrides,
+        ]
+        env = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "VERL_PLATFORM": "cpu",
+            "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
+            "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+            "OMP_NUM_THREADS": "1",
+        }
+        log = folder / "train.log"
+        with Supervisor() as supervisor:
+            status = supervisor.start(command, log, env).wait(timeout=300)
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        self.metrics = [json.loads(line)["data"] for line in lines]
+        return status, log.read_text(errors="replace")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    tokenizer = byte_tokenizer()
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "The harbour master keeps the keys. " * 10
+    text = text[: len(text) - (len(render_document(tokenizer, text)) - CARTRIDGE)]
+    assert len(render_document(tokenizer, text)) == CARTRIDGE
+    (tmp_path / "documents.jsonl").write_text(json.dumps({"document_id": "harbour", "text": text}))
+    prompts = [
+        [
+            {"role": "user", "content": "Who?" * (1 + row % 3)},
+            {"role": "assistant", "content": "The h"},
+        ]
+        for row in range(ROWS * STEPS)
+    ]
+    info = [{"index": n, "document_id": "harbour"} for n in range(len(prompts))]
+    frame = pd.DataFrame({"prompt": prompts, "data_source": "test", "extra_info": info})
+    frame.to_parquet(tmp_path / "train.parquet")
+    settings = ServerSettings(cartridge_dir=tmp_path / "cartridges")
+    with BackgroundServer(tiny_model(), tokenizer, settings, threads=1) as server:
+        yield World(tmp_path, Gateway(server.url))
+
+
+def test_oracle_and_a_healthy_run(world: World) -> None:
+    """A cartridge that is the document's KV: no loss at step 1 through server, proxy and engine.
+
+    On the way the gateway answers 500 once, cuts one body and lets one request hang: each is
+    tried again, and nothing is lost.
+    """
+
+    def spoil(number: int, _: dict[str, Any]) -> httpx.Response | None:
+        if number == 3:
+            return httpx.Response(500, text="injected")
+        if number == 5:
+            return httpx.Response(200, text='{"id": "cut sh')
+        if number == 7:
+            threading.Event().wait(6)  # longer than the client's patience of 5 s
+            return httpx.Response(500, text="too late")
+        return None
+
+    world.gateway.spoil = spoil
+    status, log = world.run()
+    assert status == 0, log[-4000:]
+    assert abs(world.metrics[0]["actor/loss"]) < 1e-4
+    assert len(world.metrics) == STEPS
+    for step in world.metrics:
+        assert step["actor/logprob_diff/max"] < 1e-3
+        assert step["actor/frozen_tokens_changed"] == 0
+        assert step["actor/response_tokens"] > 0
+    versions = world.loaded()
+    assert len(set(versions)) == len(versions) == STEPS + 1  # the initial one and one a step
+    assert [int(v[-6:]) for v in versions] == list(range(STEPS + 1))
+    assert len(list((world.folder / "cartridges").iterdir())) == 2  # old versions are deleted
+    # ROWS * STEPS rollouts, one probe for each version, three retries
+    assert world.gateway.completions == ROWS * STEPS + (STEPS + 1) + 3
+    saved = world.folder / "checkpoints" / f"global_step_{STEPS}" / "actor" / "cartridge"
+    assert (saved / "cartridge.safetensors").stat().st_size < 1_000_000  # not the base model
+
+
+def stale(number: int, body: dict[str, Any]) -> httpx.Response | None:
+    """From step 2 on the server goes on serving version 0, under every name."""
+    served = body["cartridges"][0]["id"]
+    body["cartridges"][0]["id"] = re.sub(r"step-\d+", "step-000000", served)
+    return None
+
+
+def nan(number: int, body: dict[str, Any]) -> httpx.Response | None:
+    if number < 4:
+        return None
+    fingerprint = {"completion_ids": [[65]], "packed_chosen_logprobs": ["AADAfw=="]}
+    choice = {"index": 0, "text": "A", "finish_reason": "stop", "logprobs": None}
+    answer = {"id": "x", "object": "text_completion", "created": 1, "model": "m"}
+    answer |= {"choices": [choice], "system_fingerprint": json.dumps(fingerprint)}
+    return httpx.Response(
+        200,
+        json=answer | {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}},
+    )
+
+
+def broken(number: int, _: dict[str, Any]) -> httpx.Response | None:
+    return httpx.Response(500, text="injected") if number > ROWS + 2 else None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "steps_done"),
+    [
+        pytest.param(stale, "OffPolicyError.*server and trainer disagree", 1, id="wrong version"),
+        pytest.param(nan, "RolloutError.*not finite", 0, id="NaN log-probs"),
+        pytest.param(broken, "SyncError|RolloutError.*500", 1, id="500 for good"),
+    ],
+)
+def test_a_fault_that_does_not_pass_ends_the_run(
+    world: World, spoil: Any, message: str, steps_done: int
+) -> None:
+    world.gateway.spoil = spoil
+    status, log = world.run("actor_rollout_ref.actor.cartridge.init=random")
+    assert status != 0
+    assert re.search(message, log), log[-4000:]
+    assert len(world.metrics) == steps_done
+    assert not (world.folder / "checkpoints").exists()  # nothing was saved as if it were done
+
+
+def test_a_server_that_is_down_ends_the_run_at_the_start(world: World) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    status, log = world.run(f"actor_rollout_ref.rollout.custom.tokasaurus_url={url}")
+    assert status != 0
+    assert re.search(rf"ServerUnreachable.*{url}", log), log[-4000:]
+    assert world.metrics == []
+
+
+def test_nothing_outlives_a_run_that_is_killed(world: World) -> None:
+    """Ray's daemons too: whatever carries the supervisor's mark is gone."""
+    with Supervisor() as supervisor:
+        command = [sys.executable, "-c", "import ray, time; ray.init(num_cpus=1); time.sleep(600)"]
+        child = supervisor.start(command, world.folder / "ray.log")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=15)
+        assert child.poll() is None
+        assert len(list(supervisor._marked())) > 1
+    assert list(supervisor._marked()) == []
+    assert MARK not in os.environ

