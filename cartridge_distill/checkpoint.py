@@ -163,14 +163,13 @@ def load_pt(path: str | Path) -> TrainableCache:
         raise CartridgeFormatError(
             f"{path} holds a {type(data).__name__}, expected a dict of KV lists"
         )
-    for frozen_keys, frozen_values in _FROZEN_NAMES:
-        if frozen_keys in data:
-            break
-    else:
+    spelling = next((names for names in _FROZEN_NAMES if names[0] in data), None)
+    if spelling is None:
         raise CartridgeFormatError(
             f"{path} has neither fixed_keys nor frozen_keys (it has {sorted(map(str, data))}); "
             "a cartridge has at least one frozen token"
         )
+    frozen_keys, frozen_values = spelling
     names = ("trainable_keys", "trainable_values", frozen_keys, frozen_values)
     missing = [name for name in names if name not in data]
     if missing:
@@ -235,11 +234,13 @@ def load_safetensors(directory: str | Path) -> TrainableCache:
                 f"{path}: layers of {name} are not numbered 0..n: {error}"
             ) from None
 
-    parts = [
-        layers(name)
-        for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
-    ]
-    return _from_parts(*parts, source=str(path))
+    return _from_parts(
+        layers("frozen_keys"),
+        layers("frozen_values"),
+        layers("trainable_keys"),
+        layers("trainable_values"),
+        str(path),
+    )
 
 
 def load_tokasaurus(directory: str | Path) -> TrainableCache:
@@ -284,7 +285,8 @@ def load_cartridge(source: str | Path) -> TrainableCache:
         if len(files) == 1:
             return load_pt(files[0])
         raise CartridgeFormatError(
-            f"{path} holds neither {WEIGHTS_FILE} nor {TOKASAURUS_WEIGHTS}, and {len(files)} .pt files"
+            f"{path} holds neither {WEIGHTS_FILE} nor {TOKASAURUS_WEIGHTS}, "
+            f"and {len(files)} .pt files"
         )
     if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download

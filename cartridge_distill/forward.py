@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.attention import ATTENTION_NAME, PackedLayout, resolve_backend
+from cartridge_distill.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.layout import PackedLayout
 from cartridge_distill.packing import PackedBatch
 from cartridge_distill.prefix import Prefix
 
 
-def _unwrapped_config(model: nn.Module) -> Any:
-    config = model.config
+def decoder_config(model: nn.Module) -> Any:
+    """The transformers config of the decoder; FSDP's wrapper passes the attribute through."""
+    config: Any = model.config
     return config.get_text_config(decoder=True)
 
 
@@ -29,7 +31,7 @@ def check_prefix_fits(model: nn.Module, prefix: Prefix) -> None:
     Raises:
         CartridgeFormatError: naming the number that differs.
     """
-    config = _unwrapped_config(model)
+    config = decoder_config(model)
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key = prefix.keys[0]
@@ -54,12 +56,12 @@ def run_packed(
     cache: Any = None,
 ) -> Tensor:
     """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
-    config = _unwrapped_config(model)
+    config = decoder_config(model)
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
             f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
-            "packed sequences would see each other. Load it with cartridge_distill.models.load_model "
-            "or pass it through prepare_model()"
+            "packed sequences would see each other. Load it with "
+            "cartridge_distill.models.load_model or pass it through prepare_model()"
         )
     if model.training and getattr(model, "is_gradient_checkpointing", False):
         raise ConfigError(

@@ -130,7 +130,7 @@ def forward_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1
 
 
 def topk_cross_entropy(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
-    """-sum p log q over the teacher's top k: the Cartridges paper's loss (arXiv 2506.06266, s. 3)."""
+    """-sum p log q over the teacher's top k, as in the Cartridges paper (arXiv 2506.06266)."""
     scaled = logits.float() / temperature
     top = torch.gather(scaled, 1, teacher.ids) - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return -(teacher.logprobs.exp() * top).sum(-1)

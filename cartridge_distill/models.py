@@ -64,7 +64,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Loads a decoder from a folder or a hub id, frozen, in eval mode, ready for packed forwards."""
+    """Loads a decoder from a folder or a hub id: frozen, eval mode, ready for packed forwards."""
     config = AutoConfig.from_pretrained(str(name_or_path))
     check_supported(config)
     model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from cartridge_distill.errors import CartridgeFormatError
 
@@ -76,7 +76,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def prefix_from_tokens(model: PreTrainedModel, input_ids: Tensor, backend: str = "auto") -> Prefix:
+def prefix_from_tokens(model: nn.Module, input_ids: Tensor, backend: str = "auto") -> Prefix:
     """The KV of a forward over ``input_ids``.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cartridge_distill.errors import DocumentError
-from cartridge_distill.forward import packed_forward
+from cartridge_distill.forward import decoder_config, packed_forward
 from cartridge_distill.loss import TeacherTopK
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
@@ -109,8 +109,7 @@ class Teacher:
 
     @property
     def context(self) -> int | None:
-        config = self.model.config
-        return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return getattr(decoder_config(self.model), "max_position_embeddings", None)
 
     def document_ids(self, document_id: str) -> list[int]:
         """The token ids of a document, as the teacher reads it.
@@ -134,7 +133,7 @@ class Teacher:
         ids = self.document_ids(document_id)
         device = next(self.model.parameters()).device
         prefix = prefix_from_tokens(
-            self.model,  # type: ignore[arg-type]  # FSDP wraps the PreTrainedModel
+            self.model,
             torch.tensor(ids, device=device),
             self.backend,
         )

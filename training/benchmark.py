@@ -21,6 +21,7 @@ through the vocabulary projection. Not measured here: generation, the sync, FSDP
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import random
@@ -50,6 +51,7 @@ from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402
 
 TOLERANCE = 1e-4
 _GIB = 1024**3
+_MOST_WEIGHTS = 1_000_000_000  # attention weights of all layers, kept for the backward
 
 Forward = Callable[[PreTrainedModel, Prefix, Sequence[Tensor]], Tensor]
 """(model, prefix, sequences) -> log-probs of all tokens but each sequence's first, in order."""
@@ -111,9 +113,25 @@ class Way:
     alone: bool = False  # sequence after sequence, each with its own forward and backward
 
 
-def ways_for(device: torch.device) -> list[Way]:
-    first = ["flex"] if device.type == "cuda" else []  # flex has no backward on a CPU
-    ours = [Way(f"packed, {name}", packed(name)) for name in (*first, "grouped", "dense")]
+def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> list[Way]:
+    """The first is the project's choice on this device; backends whose kept attention weights
+    would not fit are left out, and that is said."""
+    config = model.config.get_text_config(decoder=True)
+    kept = config.num_hidden_layers * config.num_attention_heads
+    weights = {
+        "flex": 0,  # recomputes them
+        "grouped": kept * sum(n * (prefix + n) for n in lengths),
+        "dense": kept * sum(lengths) * (prefix + sum(lengths)),
+    }
+    on_gpu = model.device.type == "cuda"
+    names = ["flex", "grouped", "dense"] if on_gpu else ["grouped", "dense"]
+    ours: list[Way] = []  # flex has no backward on a CPU
+    for name in names:
+        if ours and weights[name] > _MOST_WEIGHTS:
+            gib = weights[name] * 4 / _GIB
+            say(f"   left out: packed, {name} (would keep {gib:.0f} GiB of attention weights)")
+        else:
+            ours.append(Way(f"packed, {name}", packed(name)))
     return [
         *ours,
         Way("one by one, SDPA", padded, "sdpa", alone=True),
@@ -201,9 +219,11 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
             return
         try:
+            # Else what earlier work freed, and the allocator kept, would hide what this one takes.
+            ctypes.CDLL(None).malloc_trim(0)
             self._reset.write_text("5")
-        except OSError:
-            self._before = -1  # not Linux, or not allowed: nothing is claimed
+        except (OSError, AttributeError, TypeError):
+            self._before = -1  # not Linux with glibc, or not allowed: nothing is claimed
             return
         self._before = self._resident("VmRSS") or -1
 
@@ -314,12 +334,12 @@ def student_tables(
 ) -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ways = ways_for(device)
-    names = [way.name for way in ways]
     for ragged in (False, True):
         kind = "ragged lengths" if ragged else "equal lengths"
         sequences = make_sequences(vocabulary, options.sequences, options.length, ragged, device)
         say(f"\n== student, {kind}: every way once, to compare, then {options.repeats} times")
+        ways = ways_for(model, cartridge.num_tokens, [len(sequence) for sequence in sequences])
+        names = [way.name for way in ways]
         model.float()  # exactness is a float32 matter
         check(kind, names, [step(way, model, cartridge, sequences) for way in ways])
         model.to(dtype)

@@ -244,13 +244,11 @@ def print_proof(out: Path, steps: int) -> None:
     changed = sum(step["actor/frozen_tokens_changed"] for step in metrics)
     print("== proof", flush=True)
     print(
-        f"   versions the server loaded: {len(set(loaded))} (the initial one and one for each of the "
-        f"{steps} steps)"
+        f"   versions the server loaded: {len(set(loaded))} "
+        f"(the initial one and one for each of {steps} steps)"
     )
     print(f"   largest server/trainer log-prob difference of {len(metrics)} steps: {worst:.1e}")
-    print(
-        f"   steps in which a frozen token changed: {changed:.0f}; base weights unchanged (checksum)"
-    )
+    print(f"   steps in which a frozen token changed: {changed:.0f}; base weights: unchanged")
 
 
 def evaluate(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> None:

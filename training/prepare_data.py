@@ -139,12 +139,14 @@ def cut_points(tokenizer: PreTrainedTokenizerBase, sentence: str) -> list[str]:
 
 def all_cuts(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Cut]:
     """Every cut of every sentence of a document."""
-    return [
+    cuts = [
         Cut(record, (heading or "the patient").lower(), start, sentence[len(start) :])
         for heading, body in sections(record)
         for sentence in sentences(body)
         for start in cut_points(tokenizer, sentence)
     ]
+    say(f"{record.document_id}: {len(cuts)} places to cut a sentence at")  # Seconds each.
+    return cuts
 
 
 def normalised(text: str) -> str:

@@ -33,7 +33,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   exit 0
 fi
 
-refuse() { printf 'refused: %s\n' "$@" >&2; exit 2; }
+refuse() { printf '%s\n' "refused: $1" "${@:2}" >&2; exit 2; }
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s' "$PWD/$1" ;; esac; }
 
 MODEL=${MODEL:-meta-llama/Llama-3.2-3B-Instruct}
@@ -52,8 +52,7 @@ if [[ $PLATFORM == cpu ]]; then export VERL_PLATFORM=cpu; fi
 # ---- checks: nothing starts on a machine where it cannot end well
 
 checked=$("$PYTHON" -m verl_patches check 2>&1) ||
-  refuse "veRL is not ready for cartridges. $PYTHON -m verl_patches check says:" "$checked" \
-    "mend: $PYTHON -m verl_patches apply (or: make setup)"
+  refuse "veRL is not ready for cartridges. $PYTHON -m verl_patches check says:" "$checked" "(make setup does it, too)"
 
 read -r -d '' get_a_server <<EOT || true
 how to get a server:

@@ -23,7 +23,7 @@ _ERRORS_KEPT = 3
 
 
 @register(AGENT_NAME)
-class CartridgeAgentLoop(AgentLoopBase):  # type: ignore[misc]  # veRL is untyped
+class CartridgeAgentLoop(AgentLoopBase):
     """One prompt, one completion, token in and token out."""
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
@@ -55,7 +55,7 @@ class CartridgeAgentLoop(AgentLoopBase):  # type: ignore[misc]  # veRL is untype
         )
 
 
-class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):  # type: ignore[misc]
+class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """veRL's worker; remembers why prompts failed, and computes no reward."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
         """Distillation has no reward; none is made up to satisfy the trainer."""
 
 
-class CartridgeAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]  # veRL is untyped
+class CartridgeAgentLoopManager(AgentLoopManagerTQ):
     """``rollout.agent.agent_loop_manager_class``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

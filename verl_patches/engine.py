@@ -52,7 +52,7 @@ class _ModeCtx(BaseEngineCtx):
 @EngineRegistry.register(
     model_type=ENGINE_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"]
 )
-class CartridgeEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # veRL is untyped
+class CartridgeEngine(FSDPEngineWithLMHead):
     """Trains a :class:`TrainableCache` on a frozen model.
 
     Attributes:

@@ -1,4 +1,6 @@
-"""A CPU platform for veRL: ``VERL_PLATFORM=cpu`` with ``VERL_USE_EXTERNAL_MODULES=verl_patches.plugin``.
+"""A CPU platform for veRL.
+
+``VERL_PLATFORM=cpu`` chooses it, ``VERL_USE_EXTERNAL_MODULES=verl_patches.plugin`` makes it known.
 
 veRL 0.9.1 ships platforms for accelerators only. This one says "cpu" where they say "cuda" and
 gives the accelerator module veRL asks for memory figures and RNG state a shim with none of them.
@@ -94,7 +96,7 @@ class PlatformCPU(PlatformBase):
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
         return False  # never chosen by probing, only by VERL_PLATFORM=cpu
 
-    def current_device(self) -> torch.device:  # type: ignore[override]  # .to() takes no "cpu:0" int
+    def current_device(self) -> torch.device:  # veRL calls .to() with it
         return torch.device("cpu")
 
     def device_count(self) -> int:

@@ -49,7 +49,8 @@ class Samples:
         masks = [mask.bool() for mask in data["response_mask"].unbind()]
         if "rollout_log_probs" not in data:
             raise RolloutError(
-                "the rollouts carry no log-probs; set actor_rollout_ref.rollout.calculate_log_probs=True"
+                "the rollouts carry no log-probs; "
+                "set actor_rollout_ref.rollout.calculate_log_probs=True"
             )
         logprobs = list(data["rollout_log_probs"].unbind())
         wanted = []

@@ -25,7 +25,7 @@ from verl_patches.hooks import TRAINER_MODE
 _POLL_SECONDS = 0.05
 
 
-class StrictReplayBuffer(ReplayBuffer):  # type: ignore[misc]  # veRL is untyped
+class StrictReplayBuffer(ReplayBuffer):
     """Gives a batch only when every prompt of it came back; ordered, so that runs repeat."""
 
     def _sync_metadata_from_transfer_queue(self) -> None:
@@ -43,7 +43,7 @@ class StrictReplayBuffer(ReplayBuffer):  # type: ignore[misc]  # veRL is untyped
 
 
 @register_trainer(TRAINER_MODE)
-class CartridgeTrainer(PPOTrainerSync):  # type: ignore[misc]  # veRL is untyped
+class CartridgeTrainer(PPOTrainerSync):
     """Strictly on-policy: version k is trained only on rollouts that version k made."""
 
     def __init__(self, config: Any) -> None:

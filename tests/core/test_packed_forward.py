@@ -35,7 +35,7 @@ def weighted(logits: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("prefix_tokens", PREFIX_TOKENS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_packed_equals_one_by_one(kind: str, prefix_tokens: int) -> None:
-    """Against transformers' own forward: eager attention, a DynamicCache, one sequence at a time."""
+    """Against transformers: eager attention, a DynamicCache, one sequence at a time."""
     model = tiny_model(kind).requires_grad_(False)
     cartridge = random_cartridge(model, prefix_tokens)
     tokens = sequences()

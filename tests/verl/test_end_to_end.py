@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -38,7 +37,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 class Gateway:
-    """A reverse proxy that spoils completions: ``spoil(number, body)`` may change or answer them."""
+    """A reverse proxy that spoils completions: ``spoil(number, body)`` may change or answer one."""
 
     def __init__(self, target: str) -> None:
         self.target, self.spoil = target, lambda number, body: None
@@ -88,9 +87,7 @@ class World:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def loaded(self) -> list[str]:
-        ids: list[str] = httpx.get(self.gateway.target + "/custom/cartridge/loaded").json()[
-            "loaded"
-        ]
+        ids: list[str] = httpx.get(f"{self.gateway.target}/custom/cartridge/loaded").json()["ids"]
         return ids
 
     def run(self, *overrides: str) -> tuple[int, str]:
@@ -99,6 +96,7 @@ class World:
         command += ["--config-path", str(ROOT / "training" / "config")]
         command += ["--config-name", "cartridge_distill", "platform=cpu"]
         cartridge, folder = "actor_rollout_ref.actor.cartridge", self.folder
+        client = "actor_rollout_ref.rollout.custom.client"
         command += [
             f"data.train_files={folder}/train.parquet",
             f"data.val_files={folder}/train.parquet",
@@ -110,7 +108,10 @@ class World:
             f"{cartridge}.documents={folder}/documents.jsonl",
             f"{cartridge}.sync_dir={folder}/cartridges",
             f"actor_rollout_ref.rollout.custom.tokasaurus_url={self.gateway.url}",
-            "actor_rollout_ref.rollout.custom.client={max_attempts: 3, backoff_s: 0.05, read_timeout_s: 5, startup_timeout_s: 5}",
+            f"{client}.max_attempts=3",
+            f"{client}.backoff_s=0.05",
+            f"{client}.read_timeout_s=5",
+            f"{client}.startup_timeout_s=5",
             "trainer.logger=[file]",
             f"trainer.total_training_steps={STEPS}",
             f"trainer.save_freq={STEPS}",
@@ -200,19 +201,6 @@ def stale(number: int, body: dict[str, Any]) -> httpx.Response | None:
     return None
 
 
-def nan(number: int, body: dict[str, Any]) -> httpx.Response | None:
-    if number < 4:
-        return None
-    fingerprint = {"completion_ids": [[65]], "packed_chosen_logprobs": ["AADAfw=="]}
-    choice = {"index": 0, "text": "A", "finish_reason": "stop", "logprobs": None}
-    answer = {"id": "x", "object": "text_completion", "created": 1, "model": "m"}
-    answer |= {"choices": [choice], "system_fingerprint": json.dumps(fingerprint)}
-    return httpx.Response(
-        200,
-        json=answer | {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}},
-    )
-
-
 def broken(number: int, _: dict[str, Any]) -> httpx.Response | None:
     return httpx.Response(500, text="injected") if number > ROWS + 2 else None
 
@@ -221,7 +209,6 @@ def broken(number: int, _: dict[str, Any]) -> httpx.Response | None:
     ("spoil", "message", "steps_done"),
     [
         pytest.param(stale, "OffPolicyError.*server and trainer disagree", 1, id="wrong version"),
-        pytest.param(nan, "RolloutError.*not finite", 0, id="NaN log-probs"),
         pytest.param(broken, "SyncError|RolloutError.*500", 1, id="500 for good"),
     ],
 )
@@ -234,16 +221,6 @@ def test_a_fault_that_does_not_pass_ends_the_run(
     assert re.search(message, log), log[-4000:]
     assert len(world.metrics) == steps_done
     assert not (world.folder / "checkpoints").exists()  # nothing was saved as if it were done
-
-
-def test_a_server_that_is_down_ends_the_run_at_the_start(world: World) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    status, log = world.run(f"actor_rollout_ref.rollout.custom.tokasaurus_url={url}")
-    assert status != 0
-    assert re.search(rf"ServerUnreachable.*{url}", log), log[-4000:]
-    assert world.metrics == []
 
 
 def test_nothing_outlives_a_run_that_is_killed(world: World) -> None:

@@ -1,4 +1,4 @@
-"""The engine inside veRL's own training worker, one process, real gloo: what trains, what does not."""
+"""The engine with veRL's own config classes, one process, real gloo: what trains, what does not."""
 
 from __future__ import annotations
 

@@ -114,6 +114,32 @@ async def test_a_server_that_is_down_at_the_start_is_named() -> None:
     await proxy.close()
 
 
+@pytest.mark.parametrize("status", ["failure", "finished"])
+def test_a_prompt_that_failed_for_good_is_never_padded_over(
+    status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """veRL's own buffer would repeat other samples in its place."""
+    import transfer_queue as tq
+
+    from verl_patches.trainer import StrictReplayBuffer
+
+    tags = {
+        "a": {"is_prompt": True, "status": "finished", "global_steps": 1},
+        "b": {"is_prompt": True, "status": status, "global_steps": 1},
+        "b_0_0": {"seq_len": 3},
+        "a_0_0": {"seq_len": 2},
+    }
+    monkeypatch.setattr(tq, "kv_list", lambda *_: {"train": tags})
+    monkeypatch.setattr(tq, "kv_clear", lambda **_: None)
+    buffer = StrictReplayBuffer("sync", {}, 1, "drop", {}, poll_interval=0.0)  # type: ignore[arg-type]
+    if status == "failure":
+        with pytest.raises(RolloutError, match="1 train prompts failed for good"):
+            buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+    else:
+        batch, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+        assert batch.keys == ["a_0_0", "b_0_0"]  # in order, so that runs repeat
+
+
 def test_urls_of_one_or_several_servers() -> None:
     assert server_urls({"tokasaurus_url": "http://a:1/"}) == ["http://a:1"]
     assert server_urls({"tokasaurus_url": ["http://a:1", "http://b:1"]}) == [

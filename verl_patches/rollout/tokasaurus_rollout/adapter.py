@@ -48,7 +48,7 @@ def cartridge_from_tensors(tensors: dict[str, Tensor]) -> TrainableCache:
     return TrainableCache(Prefix(keys, values), parts["frozen_keys"][0].shape[2])
 
 
-class ServerAdapter(BaseRollout):  # type: ignore[misc]  # veRL is untyped
+class ServerAdapter(BaseRollout):
     """veRL's rollout object in the training worker; holds no model."""
 
     def __init__(

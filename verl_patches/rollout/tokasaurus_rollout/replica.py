@@ -32,7 +32,7 @@ def server_urls(custom: Any) -> list[str]:
     return [url.rstrip("/") for url in urls]
 
 
-class TokasaurusReplica(RolloutReplica):  # type: ignore[misc]  # veRL is untyped
+class TokasaurusReplica(RolloutReplica):
     """Replica r talks to URL r modulo the number of URLs."""
 
     async def launch_servers(self) -> None:

@@ -23,7 +23,8 @@ class TokasaurusHttpServer:
         url: of the server, e.g. ``http://127.0.0.1:10210``.
         response_length: ``max_tokens`` of each completion.
         vocab_size: ids outside it are refused.
-        static_cartridges: fixed cartridges joined to the trained one (``rollout.custom.cartridges``).
+        static_cartridges: fixed cartridges (``rollout.custom.cartridges``), for rollouts outside
+            training; a training run refuses them.
         client_options: timeouts and retries, see :class:`cartridge_distill.client.ClientSettings`.
     """
 
