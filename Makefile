@@ -1,4 +1,5 @@
 # make setup   virtual environment with the locked packages and the patched veRL
+# make demo    setup, then the whole loop on a CPU with a real model: about ten minutes, ends in a table
 # make test    setup, linters, types, all tests: no GPU, no network beyond the package registry
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
@@ -15,9 +16,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format clean
+.PHONY: help setup demo test lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -5
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -6
 
 setup: $(VENV)/.patched
 
@@ -46,6 +47,10 @@ $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 	  $(PIP) install --quiet --force-reinstall --no-deps "$$(grep '^verl==' $(LOCK))" \
 	  && $(BIN)/python -m verl_patches apply; }
 	@touch $@
+
+# DEMO passes options on: make demo DEMO="--seed 1 --steps 48"
+demo: setup
+	@exec $(BIN)/python training/demo.py $(DEMO)
 
 lint: setup
 	$(BIN)/ruff check .

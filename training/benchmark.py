@@ -21,7 +21,6 @@ through the vocabulary projection. Not measured here: generation, the sync, FSDP
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import random
@@ -48,9 +47,8 @@ from cartridge_distill.forward import chosen_logprobs, packed_forward  # noqa: E
 from cartridge_distill.models import load_model  # noqa: E402
 from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
 from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402
+from training.measure import Job, check, measure, print_rows, say  # noqa: E402
 
-TOLERANCE = 1e-4
-_GIB = 1024**3
 _MOST_WEIGHTS = 1_000_000_000  # attention weights of all layers, kept for the backward
 
 Forward = Callable[[PreTrainedModel, Prefix, Sequence[Tensor]], Tensor]
@@ -128,7 +126,7 @@ def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> lis
     ours: list[Way] = []  # flex has no backward on a CPU
     for name in names:
         if ours and weights[name] > _MOST_WEIGHTS:
-            gib = weights[name] * 4 / _GIB
+            gib = weights[name] * 4 / 1024**3
             say(f"   left out: packed, {name} (would keep {gib:.0f} GiB of attention weights)")
         else:
             ours.append(Way(f"packed, {name}", packed(name)))
@@ -154,150 +152,6 @@ def step(
         (-logprobs.sum()).backward()
         found.append(logprobs.detach())
     return torch.cat(found), [p.grad for p in parameters if p.grad is not None]
-
-
-# ---------------------------------------------------------------- comparing and measuring
-
-
-def disagreement(
-    one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]
-) -> tuple[float, float]:
-    """Largest difference of log-probs, and of gradients relative to the largest gradient."""
-    logprobs = (one[0] - other[0]).abs().max().item()
-    pairs = list(zip(one[1], other[1], strict=True))
-    largest = max((a.abs().max().item() for a, _ in pairs), default=1.0)
-    gradients = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
-    return logprobs, gradients / largest
-
-
-def check(what: str, names: Sequence[str], results: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
-    """Every result against the last one, which is the plainest.
-
-    Raises:
-        ConfigError: two ways disagree; a time of something else would mean nothing.
-    """
-    worst = [0.0, 0.0]
-    for name, result in zip(names[:-1], results[:-1], strict=True):
-        found = disagreement(results[-1], result)
-        worst = [max(pair) for pair in zip(worst, found, strict=True)]
-        if not max(found) <= TOLERANCE:
-            raise ConfigError(
-                f"{what}: {name!r} and {names[-1]!r} differ by {found[0]:.1e} in log-probs, "
-                f"{found[1]:.1e} in gradients, over {TOLERANCE:g}; nothing was timed"
-            )
-    say(
-        f"   {what}: {len(names)} ways agree in float32, log-probs to {worst[0]:.0e}"
-        + (f", gradients to {worst[1]:.0e} of the largest" if results[0][1] else "")
-    )
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class PeakMemory:
-    """Peak memory between :meth:`start` and :meth:`stop`, beyond what was held at the start."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._before = 0
-        # Linux lets a process reset the high-water mark of its own resident memory.
-        self._reset = Path("/proc/self/clear_refs")
-
-    def _resident(self, field: str) -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-        return int(sizes[0]) * 1024 if sizes else None
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-            return
-        try:
-            # Else what earlier work freed, and the allocator kept, would hide what this one takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            self._reset.write_text("5")
-        except (OSError, AttributeError, TypeError):
-            self._before = -1  # not Linux with glibc, or not allowed: nothing is claimed
-            return
-        self._before = self._resident("VmRSS") or -1
-
-    def stop(self) -> float | None:
-        """GiB; None where it cannot be measured."""
-        if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self.device) - self._before) / _GIB
-        peak = self._resident("VmHWM")
-        if self._before < 0 or peak is None:
-            return None
-        return max(0, peak - self._before) / _GIB
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row of a table: what is timed, and how many tokens it works off."""
-
-    name: str
-    work: Callable[[], object]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    name: str
-    seconds: float
-    tokens: int
-    peak_gib: float | None
-
-
-def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Measured]:
-    """Median seconds of ``repeats`` rounds; the jobs take turns, so that a machine which is busy
-    for a while is busy for all of them.
-
-    Every job ran once before, when it was checked; a GPU compiles its kernels anew for another
-    dtype, so there one more round is not counted.
-    """
-    if device.type == "cuda":
-        for job in jobs:
-            job.work()
-    memory = PeakMemory(device)
-    times: list[list[float]] = [[] for _ in jobs]
-    peaks: list[list[float | None]] = [[] for _ in jobs]
-    for number in range(1, repeats + 1):
-        for job, seconds, peak in zip(jobs, times, peaks, strict=True):
-            memory.start()
-            synchronize(device)
-            start = time.perf_counter()
-            job.work()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-            peak.append(memory.stop())
-            say(f"   ... {number}/{repeats} {job.name}: {seconds[-1]:.3f} s")
-    return [
-        Measured(
-            job.name,
-            statistics.median(seconds),
-            job.tokens,
-            max((p for p in peak if p is not None), default=None),
-        )
-        for job, seconds, peak in zip(jobs, times, peaks, strict=True)
-    ]
-
-
-def print_rows(title: str, rows: Sequence[Measured]) -> None:
-    """The first row is ours; the ratio says how many times longer a row takes than it."""
-    say(f"\n{title}")
-    say(f"   {'':<34}{'seconds':>9}{'tokens/s':>10}{'ratio':>8}{'peak GiB':>10}")
-    for row in rows:
-        peak = "-" if row.peak_gib is None else f"+{row.peak_gib:.2f}"
-        say(
-            f"   {row.name:<34}{row.seconds:>9.3f}{row.tokens / row.seconds:>10.0f}"
-            f"{row.seconds / rows[0].seconds:>7.2f}x{peak:>10}"
-        )
 
 
 # ---------------------------------------------------------------- the tables
@@ -437,10 +291,6 @@ def stage_table(path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the script
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def processor() -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from transformers import AutoConfig
+from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import RolloutReplica
 
 from cartridge_distill.errors import ConfigError
@@ -44,7 +46,9 @@ class TokasaurusReplica(RolloutReplica):
         custom = dict(self.config.custom or {})
         urls = server_urls(custom)
         url = urls[self.replica_rank % len(urls)]
-        vocabulary = getattr(getattr(self.model_config, "hf_config", None), "vocab_size", None)
+        # veRL hands the replica the bare YAML of the model, without its transformers config.
+        model = AutoConfig.from_pretrained(copy_to_local(self.model_config["path"]))
+        vocabulary = model.get_text_config(decoder=True).vocab_size
         proxy = (
             ray.remote(TokasaurusHttpServer)
             .options(
