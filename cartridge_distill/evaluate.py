@@ -3,10 +3,11 @@
 A *condition* is a prefix, or none: no cartridge, an untrained one, a trained one. The full document
 is always the last row. Over a set of multiple-choice questions that were not trained on:
 
-- **KL**: forward KL per token to the full-document teacher, full vocabulary, in nats, over the
-  answers that the teacher writes greedily to the questions;
+- **KL**: forward KL per token to the full-document teacher, full vocabulary, in nats, over what the
+  teacher writes greedily after the question and its answer stem (after the open assistant turn
+  where a question has no stem);
 - **log-loss**: mean negative log-prob per token of the right option's text, in nats, after the
-  question's answer stem (after the open assistant turn where a question has no stem);
+  same beginning;
 - **accuracy**: how often the right option is the one with the highest mean log-prob per token;
 - **KV tokens**: the length of the prefix.
 
@@ -26,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from cartridge_distill.attention import ATTENTION_NAME
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
-from cartridge_distill.forward import packed_forward, run_packed
+from cartridge_distill.forward import chosen_logprobs, packed_forward
 from cartridge_distill.models import load_model
 from cartridge_distill.packing import PackedBatch, pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
@@ -40,7 +41,7 @@ from cartridge_distill.prompts import render_document, render_prompt
 from cartridge_distill.records import Question, load_questions
 from cartridge_distill.teacher import DocumentStore
 
-ANSWER_TOKENS = 20
+ANSWER_TOKENS = 12
 FULL_DOCUMENT = "full document"
 # Questions whose logits are in memory together: 8 x 20 tokens x 128k vocabulary x 4 bytes = 80 MB.
 _CHUNK = 8
@@ -113,10 +114,12 @@ def evaluate(
     tallies = {name: _Tally() for name in (*conditions, FULL_DOCUMENT)}
     ends = _end_ids(model, tokenizer)
     steps = _Steps(len(questions) * (2 + 2 * len(conditions)), progress)
+    read, document = None, None
     for document_id, chunk in chunks:
-        ids = torch.tensor(list(document_ids[document_id]), device=_device(model))
-        document = prefix_from_tokens(model, ids)
-        prompts = [_prompt(tokenizer, q.question) for q in chunk]
+        if document is None or document_id != read:
+            ids = torch.tensor(list(document_ids[document_id]), device=_device(model))
+            read, document = document_id, prefix_from_tokens(model, ids)
+        prompts = [_prompt(tokenizer, q.question, q.stem) for q in chunk]
         answers = greedy_answers(model, document, prompts, answer_tokens, ends)
         teacher = _response_logits(model, document, prompts, answers).float().log_softmax(-1)
         steps.advance(len(chunk))
@@ -126,14 +129,17 @@ def evaluate(
             steps.advance(len(chunk))
         for tally in tallies.values():
             tally.answer_tokens += len(teacher)
-        for question in chunk:
-            stem, options = _options(tokenizer, question)
-            for name, prefix in {**conditions, FULL_DOCUMENT: document}.items():
-                scores = continuation_logprobs(model, prefix, stem, options)
+        asked = [(question, *_options(tokenizer, question)) for question in chunk]
+        stems = [stem for _, stem, options in asked for _ in options]
+        texts = [text for _, _, options in asked for text in options]
+        for name, prefix in {**conditions, FULL_DOCUMENT: document}.items():
+            found = iter(continuation_logprobs(model, prefix, stems, texts))
+            for question, _, options in asked:
+                scores = [next(found) for _ in options]
                 best = max(range(len(scores)), key=scores.__getitem__)
                 tallies[name].loss -= scores[question.correct]
                 tallies[name].right += best == question.correct
-                steps.advance(1)
+            steps.advance(len(chunk))
     lengths = {name: prefix.num_tokens if prefix else 0 for name, prefix in conditions.items()}
     lengths[FULL_DOCUMENT] = max(len(document_ids[document_id]) for document_id, _ in chunks)
     return [tallies[name].row(name, len(questions), lengths[name]) for name in tallies]
@@ -268,43 +274,23 @@ def _pack(model: Any, sequences: Sequence[Sequence[int]]) -> PackedBatch:
 
 @torch.no_grad()
 def continuation_logprobs(
-    model: Any, prefix: Prefix | None, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    model: Any,
+    prefix: Prefix | None,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
 ) -> list[float]:
-    """Mean log-prob per token, in nats, of several continuations of one prompt.
+    """Mean log-prob per token, in nats, of each continuation of its prompt.
 
-    The prompt is computed once: its KV joins the prefix for the continuations, packed together.
+    All in one packed row: what prompts have in common is computed once there, so the options of a
+    question cost little more than one of them.
 
     Args:
-        prompt: at least one id.
-        continuations: at least one id each.
+        prompts, continuations: as many of each, at least one id in each.
     """
-    cache = DynamicCache()  # collects the prompt's own KV; the prefix's is not repeated in it
-    batch = _pack(model, [prompt])
-    last = batch.index == len(prompt) - 1
-    first = run_packed(model, prefix, batch, keep=last, cache=cache)[0].float().log_softmax(-1)
-    totals = [float(first[ids[0]]) for ids in continuations]
-    longer = [number for number, ids in enumerate(continuations) if len(ids) > 1]
-    if longer:
-        fed = [continuations[number][:-1] for number in longer]
-        targets = [continuations[number][1:] for number in longer]
-        logits = packed_forward(model, _extended(prefix, cache), _pack(model, fed))
-        chosen = torch.tensor([ids for target in targets for ids in target], device=logits.device)
-        logprobs = logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        for number, part in zip(longer, logprobs.split([len(ids) for ids in fed]), strict=True):
-            totals[number] += float(part.sum())
-    return [total / len(ids) for total, ids in zip(totals, continuations, strict=True)]
-
-
-def _extended(prefix: Prefix | None, cache: DynamicCache) -> Prefix:
-    """The prefix with the KV of a prompt behind it."""
-    keys = [layer.keys for layer in cache.layers]
-    values = [layer.values for layer in cache.layers]
-    if prefix is None:
-        return Prefix(keys, values)
-    return Prefix(
-        [torch.cat([a.to(b), b], dim=2) for a, b in zip(prefix.keys, keys, strict=True)],
-        [torch.cat([a.to(b), b], dim=2) for a, b in zip(prefix.values, values, strict=True)],
-    )
+    logits = _response_logits(model, prefix, prompts, continuations)
+    chosen = torch.tensor([i for ids in continuations for i in ids], device=logits.device)
+    logprobs = chosen_logprobs(logits, chosen)
+    return [float(part.mean()) for part in logprobs.split([len(ids) for ids in continuations])]
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -87,17 +87,17 @@ def test_figures_equal_the_plain_forward(
     for question in QUESTIONS:
         document = prefix_from_tokens(packed, torch.tensor(ids[question.document_id]))
         prompt = list(tokenizer(f"<user>{question.question}\n<assistant>").input_ids)
+        start = [*prompt, *tokenizer(question.stem or "").input_ids]
         answer: list[int] = []
         while len(answer) < 5:
-            logprobs = plain_distributions(llama, document, prompt, [*answer, 0])
+            logprobs = plain_distributions(llama, document, start, [*answer, 0])
             answer.append(int(logprobs[-1].argmax()))
             if answer[-1] == tokenizer.eos_token_id:
                 break
-        teacher = plain_distributions(llama, document, prompt, answer)
-        student = plain_distributions(llama, cartridge, prompt, answer)
+        teacher = plain_distributions(llama, document, start, answer)
+        student = plain_distributions(llama, cartridge, start, answer)
         kl += float((teacher.exp() * (teacher - student)).sum())
         tokens += len(answer)
-        start = [*prompt, *tokenizer(question.stem or "").input_ids]
         scores = []
         for option in OPTIONS:
             new = list(tokenizer(f" {option}" if question.stem else option).input_ids)
@@ -115,12 +115,12 @@ def test_continuations_equal_one_by_one(
     llama: PreTrainedModel, packed: PreTrainedModel, with_prefix: bool
 ) -> None:
     prefix = random_cartridge(packed).prefix() if with_prefix else None
-    prompt, continuations = [5, 9, 77, 3], [[8], [8, 4, 200], [17, 1], [9]]
-    scores = continuation_logprobs(packed, prefix, prompt, continuations)
-    for score, ids in zip(scores, continuations, strict=True):
+    prompts = [[5, 9, 77, 3], [5, 9, 77, 3], [5, 9], [5, 9, 77, 3]]
+    continuations = [[8], [8, 4, 200], [17, 1], [9]]
+    scores = continuation_logprobs(packed, prefix, prompts, continuations)
+    for score, prompt, ids in zip(scores, prompts, continuations, strict=True):
         expected = sum(plain_logprobs(llama, prefix, prompt, ids)) / len(ids)
         assert score == pytest.approx(expected, abs=1e-5)
-    assert continuation_logprobs(packed, prefix, prompt, [[8], [9]])[0] == pytest.approx(scores[0])
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])
