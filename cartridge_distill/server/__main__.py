@@ -94,8 +94,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # Before torch is imported: spinning threads starve a trainer on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported: threads that spin for long starve a trainer on the same cores, and
+    # threads that never spin are slow.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
