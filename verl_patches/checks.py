@@ -187,10 +187,11 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
     for url in [urls] if isinstance(urls, str) else urls:
         if not str(url).startswith(("http://", "https://")):
             yield f"{key}={url!r}: set a URL with http:// or https://"
-    if _get(config, f"{_ROLLOUT}.custom.cartridges"):
+    if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
         yield (
-            f"{_ROLLOUT}.custom.cartridges: the server would join fixed cartridges to the trained "
-            "one, the trainer's forward would not have them; set it to []"
+            f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join "
+            "fixed cartridges to the trained one, the trainer's forward would not have them; "
+            "set it to []"
         )
     tokens = _get(config, f"{KEY}.num_tokens")
     if isinstance(tokens, int) and tokens % PAGE_SIZE:
