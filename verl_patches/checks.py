@@ -189,8 +189,8 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
             yield f"{key}={url!r}: set a URL with http:// or https://"
     if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
         yield (
-            f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join "
-            "fixed cartridges to the trained one, the trainer's forward would not have them; "
+            f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"
+            " fixed cartridges to the trained one, the trainer's forward would not have them; "
             "set it to []"
         )
     tokens = _get(config, f"{KEY}.num_tokens")
