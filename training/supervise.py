@@ -33,18 +33,21 @@ class Supervisor:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Supervisor:
-        # SIGTERM (a job scheduler, `timeout`) must clean up as Ctrl-C does.
-        self._previous = signal.signal(signal.SIGTERM, _as_interrupt)
+        # SIGTERM (a job scheduler, `timeout`) must clean up as Ctrl-C does, and Ctrl-C must do so
+        # also where a shell started the script in the background, with SIGINT ignored.
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, _as_interrupt) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         # A second Ctrl-C must not stop the cleaning up.
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
         try:
             self.stop()
         finally:
-            signal.signal(signal.SIGINT, interrupt)
-            signal.signal(signal.SIGTERM, self._previous)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def start(
         self, command: Sequence[str], log: Path, env: dict[str, str] | None = None

@@ -14,20 +14,11 @@ from cartridge_distill.models import load_model
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama and its byte tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,7 @@ from typing import Any
 
 import httpx
 import pandas as pd
+import psutil
 import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
@@ -223,14 +226,38 @@ def test_a_fault_that_does_not_pass_ends_the_run(
     assert not (world.folder / "checkpoints").exists()  # nothing was saved as if it were done
 
 
-def test_nothing_outlives_a_run_that_is_killed(world: World) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path: Path) -> None:
     """Ray's daemons too: whatever carries the supervisor's mark is gone."""
-    with Supervisor() as supervisor:
-        command = [sys.executable, "-c", "import ray, time; ray.init(num_cpus=1); time.sleep(600)"]
-        child = supervisor.start(command, world.folder / "ray.log")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=15)
-        assert child.poll() is None
-        assert len(list(supervisor._marked())) > 1
-    assert list(supervisor._marked()) == []
-    assert MARK not in os.environ
+    child = "import ray, time; ray.init(num_cpus=1); print('up', flush=True); time.sleep(600)"
+    script = (
+        "import sys, time; from pathlib import Path; from training.supervise import Supervisor\n"
+        "with Supervisor() as s:\n"
+        f"    s.start([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'ray.log')!r}))\n"
+        "    print(s.mark, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    mark = parent.stdout.readline().strip()
+    log = tmp_path / "ray.log"
+    deadline = time.monotonic() + 60
+    while "up" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(marked(mark)) > 2  # Ray's daemons beside the child
+    parent.send_signal(number)
+    assert parent.wait(timeout=60) != 0
+    assert marked(mark) == []
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes whose environment has this mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
-from tests.tiny import VOCAB, byte_tokenizer, plain_logprobs, tiny_model
+from tests.tiny import VOCAB, plain_logprobs, tiny_model
 from verl_patches.hooks import distill_loss
 
 TEMPERATURE = 0.7
@@ -37,14 +37,6 @@ def process_group() -> Iterator[None]:
     )
     yield
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
