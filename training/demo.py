@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="make demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--steps", type=int, default=40, help="optimizer steps (%(default)s)")
+    option("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
     option("--prompts", type=int, default=48, help="rollouts per step (%(default)s)")
     option("--response", type=int, default=4, help="tokens per rollout at most (%(default)s)")
     option("--tokens", type=int, default=128, help="cartridge tokens (%(default)s)")

@@ -26,6 +26,13 @@ _ERRORS_KEPT = 3
 class CartridgeAgentLoop(AgentLoopBase):
     """One prompt, one completion, token in and token out."""
 
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **_: Any) -> None:
+        # veRL makes one of these for each sample. Its own __init__ builds a token builder with
+        # parsers each time, which is most of a short rollout's cost here and is not needed.
+        self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
+
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """Renders ``raw_prompt`` and asks the rollout server.
 

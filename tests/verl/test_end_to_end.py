@@ -229,7 +229,9 @@ def test_a_fault_that_does_not_pass_ends_the_run(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path: Path) -> None:
     """Ray's daemons too: whatever carries the supervisor's mark is gone."""
-    child = "import ray, time; ray.init(num_cpus=1); print('up', flush=True); time.sleep(600)"
+    child = (
+        "import ray, time; ray.init(num_cpus=1); print('RAY IS UP', flush=True); time.sleep(600)"
+    )
     script = (
         "import sys, time; from pathlib import Path; from training.supervise import Supervisor\n"
         "with Supervisor() as s:\n"
@@ -245,7 +247,9 @@ def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path
     mark = parent.stdout.readline().strip()
     log = tmp_path / "ray.log"
     deadline = time.monotonic() + 60
-    while "up" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+    while (
+        "RAY IS UP" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
     assert len(marked(mark)) > 2  # Ray's daemons beside the child
     parent.send_signal(number)

@@ -170,11 +170,9 @@ class _Manager:
 def agent_loop(prompt_length: int) -> Any:
     from verl_patches.agent_loop import CartridgeAgentLoop
 
-    loop = CartridgeAgentLoop.__new__(CartridgeAgentLoop)  # its __init__ needs a whole veRL config
-    loop.tokenizer = byte_tokenizer()
-    loop.rollout_config = SimpleNamespace(prompt_length=prompt_length)
-    loop.server_manager = _Manager()
-    return loop
+    rollout = SimpleNamespace(prompt_length=prompt_length)
+    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+    return CartridgeAgentLoop(SimpleNamespace(config=config), _Manager(), byte_tokenizer())
 
 
 async def test_a_started_answer_passes_unharmed() -> None:
