@@ -1,5 +1,5 @@
 # make setup   virtual environment with the locked packages and the patched veRL
-# make demo    setup, then the whole loop on a CPU with a real model: about ten minutes, ends in a table
+# make demo    setup, then the whole loop on a CPU with a real model; ends in a table
 # make test    setup, linters, types, all tests: no GPU, no network beyond the package registry
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
