@@ -16,11 +16,7 @@ Reading never runs pickled code: ``.pt`` files go through ``weights_only=True`` 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +30,16 @@ from torch import Tensor, nn
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.prefix import Prefix
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.tokasaurus_dir import (
+    TOKASAURUS_CONFIG,
+    TOKASAURUS_WEIGHTS,
+    replace_directory,
+    write_snapshot,
+)
 
 WEIGHTS_FILE = "cartridge.safetensors"
 META_FILE = "cartridge.json"
-TOKASAURUS_WEIGHTS = "cartridge.pt"
-TOKASAURUS_CONFIG = "config.yaml"
 # The two spellings in the field: mid-2025 and since August 2025 (which is ours, too).
 _FROZEN_NAMES = (("fixed_keys", "fixed_values"), ("frozen_keys", "frozen_values"))
 
@@ -52,27 +53,6 @@ class CartridgeMeta:
     version: str | None = None
     document_sha256: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
-
-
-def _replace_directory(target: Path, write: Callable[[Path], None], overwrite: bool) -> None:
-    """Fills a temporary directory beside ``target``, then renames it into place."""
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is already there; a written version is never changed")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        write(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it 0700; the server may run as another user
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old)
-            os.replace(scratch, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def save_cartridge(cartridge: TrainableCache, directory: str | Path, meta: CartridgeMeta) -> Path:
@@ -96,7 +76,7 @@ def save_cartridge(cartridge: TrainableCache, directory: str | Path, meta: Cartr
         save_file(tensors, scratch / WEIGHTS_FILE)
         (scratch / META_FILE).write_text(json.dumps(described, indent=2, default=str) + "\n")
 
-    _replace_directory(Path(directory), write, overwrite=True)
+    replace_directory(Path(directory), write, overwrite=True)
     return Path(directory)
 
 
@@ -115,35 +95,14 @@ def write_tokasaurus(
     base_model: str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes what a Tokasaurus server reads for ``source: "local"``.
-
-    Plain lists of tensors, at least one frozen token, the token count also in ``config.yaml``.
+    """Writes what a Tokasaurus server reads for ``source: "local"``, see ``tokasaurus_dir``.
 
     Raises:
         FileExistsError: the directory is there; the server never loads an id twice.
     """
 
-    def plain(parameters: nn.ParameterList) -> list[Tensor]:
-        return [p.detach().to("cpu", dtype).contiguous() for p in parameters]
-
-    def write(scratch: Path) -> None:
-        torch.save(
-            {
-                "trainable_keys": plain(cartridge.trainable_keys),
-                "trainable_values": plain(cartridge.trainable_values),
-                "frozen_keys": plain(cartridge.frozen_keys),
-                "frozen_values": plain(cartridge.frozen_values),
-            },
-            scratch / TOKASAURUS_WEIGHTS,
-        )
-        config = {
-            "kv_cache_initializer": {"max_tokens": cartridge.num_tokens},
-            "model": {"pretrained_model_name_or_path": base_model},
-        }
-        (scratch / TOKASAURUS_CONFIG).write_text(yaml.safe_dump(config))
-
-    _replace_directory(Path(directory), write, overwrite=False)
-    return Path(directory)
+    snapshot = Snapshot.take(cartridge.state_dict(), dtype)
+    return write_snapshot(snapshot, directory, base_model)
 
 
 def load_pt(path: str | Path) -> TrainableCache:

@@ -15,7 +15,7 @@ from cartridge_distill.errors import ConfigError
 from cartridge_distill.loss import LOSSES
 
 INITS = ("text", "random", "checkpoint")
-TRANSPORTS = ("shared_dir",)
+TRANSPORTS = ("shared_dir", "http")
 SYNC_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 KEY = "actor_rollout_ref.actor.cartridge"

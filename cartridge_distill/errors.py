@@ -25,6 +25,14 @@ class ServerUnreachable(RolloutError):
     """The inference server did not answer within the time allowed."""
 
 
+class ServerRefused(RolloutError):
+    """The inference server refused a request; ``status`` is the HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class OffPolicyError(CartridgeDistillError, RuntimeError):
     """A rollout was made by another cartridge version than the one being trained."""
 

@@ -1,69 +1,40 @@
 """Sync: a new cartridge reaches the server before the next rollout.
 
-A Tokasaurus server never loads an id twice, so every version gets a new id,
-``<run>-step-000012``, and ``<run>`` itself is new for every start: an id of an earlier run on a
-server that still lives would silently give that run's weights. Transports implement
-:class:`CartridgePublisher`; here is the one for a directory that trainer and server share.
+Transports implement :class:`CartridgePublisher`. Here is the one for a directory that trainer and
+server share; the one over HTTP, to a gateway, is in ``http_sync``.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import write_tokasaurus
 from cartridge_distill.errors import ConfigError, SyncError
-
-_RUN = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
-_VERSION = re.compile(rf"(?P<run>{_RUN.pattern})-step-(?P<step>\d{{6}})")
-
-
-def new_run_id(name: str) -> str:
-    """A run id that no earlier run had: ``<name>-<utc time>-<4 hex digits>``.
-
-    Raises:
-        ConfigError: the name holds what Tokasaurus would rewrite in an id.
-    """
-    if not _RUN.fullmatch(name):
-        raise ConfigError(
-            f"run name {name!r}: use letters and digits with single - or _ between them; "
-            "Tokasaurus rewrites anything else, and the id would no longer be found"
-        )
-    return f"{name}-{datetime.now(UTC):%Y%m%d%H%M%S}-{secrets.token_hex(2)}"
-
-
-def version_id(run: str, step: int) -> str:
-    """The id under which the cartridge after ``step`` optimizer steps is served."""
-    return f"{run}-step-{step:06d}"
-
-
-def step_of(version: str) -> int:
-    """The optimizer step of a version id.
-
-    Raises:
-        SyncError: not an id of ours.
-    """
-    match = _VERSION.fullmatch(version)
-    if match is None:
-        raise SyncError(f"{version!r} is no version id; expected <run>-step-000012")
-    return int(match["step"])
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.tokasaurus_dir import write_snapshot
+from cartridge_distill.versions import step_of
 
 
 class CartridgePublisher(Protocol):
-    """Puts versions where the server finds them."""
+    """Puts versions where the servers find them. Blocks; training runs it in a thread."""
 
-    def publish(self, version: str, cartridge: TrainableCache) -> None:
-        """Makes a version available; on return a request with this id may be sent."""
+    def publish(self, version: str, snapshot: Snapshot) -> None:
+        """Makes a version available; on return every server may be asked for it."""
 
     def retire(self, keep: int) -> list[str]:
         """Deletes all but the newest ``keep`` versions published here; returns what went."""
+
+
+def oldest(published: list[str], keep: int) -> list[str]:
+    """All but the newest ``keep`` versions.
+
+    Raises:
+        ConfigError: ``keep`` below 1.
+    """
+    if keep < 1:
+        raise ConfigError(f"sync_keep={keep}; the served version itself must stay: at least 1")
+    return published[:-keep]
 
 
 class SharedDirectoryPublisher:
@@ -72,18 +43,15 @@ class SharedDirectoryPublisher:
     Args:
         directory: shared with the server.
         base_model: recorded in ``config.yaml``.
-        dtype: of the tensors on disk; the dtype that the trainer's forward computes in, so that
-            both sides hold the same numbers.
     """
 
-    def __init__(self, directory: str | Path, base_model: str, dtype: torch.dtype) -> None:
+    def __init__(self, directory: str | Path, base_model: str) -> None:
         self.directory = Path(directory)
         self.base_model = base_model
-        self.dtype = dtype
         self._published: list[str] = []
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def publish(self, version: str, cartridge: TrainableCache) -> None:
+    def publish(self, version: str, snapshot: Snapshot) -> None:
         """Atomic: the directory of a version is whole or absent.
 
         Raises:
@@ -91,7 +59,7 @@ class SharedDirectoryPublisher:
         """
         step_of(version)
         try:
-            write_tokasaurus(cartridge, self.directory / version, self.base_model, self.dtype)
+            write_snapshot(snapshot, self.directory / version, self.base_model)
         except FileExistsError as error:
             raise SyncError(f"version {version} was published before: {error}") from error
         except OSError as error:
@@ -99,9 +67,8 @@ class SharedDirectoryPublisher:
         self._published.append(version)
 
     def retire(self, keep: int) -> list[str]:
-        if keep < 1:
-            raise ConfigError(f"sync_keep={keep}; the served version itself must stay: at least 1")
-        gone, self._published = self._published[:-keep], self._published[-keep:]
+        gone = oldest(self._published, keep)
         for version in gone:
             shutil.rmtree(self.directory / version)
+        self._published = self._published[len(gone) :]
         return gone

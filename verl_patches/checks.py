@@ -203,7 +203,8 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
     if _get(config, f"{KEY}.transport") == "shared_dir" and not _get(config, f"{KEY}.sync_dir"):
         yield (
             f"{KEY}.sync_dir=None: new cartridge versions have nowhere to go; "
-            "set the server's cartridge directory as this machine sees it"
+            "set the server's cartridge directory as this machine sees it, or "
+            f"{KEY}.transport=http to upload to a gateway"
         )
 
 

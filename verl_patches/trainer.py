@@ -20,6 +20,7 @@ from verl.utils.debug import marked_timer
 
 from cartridge_distill.errors import OffPolicyError, RolloutError
 from verl_patches.hooks import TRAINER_MODE
+from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 
 # veRL polls its queue every 2 s; a step on a small model takes less. A poll is a metadata lookup.
 _POLL_SECONDS = 0.05
@@ -51,6 +52,17 @@ class CartridgeTrainer(PPOTrainerSync):
         # The base class compares this with the string "sync" to decide how it buffers.
         self.trainer_mode = "sync"
         self.use_teacher_policy = False  # the teacher lives in the engine
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        """veRL's loop; returns when the last version is served, too.
+
+        Raises:
+            SyncError: it did not arrive.
+        """
+        super().fit(agent_loop_manager)
+        replicas = self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+        proxies = [ray.get_actor(proxy_name(rank)) for rank in range(replicas)]
+        ray.get([proxy.current.remote() for proxy in proxies])
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         sampler = self.config.trainer.v1.sampler

@@ -17,15 +17,16 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.disconnect import unless_disconnected
 from cartridge_distill.server.cartridges import CartridgeRefused, CartridgeStore
 from cartridge_distill.server.engine import Engine, EngineError, Generated, Row
 from cartridge_distill.server.protocol import (
@@ -49,7 +50,6 @@ from cartridge_distill.wire import (
 )
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Service:
@@ -134,23 +134,6 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> froze
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-async def _unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Awaits ``work``; cancels it and returns None when the client goes away first."""
-
-    async def gone() -> None:
-        # The body has been read: the next message but one can only be the disconnect.
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, watching):
-            task.cancel()
-
-
 def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     """A finished chat answer as the chunks that the real server streams."""
     common = {
@@ -183,7 +166,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
 
     async def complete(request: CompletionRequest, http: Request) -> Response:
-        done = await _unless_disconnected(http, service.generate(request))
+        done = await unless_disconnected(http, service.generate(request))
         if done is None:
             return Response(status_code=499)  # nobody reads it
         job, results = done
@@ -191,7 +174,7 @@ def create_app(service: Service) -> FastAPI:
         return JSONResponse(answer.model_dump())
 
     async def chat(request: ChatCompletionRequest, http: Request) -> Response:
-        done = await _unless_disconnected(http, service.generate(request))
+        done = await unless_disconnected(http, service.generate(request))
         if done is None:
             return Response(status_code=499)  # nobody reads it
         job, results = done

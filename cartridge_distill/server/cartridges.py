@@ -24,10 +24,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cartridge_distill.checkpoint import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS, load_pt
+from cartridge_distill.checkpoint import load_pt
 from cartridge_distill.errors import CartridgeDistillError, CartridgeFormatError
 from cartridge_distill.forward import check_prefix_fits
 from cartridge_distill.prefix import Prefix
+from cartridge_distill.tokasaurus_dir import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
 from cartridge_distill.wire import PAGE_TOKENS, CartridgeRef, sanitise_cartridge_id
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,9 @@ from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import prefix_from_tokens
-from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, step_of, version_id
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.sync import SharedDirectoryPublisher
+from cartridge_distill.versions import new_run_id, step_of, version_id
 from tests.tiny import VOCAB, random_cartridge, tiny_model
 
 
@@ -185,14 +187,15 @@ def test_every_version_has_a_new_id_and_old_ones_go(tmp_path: Path) -> None:
     cartridge = random_cartridge(tiny_model(), 16)
     run = new_run_id("demo")
     assert run != new_run_id("demo")  # an id of an earlier run would be served from memory
-    publisher = SharedDirectoryPublisher(tmp_path, "base", torch.float32)
+    publisher = SharedDirectoryPublisher(tmp_path, "base")
+    snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
     for step in range(4):
-        publisher.publish(version_id(run, step), cartridge)
+        publisher.publish(version_id(run, step), snapshot)
         publisher.retire(keep=2)
     assert sorted(os.listdir(tmp_path)) == [version_id(run, 2), version_id(run, 3)]
     assert step_of(version_id(run, 3)) == 3
     with pytest.raises(SyncError, match="published before"):
-        publisher.publish(version_id(run, 3), cartridge)
+        publisher.publish(version_id(run, 3), snapshot)
     with pytest.raises(SyncError, match="no version id"):
         publisher.publish("latest", cartridge)
     with pytest.raises(ConfigError, match="Tokasaurus rewrites"):

@@ -21,14 +21,9 @@ from typing import Any
 import httpx
 import pytest
 
-from cartridge_distill.client import (
-    ClientSettings,
-    Completion,
-    TokasaurusClient,
-    _retry_after,
-    auth_headers,
-)
+from cartridge_distill.client import Completion, TokasaurusClient
 from cartridge_distill.errors import RolloutError, ServerUnreachable
+from cartridge_distill.retrying import ClientSettings, _retry_after, auth_headers
 from cartridge_distill.wire import CartridgeRef
 
 FAST = ClientSettings(

@@ -244,14 +244,18 @@ def test_a_gradient_that_is_not_finite_ends_the_run(engine: Any) -> None:
 
 
 def test_the_weight_update_carries_the_cartridge_alone(engine: Any) -> None:
-    from verl_patches.rollout.tokasaurus_rollout.adapter import cartridge_from_tensors
+    from cartridge_distill.snapshot import Snapshot
 
     tensors, peft = engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
-    rebuilt = cartridge_from_tensors(dict(tensors))
+    taken = Snapshot.take(dict(tensors), torch.float32)
     assert peft is None
-    assert rebuilt.num_tokens == 32
+    assert (taken.num_tokens, taken.num_frozen_tokens) == (32, 1)
     mine = engine.cartridge.state_dict()
-    assert all(torch.equal(v, mine[k]) for k, v in rebuilt.state_dict().items())
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in taken.items())
+    # a copy: the next step must not reach what is being published
+    with torch.no_grad():
+        mine["trainable_keys.0"] += 1
+    assert not torch.equal(dict(taken.items())["trainable_keys.0"], mine["trainable_keys.0"])
 
 
 def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ pytest.importorskip("verl.workers.rollout.replica", reason="veRL is not installe
 
 from cartridge_distill.errors import ConfigError, RolloutError, ServerUnreachable, SyncError
 from cartridge_distill.prompts import render_prompt
-from cartridge_distill.sync import version_id
+from cartridge_distill.versions import version_id
 from tests.tiny import (
     byte_tokenizer,
     plain_logprobs,
@@ -22,7 +23,6 @@ from tests.tiny import (
     tiny_model,
     write_cartridge,
 )
-from verl_patches.rollout.tokasaurus_rollout.adapter import cartridge_from_tensors
 from verl_patches.rollout.tokasaurus_rollout.replica import server_urls
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
@@ -52,11 +52,17 @@ async def proxy(start_server: Any, tmp_path: Path) -> Any:
     await made.close()
 
 
+async def sync(proxy: Any, version: str) -> None:
+    """What the adapter does with each version."""
+    await proxy.expect(version)
+    await proxy.activate(version)
+
+
 async def test_each_answer_is_stamped_with_the_version_that_made_it(proxy: Any) -> None:
     assert await proxy.wait_until_ready()
     prompt = [10, 20, 30]
     for step in range(2):
-        await proxy.activate(version_id("run", step))
+        await sync(proxy, version_id("run", step))
         out = await proxy.generate("r", prompt_ids=prompt, sampling_params=SAMPLING)
         assert out.extra_fields["global_steps"] == step
         assert out.extra_fields["cartridge_version"] == version_id("run", step)
@@ -71,16 +77,19 @@ async def test_each_answer_is_stamped_with_the_version_that_made_it(proxy: Any) 
 
 async def test_a_version_the_server_cannot_load_fails_the_sync(proxy: Any) -> None:
     with pytest.raises(SyncError, match="does not serve cartridge version run-step-000009"):
-        await proxy.activate(version_id("run", 9))
-    with pytest.raises(RolloutError, match="no cartridge version was synced yet"):
+        await sync(proxy, version_id("run", 9))
+
+
+async def test_no_rollout_is_made_by_the_bare_model(proxy: Any) -> None:
+    with pytest.raises(SyncError, match="no cartridge version was synced yet"):
         await proxy.generate("r", prompt_ids=[5], sampling_params=SAMPLING)
 
 
 async def test_a_version_is_never_returned_to(proxy: Any) -> None:
-    await proxy.activate(version_id("run", 0))
-    await proxy.activate(version_id("run", 1))
+    await sync(proxy, version_id("run", 0))
+    await sync(proxy, version_id("run", 1))
     with pytest.raises(SyncError, match="never loads an id twice"):
-        await proxy.activate(version_id("run", 0))
+        await sync(proxy, version_id("run", 0))
 
 
 async def test_a_prompt_over_the_servers_limit_is_an_error(
@@ -89,7 +98,7 @@ async def test_a_prompt_over_the_servers_limit_is_an_error(
     write_cartridge(random_cartridge(tiny_model(), 16), tmp_path, version_id("run", 0))
     url = start_server(max_tokens_per_request=20).url
     proxy = TokasaurusHttpServer(url, 6, client_options=PATIENCE)
-    await proxy.activate(version_id("run", 0))
+    await sync(proxy, version_id("run", 0))
     with pytest.raises(RolloutError, match="400"):
         await proxy.generate("r", prompt_ids=[5] * 18, sampling_params=SAMPLING)
     await proxy.close()
@@ -99,7 +108,7 @@ async def test_a_prompt_over_the_servers_limit_is_an_error(
 async def test_sampling_that_tokasaurus_has_not_is_refused(
     proxy: Any, change: dict[str, float]
 ) -> None:
-    await proxy.activate(version_id("run", 0))
+    await sync(proxy, version_id("run", 0))
     with pytest.raises(ConfigError, match=next(iter(change))):
         await proxy.generate("r", prompt_ids=[5], sampling_params={**SAMPLING, **change})
 
@@ -150,9 +159,40 @@ def test_urls_of_one_or_several_servers() -> None:
         server_urls({})
 
 
-def test_a_weight_update_of_other_weights_is_refused() -> None:
-    with pytest.raises(SyncError, match="no cartridge"):
-        cartridge_from_tensors({"model.embed_tokens.weight": torch.zeros(2)})
+async def test_a_rollout_waits_for_the_version_that_is_on_its_way(proxy: Any) -> None:
+    await sync(proxy, version_id("run", 0))
+    await proxy.expect(version_id("run", 1))
+    rollout = asyncio.create_task(proxy.generate("r", prompt_ids=[5], sampling_params=SAMPLING))
+    done, _ = await asyncio.wait({rollout}, timeout=0.3)
+    assert not done  # version 0 would answer, and must not
+    await proxy.activate(version_id("run", 1))
+    assert (await rollout).extra_fields["global_steps"] == 1
+
+
+async def test_a_rollout_fails_with_the_reason_when_its_version_does_not_arrive(
+    proxy: Any,
+) -> None:
+    await sync(proxy, version_id("run", 0))
+    await proxy.expect(version_id("run", 1))
+    rollout = asyncio.create_task(proxy.generate("r", prompt_ids=[5], sampling_params=SAMPLING))
+    await asyncio.sleep(0)
+    await proxy.give_up(version_id("run", 1), "the disk is full")
+    with pytest.raises(SyncError, match="run-step-000001 did not arrive: the disk is full"):
+        await rollout
+    # the next one may come
+    await proxy.expect(version_id("run", 2))
+    with pytest.raises(SyncError, match="run-step-000001 arrived, .*run-step-000002 is expected"):
+        await proxy.activate(version_id("run", 1))
+
+
+async def test_a_version_that_nobody_sends_is_not_waited_for_without_end(
+    start_server: Any,
+) -> None:
+    proxy = TokasaurusHttpServer(start_server().url, 6, client_options=PATIENCE, sync_timeout_s=0.2)
+    await proxy.expect(version_id("run", 0))
+    with pytest.raises(SyncError, match="did not arrive within 0 s"):
+        await proxy.generate("r", prompt_ids=[5], sampling_params=SAMPLING)
+    await proxy.close()
 
 
 class _Manager:

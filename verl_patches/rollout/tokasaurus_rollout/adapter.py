@@ -1,13 +1,17 @@
 """The trainer's end of the sync: veRL's weight update becomes a published cartridge version.
 
 veRL hands every rank a generator of named tensors after each step, and once after start. All ranks
-drain it (they may have to gather), rank 0 publishes and tells the proxies.
+drain it (they may have to gather). Rank 0 takes a copy, tells the proxies which version to wait
+for, and returns: veRL goes on (logs, saves, reads the next prompts) while a thread publishes. The
+next rollout waits at the proxy, and fails there, with the reason, if the version does not arrive.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -17,35 +21,14 @@ from torch import Tensor
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.base import BaseRollout
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.errors import ConfigError, SyncError
-from cartridge_distill.prefix import Prefix
-from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, version_id
+from cartridge_distill.errors import CartridgeFormatError, ConfigError, SyncError
+from cartridge_distill.http_sync import HttpPublisher
+from cartridge_distill.retrying import ClientSettings
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.sync import CartridgePublisher, SharedDirectoryPublisher
+from cartridge_distill.versions import new_run_id, version_id
 from verl_patches.hooks import cartridge_config_of
-from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
-
-
-def cartridge_from_tensors(tensors: dict[str, Tensor]) -> TrainableCache:
-    """Rebuilds a cartridge from its state dict.
-
-    Raises:
-        SyncError: the names are not those of a cartridge: veRL sent other weights.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values"):
-        layers = sum(key.startswith(f"{name}.") for key in tensors)
-        parts[name] = [tensors[f"{name}.{layer}"] for layer in range(layers)]
-    if sum(map(len, parts.values())) != len(tensors) or not parts["frozen_keys"]:
-        raise SyncError(f"the weight update is no cartridge: {sorted(tensors)[:4]}...")
-    keys = [
-        torch.cat(pair, 2)
-        for pair in zip(parts["frozen_keys"], parts["trainable_keys"], strict=True)
-    ]
-    values = [
-        torch.cat(pair, 2)
-        for pair in zip(parts["frozen_values"], parts["trainable_values"], strict=True)
-    ]
-    return TrainableCache(Prefix(keys, values), parts["frozen_keys"][0].shape[2])
+from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
 
 
 class ServerAdapter(BaseRollout):
@@ -59,26 +42,36 @@ class ServerAdapter(BaseRollout):
         self.rank = torch.distributed.get_rank()
         self.replicas = torch.distributed.get_world_size()  # one GPU, one replica
         self.run_id = new_run_id(self.settings.run_name or "run")
-        self._publisher: SharedDirectoryPublisher | None = None
+        self._publisher: CartridgePublisher | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._publishing: Future[None] | None = None
 
     @property
-    def publisher(self) -> SharedDirectoryPublisher:
+    def publisher(self) -> CartridgePublisher:
         """Made on first use: only rank 0 ever publishes."""
         if self._publisher is None:
-            if self.settings.sync_dir is None:
-                raise ConfigError(
-                    "actor_rollout_ref.actor.cartridge.sync_dir is not set; give the server's "
-                    "cartridge directory as the trainer sees it"
-                )
-            name = self.settings.sync_dtype
-            if name == "auto":  # what the trainer computes in: both sides hold the same numbers
-                name = self.model_config.cartridge_dtype
-            self._publisher = SharedDirectoryPublisher(
-                self.settings.sync_dir,
-                base_model=str(self.model_config.path),
-                dtype=PrecisionType.to_dtype(name),
-            )
+            self._publisher = self._make_publisher()
         return self._publisher
+
+    def _make_publisher(self) -> CartridgePublisher:
+        base_model = self.settings.sync_base_model or str(self.model_config.path)
+        if self.settings.transport == "http":
+            custom = dict(self.config.custom or {})
+            urls = server_urls(custom)[: self.replicas]
+            settings = ClientSettings(**dict(custom.get("client") or {}))
+            return HttpPublisher(urls, base_model, settings)
+        if self.settings.sync_dir is None:
+            raise ConfigError(
+                "actor_rollout_ref.actor.cartridge.sync_dir is not set; give the server's "
+                "cartridge directory as the trainer sees it, or set transport=http"
+            )
+        return SharedDirectoryPublisher(self.settings.sync_dir, base_model)
+
+    def _dtype(self) -> torch.dtype:
+        name = self.settings.sync_dtype
+        if name == "auto":  # what the trainer computes in: both sides hold the same numbers
+            name = self.model_config.cartridge_dtype
+        return PrecisionType.to_dtype(name)
 
     async def update_weights(
         self,
@@ -87,30 +80,56 @@ class ServerAdapter(BaseRollout):
         global_steps: int | None = None,
         **_: Any,
     ) -> None:
-        """Publishes the cartridge after ``global_steps`` steps; returns when the servers serve it.
+        """Takes the cartridge after ``global_steps`` steps; a thread publishes the copy.
 
         Raises:
-            SyncError: it could not be written, or a server does not serve it.
+            SyncError: veRL sent something else, or the version before could not be published.
         """
         if wire_format != "named_tensors":
             raise SyncError(
                 f"weight update in format {wire_format!r}; a cartridge needs named_tensors"
             )
-        tensors = {name: tensor.detach().cpu() for name, tensor in weights}
+        tensors = dict(weights)
         if self.rank != 0:
             return
         if global_steps is None:
             raise SyncError("veRL gave no step with its weight update; a version cannot be named")
-        version = version_id(self.run_id, global_steps)
-        await asyncio.to_thread(self.publisher.publish, version, cartridge_from_tensors(tensors))
+        if self._publishing is not None:
+            self._publishing.result()  # done since the last rollout; its error, if it was one
+        try:
+            snapshot = Snapshot.take(tensors, self._dtype())
+        except CartridgeFormatError as error:
+            raise SyncError(f"the weight update is no cartridge: {error}") from error
+        publisher, version = self.publisher, version_id(self.run_id, global_steps)
         proxies = [ray.get_actor(proxy_name(rank)) for rank in range(self.replicas)]
-        await asyncio.gather(*[proxy.activate.remote(version) for proxy in proxies])
-        # Synchronous training: between two steps no request is in flight, so none needs an
-        # older version; the few that are kept are for a person who wants to look.
-        self.publisher.retire(self.settings.sync_keep)
+        await asyncio.gather(*[proxy.expect.remote(version) for proxy in proxies])
+        self._publishing = self._thread.submit(self._publish, publisher, version, snapshot, proxies)
+
+    def _publish(
+        self, publisher: CartridgePublisher, version: str, snapshot: Snapshot, proxies: list[Any]
+    ) -> None:
+        start = time.monotonic()
+        try:
+            publisher.publish(version, snapshot)
+            ray.get([proxy.activate.remote(version) for proxy in proxies])
+            # Synchronous training: between two steps no request is in flight, so none needs an
+            # older version; the few that are kept are for a person who wants to look.
+            publisher.retire(self.settings.sync_keep)
+        except BaseException as error:
+            ray.get([proxy.give_up.remote(version, _words(error)) for proxy in proxies])
+            raise
+        seconds = time.monotonic() - start
+        if seconds > 5:
+            print(f"[cartridge] version {version} was published in {seconds:.1f} s", flush=True)
 
     async def resume(self, tags: list[str]) -> None:
         """The server's memory is its own; nothing was released."""
 
     async def release(self) -> None:
         """The server's memory is its own; nothing to release."""
+
+
+def _words(error: BaseException) -> str:
+    """Ray wraps an actor's error in its own, with a stack; the cause says enough."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}"

@@ -14,9 +14,10 @@ import sys
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cartridge_distill.client import ClientSettings, Completion, TokasaurusClient
+from cartridge_distill.client import Completion, TokasaurusClient
 from cartridge_distill.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.prompts import render_document, render_prompt
+from cartridge_distill.retrying import ClientSettings
 from cartridge_distill.wire import CartridgeRef
 
 SOURCES = ("local", "huggingface", "wandb")

@@ -62,6 +62,7 @@ class TokasaurusReplica(RolloutReplica):
                 vocab_size=vocabulary,
                 static_cartridges=[dict(ref) for ref in custom.get("cartridges") or []],
                 client_options=dict(custom.get("client") or {}),
+                sync_timeout_s=float(custom.get("sync_timeout_s") or 1800.0),
             )
         )
         await proxy.wait_until_ready.remote()

@@ -6,13 +6,15 @@ answer with it. The server itself runs elsewhere: on Modal, on a GPU box, or emb
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from verl.workers.rollout.replica import TokenOutput
 
-from cartridge_distill.client import ClientSettings, TokasaurusClient
+from cartridge_distill.client import TokasaurusClient
 from cartridge_distill.errors import ConfigError, RolloutError, SyncError
-from cartridge_distill.sync import step_of
+from cartridge_distill.retrying import ClientSettings
+from cartridge_distill.versions import step_of
 from cartridge_distill.wire import CartridgeRef
 
 
@@ -25,7 +27,9 @@ class TokasaurusHttpServer:
         vocab_size: ids outside it are refused.
         static_cartridges: fixed cartridges (``rollout.custom.cartridges``), for rollouts outside
             training; a training run refuses them.
-        client_options: timeouts and retries, see :class:`cartridge_distill.client.ClientSettings`.
+        client_options: timeouts and retries, see
+            :class:`cartridge_distill.retrying.ClientSettings`.
+        sync_timeout_s: how long a rollout waits for a version that is on its way.
     """
 
     def __init__(
@@ -35,13 +39,19 @@ class TokasaurusHttpServer:
         vocab_size: int | None = None,
         static_cartridges: list[dict[str, Any]] | None = None,
         client_options: dict[str, Any] | None = None,
+        sync_timeout_s: float = 1800.0,
     ) -> None:
         self.response_length = response_length
         settings = ClientSettings(**(client_options or {}))
         self.client = TokasaurusClient(url, settings, vocab_size)
         self.static = [CartridgeRef(**ref) for ref in static_cartridges or []]
+        self.sync_timeout_s = sync_timeout_s
         self.version: str | None = None
         self.served: list[str] = []
+        self._expected: str | None = None
+        self._settled = asyncio.Event()  # no version is on its way
+        self._settled.set()
+        self._failure: str | None = None
 
     async def wait_until_ready(self) -> str:
         """Waits through a cold start; returns the server's model id.
@@ -53,19 +63,31 @@ class TokasaurusHttpServer:
         models = await self.client.models()
         return models[0] if models else ""
 
-    async def activate(self, version: str) -> None:
-        """Makes ``version`` the one that later completions ask for.
-
-        One token is generated with it first, so a version that the server cannot load fails the
-        sync and not the next rollout.
+    async def expect(self, version: str) -> None:
+        """``version`` is on its way: rollouts asked for from now on wait for it.
 
         Raises:
-            SyncError: the version was served before, or the server refuses it.
+            SyncError: it was served before.
         """
         if version in self.served:
             raise SyncError(
                 f"version {version} was active before; a server never loads an id twice"
             )
+        self._expected = version
+        self._failure = None
+        self._settled.clear()
+
+    async def activate(self, version: str) -> None:
+        """Makes ``version`` the one that completions ask for.
+
+        One token is generated with it first, so a version that the server cannot load fails the
+        sync and not the next rollout.
+
+        Raises:
+            SyncError: another one is expected, or the server refuses it.
+        """
+        if version != self._expected:
+            raise SyncError(f"version {version} arrived, version {self._expected} is expected")
         try:
             await self.client.complete(
                 [0], max_tokens=1, temperature=0.0, cartridges=self._refs(version)
@@ -76,6 +98,35 @@ class TokasaurusHttpServer:
             ) from error
         self.version = version
         self.served.append(version)
+        self._settled.set()
+
+    async def give_up(self, version: str, reason: str) -> None:
+        """``version`` will not come: rollouts that wait for it fail with the reason."""
+        if version == self._expected:
+            self._failure = reason
+            self._settled.set()
+
+    async def current(self) -> str:
+        """The version that completions ask for, once it is there.
+
+        Raises:
+            SyncError: none was ever synced, or the one on its way did not arrive.
+        """
+        try:
+            await asyncio.wait_for(self._settled.wait(), self.sync_timeout_s)
+        except TimeoutError:
+            raise SyncError(
+                f"cartridge version {self._expected} did not arrive within "
+                f"{self.sync_timeout_s:.0f} s; the trainer that publishes it is gone, or the "
+                "upload is slower than that (rollout.custom.sync_timeout_s)"
+            ) from None
+        if self._failure is not None:
+            raise SyncError(f"cartridge version {self._expected} did not arrive: {self._failure}")
+        if self.version is None:
+            raise SyncError(
+                "no cartridge version was synced yet; a rollout would use the bare model"
+            )
+        return self.version
 
     async def versions_served(self) -> list[str]:
         """Every version activated so far, in order."""
@@ -97,24 +148,21 @@ class TokasaurusHttpServer:
 
         Raises:
             ConfigError: sampling parameters that Tokasaurus refuses.
-            RolloutError: no version was synced yet, or the server's answer cannot be used.
+            SyncError: no version was synced yet, or the one on its way did not arrive.
+            RolloutError: the server's answer cannot be used.
         """
         if image_data or video_data:
             raise ConfigError(
                 "the tokasaurus rollout is text only; the sample carries images or video"
             )
         _check_sampling(sampling_params)
-        version = self.version
-        if version is None:
-            raise RolloutError(
-                "no cartridge version was synced yet; a rollout would use the bare model"
-            )
+        version = await self.current()
         completion = (
             await self.client.complete(
                 prompt_ids,
                 max_tokens=int(sampling_params.get("max_tokens", self.response_length)),
                 temperature=float(sampling_params["temperature"]),
-                cartridges=self.static if version is None else self._refs(version),
+                cartridges=self._refs(version),
             )
         )[0]
         if not completion.token_ids:
@@ -124,7 +172,7 @@ class TokasaurusHttpServer:
             log_probs=completion.logprobs,
             stop_reason="completed",
             extra_fields={
-                "global_steps": None if version is None else step_of(version),
+                "global_steps": step_of(version),
                 "cartridge_version": version,
                 "finish_reason": completion.finish_reason,
             },

@@ -38,7 +38,9 @@ from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_prompt
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
-from cartridge_distill.sync import SharedDirectoryPublisher, new_run_id, step_of, version_id
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.sync import SharedDirectoryPublisher
+from cartridge_distill.versions import new_run_id, step_of, version_id
 
 PROMPTS = (
     "What is the patient's name?",
@@ -136,7 +138,8 @@ def make_cartridge(options: argparse.Namespace) -> TrainableCache:
 def publish(cartridge: TrainableCache, folder: Path, model: str) -> str:
     """Publishes a version 0 of a run of its own; returns its id."""
     version = version_id(new_run_id("test"), 0)
-    SharedDirectoryPublisher(folder, model, torch.float32).publish(version, cartridge)
+    snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
+    SharedDirectoryPublisher(folder, model).publish(version, snapshot)
     return version
 
 
@@ -185,6 +188,7 @@ async def roll_out(
     await replica.launch_servers()
     proxy = replica.server_handle
     say(f"the replica's proxy is up, the server at {replica.server_address} answers")
+    await proxy.expect.remote(version)
     await proxy.activate.remote(version)
     say(f"active version: {version}")
     texts = [text for text in (options.prompt or PROMPTS) for _ in range(options.copies)]
