@@ -1,0 +1,23 @@
+"""The gateway: a Tokasaurus-protocol server that the world may see, and cartridges that arrive.
+
+It starts the server (the real one, or the embedded one) as its child on the loopback, waits until
+it answers, and passes completions through. It takes new cartridge versions over HTTP, checks them,
+and puts them where the server reads them. Start it with ``python -m cartridge_distill.gateway``
+(``--help`` teaches), or mount :func:`cartridge_distill.gateway.app.create_app`, as Modal does.
+
+===============  ==================================================================
+``settings``     what can be set; the token, from the environment
+``app``          the routes, and what happens at start and stop
+``guard``        before any route: bearer token, bounds on bodies
+``completions``  completion requests: limits, cartridges that are there, the way through
+``uploads``      ``PUT /cartridges/{id}``: streamed to the disk, checked, made to work
+``store``        the versions on disk: immutable, counted, kept within a bound
+``process``      the server process: started, watched, drained, started again
+``commands``     what that process is
+``model_shape``  what a cartridge of the served model must look like
+``metrics``      Prometheus
+===============  ==================================================================
+
+It needs no model library but transformers' configuration reader, and imports neither the
+trainer's nor the embedded server's code: it runs in the real server's environment.
+"""

@@ -1,0 +1,158 @@
+"""Command line of the gateway: ``python -m cartridge_distill.gateway --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from typing import Any, get_args
+
+import uvicorn
+from pydantic import ValidationError
+
+from cartridge_distill.errors import ConfigError
+from cartridge_distill.gateway.settings import (
+    TOKEN_VARIABLE,
+    GatewaySettings,
+    token_from_environment,
+)
+
+DESCRIPTION = """\
+Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
+take new cartridge versions over HTTP, pass completions through, let nobody in without the token.
+"""
+EXAMPLES = f"""\
+examples:
+  # a token for both ends
+  export {TOKEN_VARIABLE}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')
+
+  # the real Tokasaurus, on a GPU box
+  python -m cartridge_distill.gateway --backend tokasaurus \\
+      --model meta-llama/Llama-3.2-3B-Instruct --cartridge-dir /data/cartridges --host 0.0.0.0
+
+  # this project's own server, on a CPU; what stands after -- goes to the server
+  python -m cartridge_distill.gateway --model path/to/model -- --threads 2
+
+  # from the trainer's machine
+  curl https://gpu-box:10210/ping
+  curl -H "Authorization: Bearer ${TOKEN_VARIABLE}" https://gpu-box:10210/cartridges
+  curl -H "Authorization: Bearer ${TOKEN_VARIABLE}" https://gpu-box:10210/metrics
+
+good to know:
+  * /ping answers 503 until the server process has loaded its model, and needs no token.
+  * The token travels in clear over http://. Across networks put TLS in front (Modal does).
+  * A version's id stands for one content for ever. New weights need a new id.
+  * Ctrl-C or SIGTERM: what is in flight is finished first, within --drain-s.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cartridge_distill.gateway",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, field in GatewaySettings.model_fields.items():
+        if name == "server_args":
+            continue
+        flag = "--" + name.replace("_", "-")
+        words = " ".join((field.description or "").split()).replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=words)
+            continue
+        if field.default not in (None, ...) and not field.is_required():
+            words += f" (default: {field.default})"
+        options: dict[str, Any] = {"help": words, "default": argparse.SUPPRESS}
+        choices = get_args(field.annotation)
+        if choices and all(isinstance(choice, str) for choice in choices):
+            options["choices"] = choices
+        else:
+            options["metavar"] = name.rsplit("_", 1)[-1].upper()
+        parser.add_argument(flag, required=field.is_required(), **options)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=10210, help="(default: %(default)s)")
+    parser.add_argument(
+        "--no-token", action="store_true", help="let everybody in; on the loopback only"
+    )
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning"])
+    parser.add_argument(
+        "server_args", nargs="*", metavar="-- ARGUMENT", help="arguments of the server process"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs until told to stop; returns the exit code."""
+    given = vars(parse(sys.argv[1:] if arguments is None else arguments))
+    host, port = given.pop("host"), given.pop("port")
+    no_token, level = given.pop("no_token"), given.pop("log_level")
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    failed: list[str] = []
+    try:
+        settings = GatewaySettings(**given)
+        if no_token and not _is_loopback(host):
+            raise ConfigError(
+                f"--no-token with --host {host}: whoever reaches this address could use the "
+                "server and change its cartridges; listen on 127.0.0.1, or set a token"
+            )
+        token = None if no_token else token_from_environment()
+        listener = _listen(host, port)
+
+        # After what can be refused at once: this import takes seconds.
+        from cartridge_distill.gateway.app import create_app, end_this_process
+
+        def fatal(reason: str) -> None:
+            failed.append(reason)
+            end_this_process(reason)
+
+        app = create_app(settings, token, fatal)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            print(f"cannot start: --{name}: {problem['msg']}", file=sys.stderr)
+        return 2
+    except (ConfigError, OSError) as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 2
+    config = uvicorn.Config(
+        app,
+        log_level="warning" if level == "info" else level,
+        access_log=False,  # hundreds of rollouts per step; /metrics counts them
+        timeout_graceful_shutdown=round(settings.drain_s),
+        timeout_keep_alive=75,  # longer than a training step's pause between rollouts, mostly
+    )
+    print(
+        f"gateway on http://{host}:{listener.getsockname()[1]}"
+        f"{' WITHOUT A TOKEN' if no_token else ''}; {settings.backend} server of {settings.model}; "
+        f"cartridges in {settings.cartridge_dir}",
+        flush=True,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn hands the signal on once it has shut down in order
+    print("stopped", flush=True)
+    return 1 if failed else 0
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Takes the port before anything slow; connections are refused until the app is there."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise OSError(f"{host}:{port}: {error.strerror}; choose another --port") from error
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

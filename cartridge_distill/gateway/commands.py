@@ -1,0 +1,38 @@
+"""The server process: its command line and its environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cartridge_distill.gateway.settings import TOKEN_VARIABLE, GatewaySettings
+
+
+def server_command(settings: GatewaySettings, port: int) -> list[str]:
+    """What is started on the loopback, at ``port``."""
+    if settings.backend == "embedded":
+        return [
+            *(sys.executable, "-m", "cartridge_distill.server"),
+            *("--model", settings.model),
+            *("--model-name", settings.base_model),
+            *("--cartridge-dir", str(settings.cartridge_dir)),
+            *("--host", "127.0.0.1"),
+            *("--port", str(port)),
+            *("--max-tokens-per-request", str(settings.max_request_tokens)),
+            *settings.server_args,
+        ]
+    return [
+        *(sys.executable, "-m", "cartridge_distill.tokasaurus"),
+        *(() if settings.defence == "repair" else ("--unrepaired",)),
+        f"model={settings.model}",
+        f"port={port}",
+        f"cartridge_dir={settings.cartridge_dir}",
+        f"kv_cache_num_tokens={settings.kv_cache_tokens}",
+        f"max_num_tokens_per_request={settings.max_request_tokens}",
+        *settings.server_args,
+    ]
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment without the token, which the server has no use for."""
+    return {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}

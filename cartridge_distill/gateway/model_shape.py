@@ -1,0 +1,77 @@
+"""What a cartridge of the served model must look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.transfer import UploadHeader
+from cartridge_distill.wire import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers a cartridge must agree with."""
+
+    base_model: str
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: str, base_model: str) -> ModelShape:
+        """Reads the model's configuration; its weights are not loaded.
+
+        Args:
+            model: folder or hub id.
+            base_model: what uploads call it.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        try:
+            config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {model!r} has no readable configuration: {error}") from error
+        head_dim = getattr(config, "head_dim", None)
+        return cls(
+            base_model=base_model,
+            num_layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        )
+
+    def max_upload_bytes(self, max_tokens: int) -> int:
+        """Bytes of the largest upload that can be right: float32, and a header."""
+        return max_tokens * 2 * self.num_layers * self.kv_heads * self.head_dim * 4 + 2**21
+
+    def check(self, header: UploadHeader, max_tokens: int) -> None:
+        """Refuses what this model, or the real server, could not use.
+
+        Raises:
+            CartridgeFormatError: naming the number that differs.
+        """
+        for what, got, want in (
+            ("base_model", header.base_model, self.base_model),
+            ("num_layers", header.num_layers, self.num_layers),
+            ("kv_heads", header.kv_heads, self.kv_heads),
+            ("head_dim", header.head_dim, self.head_dim),
+        ):
+            if got != want:
+                raise CartridgeFormatError(
+                    f"the upload has {what}={got!r}, this server has {want!r}: the cartridge was "
+                    "made for another model"
+                )
+        if header.num_tokens > max_tokens:
+            raise CartridgeFormatError(
+                f"num_tokens={header.num_tokens} is over this server's max_cartridge_tokens="
+                f"{max_tokens}"
+            )
+        if header.num_tokens % PAGE_TOKENS:
+            raise CartridgeFormatError(
+                f"num_tokens={header.num_tokens} is no multiple of {PAGE_TOKENS}; the real "
+                "server's model process dies of it"
+            )

@@ -1,0 +1,281 @@
+"""The versions on disk: immutable, counted while in use, kept within a bound.
+
+One directory per version, as the server reads it, with ``version.json`` beside the two files. A
+directory without that file was not put there by a gateway and is not served: nobody checked it.
+
+Versions of a run (``<run>-step-000012``) are kept to the newest few, and the oldest unused ones go
+when the disk bound asks for it. An id of any other form was put there by hand, and stays until it
+is deleted by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.tokasaurus_dir import write_snapshot
+from cartridge_distill.transfer import UploadHeader
+from cartridge_distill.versions import run_of
+from cartridge_distill.wire import sanitise_cartridge_id
+
+logger = logging.getLogger(__name__)
+
+VERSION_FILE = "version.json"
+STAGING = ".staging"
+
+
+class NoRoom(CartridgeDistillError):
+    """The disk bound does not allow another version. Becomes HTTP 507."""
+
+
+class Conflict(CartridgeDistillError):
+    """An id stands for something else, or is in use. Becomes HTTP 409."""
+
+
+class Unknown(CartridgeDistillError):
+    """An id that is not there. Becomes HTTP 404."""
+
+
+class VersionInfo(BaseModel):
+    """One version, as ``GET /cartridges/{id}`` tells it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    created_at: float
+    num_bytes: int
+    header: UploadHeader
+
+
+@dataclass
+class _Version:
+    info: VersionInfo
+    in_use: int = 0
+
+
+class VersionStore:
+    """The cartridge directory of one server.
+
+    Its methods are called from one thread; what takes long (writing) is in :meth:`write`, which
+    touches no state and may run in another.
+
+    Args:
+        directory: only this store writes into it.
+        keep: newest versions kept of each run.
+        max_bytes: bound on all versions.
+    """
+
+    def __init__(self, directory: Path, keep: int, max_bytes: int, metrics: Metrics) -> None:
+        self.directory = directory
+        self._keep = keep
+        self._max_bytes = max_bytes
+        self._metrics = metrics
+        self._versions: dict[str, _Version] = {}  # in order of their arrival
+        # Every content an id ever stood for while this gateway lives: the server may hold it still.
+        self._content: dict[str, str] = {}
+
+    def open(self) -> None:
+        """Reads what an earlier gateway left; what it left half-written goes."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.directory / STAGING, ignore_errors=True)
+        (self.directory / STAGING).mkdir()
+        found = []
+        for folder in sorted(self.directory.iterdir()):
+            if folder.name == STAGING or not folder.is_dir():
+                continue
+            if folder.name.startswith("."):
+                shutil.rmtree(folder)
+                continue
+            try:
+                info = VersionInfo.model_validate_json((folder / VERSION_FILE).read_bytes())
+            except (OSError, ValidationError) as error:
+                logger.warning(
+                    "%s was not put there by a gateway and is not served (%s)",
+                    folder,
+                    type(error).__name__,
+                )
+                continue
+            found.append(info)
+        for info in sorted(found, key=lambda info: info.created_at):
+            self._remember(info)
+        self._count()
+
+    # --- what is there ------------------------------------------------------------------------
+
+    @property
+    def infos(self) -> list[VersionInfo]:
+        """All versions, the oldest first."""
+        return [version.info for version in self._versions.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(version.info.num_bytes for version in self._versions.values())
+
+    def info(self, version_id: str) -> VersionInfo:
+        """One version.
+
+        Raises:
+            Unknown: with the ids that are there.
+        """
+        version = self._versions.get(version_id)
+        if version is None:
+            there = list(self._versions)
+            shown = ", ".join(there[-10:]) or "none"
+            more = f" and {len(there) - 10} older ones" if len(there) > 10 else ""
+            raise Unknown(
+                f"cartridge {version_id!r} is not here; here are: {shown}{more}. Upload it with "
+                "PUT /cartridges/{id}"
+            )
+        return version.info
+
+    @contextmanager
+    def using(self, ids: Sequence[str]) -> Iterator[None]:
+        """Holds versions while a request needs them.
+
+        Raises:
+            Unknown: one is not there.
+        """
+        for version_id in ids:
+            self.info(version_id)
+        held = [self._versions[version_id] for version_id in ids]
+        for version in held:
+            version.in_use += 1
+        try:
+            yield
+        finally:
+            for version in held:
+                version.in_use -= 1
+
+    # --- what comes ---------------------------------------------------------------------------
+
+    def staging_file(self) -> Path:
+        """A new empty file, on the disk where versions lie."""
+        with tempfile.NamedTemporaryFile(dir=self.directory / STAGING, delete=False) as file:
+            return Path(file.name)
+
+    def folder(self, version_id: str) -> Path:
+        """Where the server looks for an id."""
+        return self.directory / sanitise_cartridge_id(version_id)
+
+    def check_new(self, version_id: str, header: UploadHeader) -> bool:
+        """Is this id free for this content?
+
+        Returns:
+            True when it is new, False when exactly this is there already.
+
+        Raises:
+            Conflict: the id stands, or stood, for another content; or another id has the same
+                directory.
+        """
+        content = header.model_dump_json()
+        stood_for = self._content.get(version_id)
+        if stood_for is not None and stood_for != content:
+            raise Conflict(
+                f"cartridge {version_id!r} is or was here with another content; versions never "
+                "change, use a new id"
+            )
+        if version_id in self._versions:
+            return False
+        if self.folder(version_id).exists():
+            raise Conflict(
+                f"the directory {self.folder(version_id).name!r} of cartridge {version_id!r} is "
+                "taken by another id (the server reads runs of . - _ as one _); use another id"
+            )
+        return True
+
+    def make_room(self, num_bytes: int) -> None:
+        """Deletes the oldest unused versions of runs until ``num_bytes`` more fit.
+
+        Raises:
+            NoRoom: they do not.
+        """
+        for version_id in self._expendable():
+            if self.num_bytes + num_bytes <= self._max_bytes:
+                return
+            self._delete(version_id, "disk")
+        if self.num_bytes + num_bytes > self._max_bytes:
+            raise NoRoom(
+                f"{num_bytes / 1e6:.0f} MB do not fit: {len(self._versions)} versions take "
+                f"{self.num_bytes / 1e6:.0f} of {self._max_bytes / 1e6:.0f} MB, and each is in use "
+                "or must be kept. Delete one with DELETE /cartridges/{id}, or raise max_disk_gb"
+            )
+
+    def write(self, version_id: str, header: UploadHeader, snapshot: Snapshot) -> VersionInfo:
+        """Writes the version where the server reads it, whole or not at all; adds it nowhere."""
+        info = VersionInfo(
+            id=version_id,
+            created_at=time.time(),
+            num_bytes=snapshot.num_bytes,
+            header=header,
+        )
+        write_snapshot(
+            snapshot,
+            self.folder(version_id),
+            header.base_model,
+            {VERSION_FILE: info.model_dump_json(indent=2) + "\n"},
+        )
+        return info
+
+    def add(self, info: VersionInfo) -> None:
+        """From here on requests may name it; its run is cut to the newest few."""
+        self._remember(info)
+        run = run_of(info.id)
+        if run is not None:
+            of_run = [name for name in self._versions if run_of(name) == run]
+            for version_id in of_run[: -self._keep]:
+                if not self._versions[version_id].in_use:
+                    self._delete(version_id, "kept_enough")
+        self._count()
+
+    # --- what goes ----------------------------------------------------------------------------
+
+    def delete(self, version_id: str) -> VersionInfo:
+        """Deletes a version that was asked to be deleted.
+
+        Raises:
+            Unknown: it is not there.
+            Conflict: requests use it.
+        """
+        info = self.info(version_id)
+        if count := self._versions[version_id].in_use:
+            raise Conflict(f"{count} requests in flight use cartridge {version_id!r}; try later")
+        self._delete(version_id, "asked")
+        return info
+
+    def discard(self, version_id: str) -> None:
+        """Takes a written version away that was never added."""
+        shutil.rmtree(self.folder(version_id), ignore_errors=True)
+
+    def _expendable(self) -> list[str]:
+        """Unused versions of runs, the oldest first, but never a run's newest."""
+        newest = {run_of(name): name for name in self._versions}
+        return [
+            name
+            for name, version in self._versions.items()
+            if not version.in_use and run_of(name) is not None and newest[run_of(name)] != name
+        ]
+
+    def _remember(self, info: VersionInfo) -> None:
+        self._versions[info.id] = _Version(info)
+        self._content[info.id] = info.header.model_dump_json()
+
+    def _delete(self, version_id: str, reason: str) -> None:
+        del self._versions[version_id]
+        shutil.rmtree(self.folder(version_id))
+        self._metrics.deleted.labels(reason).inc()
+        self._count()
+
+    def _count(self) -> None:
+        self._metrics.versions.set(len(self._versions))
+        self._metrics.disk_bytes.set(self.num_bytes)

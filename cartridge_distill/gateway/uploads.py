@@ -1,0 +1,252 @@
+"""``PUT /cartridges/{id}``: streamed to the disk, checked, written, made to work.
+
+The description in an upload's first kilobytes is checked against the served model before the rest
+is kept. The tensors are hashed as they come, in a thread, while the next piece is on its way. The
+answer is given when the server has generated a token with the new cartridge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import aiohttp
+from starlette.requests import ClientDisconnect
+
+from cartridge_distill.errors import CartridgeFormatError
+from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.gateway.model_shape import ModelShape
+from cartridge_distill.gateway.pages import PageBudget
+from cartridge_distill.gateway.process import ServerDown, ServerProcess
+from cartridge_distill.gateway.settings import GatewaySettings
+from cartridge_distill.gateway.store import VersionInfo, VersionStore
+from cartridge_distill.transfer import MAX_HEADER_BYTES, UploadHeader, read_head, read_snapshot
+from cartridge_distill.wire import CartridgeCompletionRequest, CartridgeRef
+
+logger = logging.getLogger(__name__)
+
+# Large enough that a thread's hand-over costs nothing against hashing and writing it.
+_PIECE_BYTES = 4 * 2**20
+_ACTIVATIONS = 3
+
+
+class Busy(Exception):
+    """More at once than allowed. Becomes HTTP 429."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What became of an upload: ``is_new`` is false when it was there already."""
+
+    info: VersionInfo
+    is_new: bool
+
+
+class Uploads:
+    """Takes new versions in."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        shape: ModelShape,
+        store: VersionStore,
+        process: ServerProcess,
+        pages: PageBudget,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._shape = shape
+        self._store = store
+        self._process = process
+        self._pages = pages
+        self._metrics = metrics
+        self._running = 0
+        self._commit = asyncio.Lock()
+
+    async def take(
+        self, version_id: str, body: AsyncIterator[bytes], announced: int | None
+    ) -> Uploaded:
+        """One upload, from its first byte until a request with its id works.
+
+        Args:
+            announced: Content-Length, when there is one.
+
+        Raises:
+            Busy: too many uploads at once.
+            CartridgeFormatError: not what it must be; nothing is kept.
+            Conflict: the id stands for another content.
+            NoRoom: the disk bound.
+            ServerDown: the server process did not come up in time; nothing is kept.
+        """
+        if self._running >= self._settings.max_uploads:
+            self._metrics.uploads.labels("refused").inc()
+            raise Busy(f"{self._running} uploads are under way, which is the limit; try again")
+        self._running += 1
+        started = time.monotonic()
+        outcome = "refused"
+        try:
+            if announced is not None:
+                self._store.make_room(announced)
+            file = self._store.staging_file()
+            try:
+                header = await _receive(body, file, self._check)
+                async with self._commit:
+                    done = await self._enter(version_id, header, file)
+            finally:
+                file.unlink(missing_ok=True)
+            outcome = "created" if done.is_new else "repeated"
+        except (ServerDown, ClientDisconnect):
+            outcome = "failed"
+            raise
+        finally:
+            self._running -= 1
+            self._metrics.uploads.labels(outcome).inc()
+        seconds = time.monotonic() - started
+        self._metrics.upload_seconds.observe(seconds)
+        self._metrics.upload_bytes.inc(done.info.num_bytes)
+        logger.info(
+            "version %s %s: %.1f MB, works after %.2f s; %d versions on disk",
+            version_id,
+            outcome,
+            done.info.num_bytes / 1e6,
+            seconds,
+            len(self._store.infos),
+        )
+        return done
+
+    def _check(self, header: UploadHeader) -> None:
+        self._shape.check(header, self._settings.max_cartridge_tokens)
+
+    async def _enter(self, version_id: str, header: UploadHeader, file: Path) -> Uploaded:
+        """From a checked file to a version that works; one at a time."""
+        if not self._store.check_new(version_id, header):
+            return Uploaded(self._store.info(version_id), is_new=False)
+        self._store.make_room(header.data_bytes)
+
+        def write() -> VersionInfo:
+            return self._store.write(version_id, header, read_snapshot(file))
+
+        info = await asyncio.to_thread(write)
+        try:
+            await self._activate(info)
+        except BaseException:
+            self._store.discard(version_id)
+            raise
+        self._store.add(info)
+        return Uploaded(info, is_new=True)
+
+    async def _activate(self, info: VersionInfo) -> None:
+        """One token with the new cartridge: the server has read it.
+
+        Raises:
+            CartridgeFormatError: the server refuses it, in its own words.
+            ServerDown: it died over it again and again, or does not come up.
+        """
+        request = CartridgeCompletionRequest(
+            model="default",
+            prompt=[0],
+            max_tokens=1,
+            temperature=0.0,
+            cartridges=[CartridgeRef(id=info.id, source="local")],
+        )
+        body = request.model_dump(exclude_unset=True)
+        for attempt in range(1, _ACTIVATIONS + 1):
+            await self._pages.admit({info.id: info.header.num_tokens})
+            await self._process.wait_up(self._settings.hold_s)
+            try:
+                with self._process.serving():
+                    async with self._process.session.post(
+                        self._process.url + "/custom/cartridge/completions", json=body
+                    ) as response:
+                        answer = await response.text()
+            except aiohttp.ClientError as error:
+                logger.warning("attempt %d to load %s: %r", attempt, info.id, error)
+                # The connection breaks a moment before the process is known to be dead.
+                await asyncio.sleep(0.2)
+                continue
+            if response.status == 200:
+                return
+            if response.status < 500:
+                raise CartridgeFormatError(
+                    f"the server refuses the cartridge (HTTP {response.status}): {answer[:600]}"
+                )
+            logger.warning("attempt %d to load %s: %s", attempt, info.id, answer[:300])
+            await asyncio.sleep(0.2)
+        raise ServerDown(f"the server process failed {_ACTIVATIONS} times to load {info.id!r}")
+
+
+async def _receive(
+    body: AsyncIterator[bytes], file: Path, check: Callable[[UploadHeader], None]
+) -> UploadHeader:
+    """Streams an upload into a file.
+
+    Raises:
+        CartridgeFormatError: malformed, refused by ``check``, cut short, too long, or its tensors
+            have another SHA-256. What was still to come has been read, so that the client, which
+            is still sending, gets to see the answer.
+    """
+    try:
+        with file.open("wb", buffering=0) as sink:
+            return await _stream(body, sink, check)
+    except CartridgeFormatError:
+        async for _ in body:
+            pass
+        raise
+
+
+async def _stream(
+    body: AsyncIterator[bytes], sink: IO[bytes], check: Callable[[UploadHeader], None]
+) -> UploadHeader:
+    found: tuple[UploadHeader, int] | None = None
+    beginning = bytearray()
+    async for chunk in body:
+        beginning += chunk
+        found = read_head(beginning)
+        if found is not None:
+            break
+        if len(beginning) > MAX_HEADER_BYTES + 8:
+            raise CartridgeFormatError("the safetensors header is longer than it says")
+    if found is None:
+        raise CartridgeFormatError(
+            f"the upload ends after {len(beginning)} bytes, within its safetensors header"
+        )
+    header, offset = found
+    check(header)
+    sink.write(beginning[:offset])
+    size, digest = offset + header.data_bytes, hashlib.sha256()
+    waiting, came = bytearray(beginning[offset:]), len(beginning)
+
+    def keep(piece: bytes) -> None:
+        digest.update(piece)
+        sink.write(piece)
+
+    keeping: asyncio.Future[None] | None = None
+    try:
+        async for chunk in body:
+            waiting += chunk
+            came += len(chunk)
+            if came > size:
+                raise CartridgeFormatError(f"the upload goes on after its {size} bytes")
+            if len(waiting) >= _PIECE_BYTES:
+                if keeping is not None:
+                    await keeping
+                keeping = asyncio.ensure_future(asyncio.to_thread(keep, bytes(waiting)))
+                waiting.clear()
+    finally:
+        if keeping is not None:
+            await keeping
+    keep(bytes(waiting))
+    if came != size:
+        raise CartridgeFormatError(f"the upload ends after {came} of {size} bytes")
+    if digest.hexdigest() != header.sha256:
+        raise CartridgeFormatError(
+            f"the tensors have SHA-256 {digest.hexdigest()}, the metadata says {header.sha256}: "
+            "they were changed on their way, or hashed in another order than that of their offsets"
+        )
+    return header
