@@ -168,7 +168,10 @@ def create_app(
 
     @app.get("/v1/models", responses=_problems(503))
     async def models() -> dict[str, Any]:
-        return await _get(gateway, "/v1/models")
+        answer = await _get(gateway, "/v1/models")
+        for card in answer.get("data", []):
+            card["id"] = settings.base_model  # not the folder it was loaded from
+        return answer
 
     passed: dict[str, Any] = {"responses": _problems(404, 422, 429, 503)}
 
