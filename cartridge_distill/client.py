@@ -120,7 +120,9 @@ class TokasaurusClient:
         start = time.monotonic()
         deadline = start + self.settings.startup_timeout_s
         pause, cause = 0.2, ""
-        reporter = asyncio.create_task(self._report_waiting(start, lambda: cause or "no answer yet"))
+        reporter = asyncio.create_task(
+            self._report_waiting(start, lambda: cause or "no answer yet")
+        )
         try:
             while True:
                 try:

@@ -56,6 +56,9 @@ class HttpPublisher:
         upload = encode(snapshot, self.base_model, step_of(version))
 
         async def send(http: RetryingHttp) -> None:
+            # A gateway that refuses the token does not read the body, and a client that is still
+            # sending one would see a broken connection and not the reason: ask first.
+            await http.json("GET", "/cartridges")
             progress = _Progress(version, http.url, upload)
             await http.json(
                 "PUT",

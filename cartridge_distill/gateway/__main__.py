@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import socket
 import sys
 from typing import Any, get_args
@@ -131,10 +132,17 @@ def main(arguments: list[str] | None = None) -> int:
         f"cartridges in {settings.cartridge_dir}",
         flush=True,
     )
+
+    def stop_early(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Until uvicorn takes the signals over, and when it hands them on, having shut down in order.
+    signal.signal(signal.SIGTERM, stop_early)
+    signal.signal(signal.SIGINT, stop_early)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # uvicorn hands the signal on once it has shut down in order
+        pass
     print("stopped", flush=True)
     return 1 if failed else 0
 

@@ -1,0 +1,126 @@
+"""The HTTP transport: a trainer's process and a server's process that share nothing but a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cartridge_distill.client import TokasaurusClient
+from cartridge_distill.errors import SyncError
+from cartridge_distill.http_sync import HttpPublisher
+from cartridge_distill.retrying import ClientSettings
+from cartridge_distill.snapshot import Snapshot
+from cartridge_distill.versions import version_id
+from cartridge_distill.wire import CartridgeRef
+from tests.gateway.rig import MODEL_NAME, TOKEN, Rig, upload_bytes
+from tests.tiny import plain_logprobs, random_cartridge, tiny_model
+
+pytestmark = pytest.mark.integration
+VERSIONS = 200
+MODEL = tiny_model()
+QUICK = ClientSettings(max_attempts=2, backoff_s=0.01, connect_timeout_s=2.0)
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+
+
+def snapshot(seed: int, dtype: torch.dtype = torch.float32) -> Snapshot:
+    return Snapshot.take(random_cartridge(MODEL, 16, seed).state_dict(), dtype)
+
+
+def difference(seed: int, prompt: list[int], ids: list[int], logprobs: list[float]) -> float:
+    """From what the cartridge of this seed gives, by one plain forward."""
+    prefix = random_cartridge(MODEL, 16, seed).prefix()
+    expected = plain_logprobs(MODEL, prefix, prompt, ids, 0.7)
+    return float((torch.tensor(expected) - torch.tensor(logprobs)).abs().max())
+
+
+async def test_200_versions_each_followed_by_a_rollout_that_only_it_can_have_made(
+    start_rig: Any,
+) -> None:
+    rig = start_rig("--keep-versions", 3)
+    publisher = HttpPublisher([rig.url], MODEL_NAME)
+    largest = 0
+    async with TokasaurusClient(rig.url) as client:
+        for step in range(VERSIONS):
+            version = version_id("run", step)
+            # in a thread, as the trainer does it
+            await asyncio.to_thread(publisher.publish, version, snapshot(step))
+            prompt = [40 + step % 50, 7, 9]
+            [done] = await client.complete(
+                prompt, 6, 0.7, [CartridgeRef(id=version, source="local")]
+            )
+            assert difference(step, prompt, done.token_ids, done.logprobs) < 1e-4
+            if step:
+                assert difference(step - 1, prompt, done.token_ids, done.logprobs) > 1e-3
+            largest = max(largest, len(rig.on_disk()))
+            if step % 10 == 9:
+                await asyncio.to_thread(publisher.retire, 2)
+    assert largest <= 4  # three kept, and the new one
+    assert rig.metric('uploads_total{outcome="created"}') == VERSIONS
+    assert rig.metric("versions") <= 3
+    assert rig.metric("disk_bytes") <= 3 * snapshot(0).num_bytes
+
+
+def test_bfloat16_arrives_as_bfloat16(rig: Rig) -> None:
+    version = version_id("half", 0)
+    HttpPublisher([rig.url], MODEL_NAME).publish(version, snapshot(0, torch.bfloat16))
+    info = rig.http.get(f"/cartridges/{version}").json()
+    assert info["header"]["dtype"] == "bfloat16"
+    assert info["num_bytes"] == 16 * 2 * 2 * 2 * 16 * 2  # tokens, k/v, layers, heads, size, bytes
+    assert rig.complete(version).status_code == 200
+
+
+def test_a_version_is_published_when_all_servers_have_it(start_rig: Any) -> None:
+    one, two = start_rig(), start_rig()
+    publisher = HttpPublisher([one.url, two.url, one.url + "/"], MODEL_NAME, QUICK)
+    assert publisher.urls == [one.url, two.url]
+    publisher.publish(version_id("run", 0), snapshot(0))
+    assert one.complete(version_id("run", 0)).is_success
+    assert two.complete(version_id("run", 0)).is_success
+    two.__exit__(None, None, None)
+    with pytest.raises(SyncError, match=f"was not published: .*{two.url}"):
+        publisher.publish(version_id("run", 1), snapshot(1))
+
+
+def test_old_versions_are_retired(rig: Rig) -> None:
+    publisher = HttpPublisher([rig.url], MODEL_NAME, QUICK)
+    for step in range(4):  # the gateway itself keeps three: the first is gone already
+        publisher.publish(version_id("old", step), snapshot(step))
+    assert publisher.retire(2) == [version_id("old", 0), version_id("old", 1)]
+    kept = [name for name in rig.on_disk() if name.startswith("old")]
+    assert kept == [version_id("old", 2), version_id("old", 3)]
+    assert publisher.retire(2) == []
+
+
+def test_refusals_reach_the_trainer_in_the_gateways_words(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SyncError, match="base_model='other', this server has 'tiny'"):
+        HttpPublisher([rig.url], "other", QUICK).publish(version_id("run", 0), snapshot(0))
+    monkeypatch.setenv("TOKASAURUS_API_KEY", "a-wrong-token-of-length")
+    with caplog.at_level(logging.DEBUG), pytest.raises(SyncError, match="set TOKASAURUS_API_KEY"):
+        HttpPublisher([rig.url], MODEL_NAME, QUICK).publish(version_id("run", 0), snapshot(0))
+    assert "a-wrong-token" not in caplog.text + rig.log
+
+
+def test_the_disk_bound_holds_and_says_what_to_do(start_rig: Any, tmp_path: Path) -> None:
+    size = snapshot(0).num_bytes
+    rig = start_rig("--max-disk-gb", 3.5 * size / 1e9, "--keep-versions", 50)
+    publisher = HttpPublisher([rig.url], MODEL_NAME, QUICK)
+    # versions of a run make room for newer ones, the oldest first ...
+    for step in range(6):
+        publisher.publish(version_id("run", step), snapshot(step))
+    assert len(rig.on_disk()) <= 3 and version_id("run", 5) in rig.on_disk()
+    # ... what was put there by hand does not
+    for name in ("one", "two", "three"):
+        answer = rig.put(name, upload_bytes(seed=9))
+    assert answer.status_code == 507 and "max_disk_gb" in answer.json()["detail"]
+    assert sum(f.stat().st_size for f in rig.cartridges.rglob("*")) < 8 * size
