@@ -1,0 +1,1 @@
+"""Only Hydragen calls it, which stays off with cartridges."""
