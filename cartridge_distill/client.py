@@ -22,7 +22,7 @@ from types import TracebackType
 import httpx
 from pydantic import ValidationError
 
-from cartridge_distill.errors import RolloutError, ServerUnreachable
+from cartridge_distill.errors import RolloutError, ServerRefused, ServerUnreachable
 from cartridge_distill.retrying import (
     CREDENTIALS,
     HOW_TO_START,
@@ -173,6 +173,23 @@ class TokasaurusClient:
             return [card.id for card in ModelList.model_validate(body).data]
         except ValidationError as error:
             raise RolloutError(f"{self.url}/v1/models: {_first_problem(error)}") from error
+
+    async def check_takes_uploads(self) -> None:
+        """Is there a gateway, which takes new cartridge versions over HTTP?
+
+        Raises:
+            RolloutError: there is not.
+        """
+        try:
+            await self._http.json("GET", "/cartridges")
+        except ServerRefused as error:
+            if error.status not in (404, 405):
+                raise
+            raise RolloutError(
+                f"{self.url} takes no uploads: it is a bare server. Put the gateway in front of it "
+                "(python -m cartridge_distill.gateway --help), or give the server's cartridge "
+                "directory as this machine sees it (SYNC_DIR)"
+            ) from error
 
     async def complete(
         self,

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # On-policy cartridge distillation with veRL, on a GPU.
 #
-#   TOKASAURUS_URL=https://... SYNC_DIR=/shared/cartridges \
-#     bash training/run_cartridge_distill.sh [hydra overrides]
+#   TOKASAURUS_URL=https://... bash training/run_cartridge_distill.sh [hydra overrides]
 #
 # Needs
 #   TOKASAURUS_URL   the rollout server, e.g. http://gpu-box:10210
-#   SYNC_DIR         that server's cartridge directory as this machine sees it; a directory that
-#                    both see is the only way a new cartridge travels so far
 # May be set
+#   TOKASAURUS_API_KEY, MODAL_PROXY_KEY, MODAL_PROXY_SECRET   its credentials (environment only)
+#   SYNC_DIR         the server's cartridge directory as this machine sees it; without it new
+#                    versions are uploaded, which takes a gateway at TOKASAURUS_URL
+#   SERVED_MODEL     what the gateway calls the model  (MODEL)
 #   MODEL            base model, folder or hub id      (meta-llama/Llama-3.2-3B-Instruct)
 #   DATA             folder of training/prepare_data.py (data/longhealth; written when absent)
 #   SOURCE, PATIENTS, ROWS   what is written there     (longhealth, patient_01, 4096 prompts)
@@ -23,7 +24,7 @@
 #   ... run_cartridge_distill.sh actor_rollout_ref.actor.cartridge.topk=50 trainer.nnodes=2
 # Small, on a CPU:
 #   PLATFORM=cpu MODEL=path/to/small/model DATA=runs/demo/data TOKENS=128 BATCH=8 \
-#     TOKASAURUS_URL=http://127.0.0.1:10210 SYNC_DIR=cartridges \
+#     TOKASAURUS_URL=http://127.0.0.1:10210 \
 #     bash training/run_cartridge_distill.sh data.max_prompt_length=192 data.max_response_length=4
 set -euo pipefail
 
@@ -55,38 +56,46 @@ checked=$("$PYTHON" -m verl_patches check 2>&1) ||
   refuse "veRL is not ready for cartridges. $PYTHON -m verl_patches check says:" "$checked" "(make setup does it, too)"
 
 read -r -d '' get_a_server <<EOT || true
-how to get a server:
-  the embedded one, on this or another GPU machine that shares a directory with this one:
-    $PYTHON -m cartridge_distill.server --model $MODEL --device cuda --dtype bfloat16 \\
-      --host 0.0.0.0 --port 10210 --cartridge-dir /shared/cartridges
-  or the real Tokasaurus, its branch geoff/cartridges (the release on PyPI has no cartridges):
-    toka model=$MODEL port=10210 cartridge_dir=/shared/cartridges
-  then: TOKASAURUS_URL=http://that-machine:10210 SYNC_DIR=/shared/cartridges bash $0
-  (deployment on Modal is not there yet)
+how to get a server (docs/serving.md has more):
+  on Modal, Tokasaurus behind the gateway:
+    modal deploy modal/modal_tokasaurus.py      # prints the URL
+  on a GPU machine, the same:
+    export TOKASAURUS_API_KEY=...               # the same here and there
+    $PYTHON -m cartridge_distill.gateway --backend tokasaurus --model $MODEL --host 0.0.0.0
+  or the embedded server in Tokasaurus' place:
+    $PYTHON -m cartridge_distill.gateway --model $MODEL --host 0.0.0.0 \\
+      -- --device cuda --dtype bfloat16
+  then: TOKASAURUS_URL=http://that-machine:10210 bash $0
 EOT
 
 [[ -n ${TOKASAURUS_URL:-} ]] || refuse "TOKASAURUS_URL is not set: no server to write the rollouts." "$get_a_server"
-"$PYTHON" - "$TOKASAURUS_URL" "${WAIT:-60}" "$MODEL" <<'EOT' || refuse "no server to write the rollouts, see above." "$get_a_server"
+if [[ -n ${SYNC_DIR:-} ]]; then
+  SYNC_DIR=$(absolute "$SYNC_DIR")
+  [[ -d $SYNC_DIR && -w $SYNC_DIR ]] || refuse "SYNC_DIR=$SYNC_DIR is no directory that can be written to: mount the server's cartridge directory there, or leave it out and upload to a gateway."
+  sync=(actor_rollout_ref.actor.cartridge.transport=shared_dir actor_rollout_ref.actor.cartridge.sync_dir="$SYNC_DIR")
+else
+  sync=(actor_rollout_ref.actor.cartridge.transport=http)
+fi
+"$PYTHON" - "$TOKASAURUS_URL" "${WAIT:-60}" "$MODEL" "${sync[0]##*=}" <<'EOT' || refuse "no server to write the rollouts, see above." "$get_a_server"
 import asyncio, logging, sys
-from cartridge_distill.client import ClientSettings, TokasaurusClient
+from cartridge_distill.client import TokasaurusClient
 from cartridge_distill.errors import RolloutError
+from cartridge_distill.retrying import ClientSettings
 
-async def look(url: str, wait: float, model: str) -> None:
+async def look(url: str, wait: float, model: str, transport: str) -> None:
     async with TokasaurusClient(url, ClientSettings(startup_timeout_s=wait)) as client:
         await client.wait_until_ready()
         print(f"server {url} serves {', '.join(await client.models())}; to be trained: {model}")
+        if transport == "http":
+            await client.check_takes_uploads()
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 logging.getLogger("httpx").setLevel(logging.WARNING)
 try:
-    asyncio.run(look(sys.argv[1], float(sys.argv[2]), sys.argv[3]))
+    asyncio.run(look(sys.argv[1], float(sys.argv[2]), *sys.argv[3:]))
 except RolloutError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 EOT
-
-[[ -n ${SYNC_DIR:-} ]] || refuse "SYNC_DIR is not set: give the server's cartridge directory (its --cartridge-dir) as this machine sees it."
-SYNC_DIR=$(absolute "$SYNC_DIR")
-[[ -d $SYNC_DIR && -w $SYNC_DIR ]] || refuse "SYNC_DIR=$SYNC_DIR is no directory that can be written to: mount the server's cartridge directory there."
 
 # ---- data
 
@@ -111,7 +120,8 @@ run=(
   actor_rollout_ref.actor.cartridge.num_tokens="${TOKENS:-2048}"
   actor_rollout_ref.actor.cartridge.lr="${LR:-0.02}"
   actor_rollout_ref.actor.cartridge.documents="$DATA/documents.jsonl"
-  actor_rollout_ref.actor.cartridge.sync_dir="$SYNC_DIR"
+  "${sync[@]}"
+  actor_rollout_ref.actor.cartridge.sync_base_model="${SERVED_MODEL:-null}"
   actor_rollout_ref.rollout.temperature="${TEMPERATURE:-0.7}"
   actor_rollout_ref.rollout.custom.tokasaurus_url="$TOKASAURUS_URL"
   trainer.experiment_name="$NAME"

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from cartridge_distill.server.running import BackgroundServer
+from tests.gateway.rig import TOKEN, Rig
 from verl_patches.checks import check_run_config
 
 from .conftest import ROOT, child_environment
@@ -66,8 +67,8 @@ def test_refuses_without_a_url_and_says_how_to_get_a_server(patched: Path) -> No
     done = run_script(verl=patched)
     assert done.returncode == 2
     assert "TOKASAURUS_URL is not set" in done.stderr
-    assert "-m cartridge_distill.server --model meta-llama/Llama-3.2-3B-Instruct" in done.stderr
-    assert "geoff/cartridges" in done.stderr
+    assert "-m cartridge_distill.gateway --model meta-llama/Llama-3.2-3B-Instruct" in done.stderr
+    assert "modal deploy modal/modal_tokasaurus.py" in done.stderr
 
 
 def test_refuses_a_server_that_is_not_there(patched: Path, tmp_path: Path) -> None:
@@ -85,11 +86,35 @@ def test_refuses_an_unpatched_verl(pristine: Path) -> None:
     assert "-m verl_patches apply" in done.stderr
 
 
-def test_refuses_without_the_servers_directory(patched: Path, server: BackgroundServer) -> None:
+def test_refuses_when_new_versions_have_no_way_to_the_server(
+    patched: Path, server: BackgroundServer
+) -> None:
     done = run_script(verl=patched, TOKASAURUS_URL=server.url)
-    assert done.returncode == 2 and "SYNC_DIR is not set" in done.stderr
+    assert done.returncode == 2 and "takes no uploads: it is a bare server" in done.stderr
+    assert "cartridge_distill.gateway" in done.stderr and "SYNC_DIR" in done.stderr
     done = run_script(verl=patched, TOKASAURUS_URL=server.url, SYNC_DIR="/no/such/place")
     assert done.returncode == 2 and "SYNC_DIR=/no/such/place" in done.stderr
+
+
+def test_a_gateway_needs_its_token_and_no_directory(
+    patched: Path, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    with Rig(tmp_path / "rig", model_folder) as rig:
+        done = run_script(verl=patched, TOKASAURUS_URL=rig.url, DRY_RUN="1", DATA=str(data))
+        assert done.returncode == 2 and "set TOKASAURUS_API_KEY" in done.stderr
+        done = run_script(
+            verl=patched,
+            TOKASAURUS_URL=rig.url,
+            TOKASAURUS_API_KEY=TOKEN,
+            SERVED_MODEL="tiny",
+            DRY_RUN="1",
+            DATA=str(data),
+        )
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.splitlines()[-1]
+    assert "cartridge.transport=http" in command and "sync_base_model=tiny" in command
+    assert "sync_dir" not in command
+    assert TOKEN not in done.stdout + done.stderr
 
 
 def test_its_command_is_a_configuration_that_can_train(

@@ -1,6 +1,6 @@
 """Whole runs: real veRL, real Ray, real HTTP, a tiny random model; faults injected on the wire.
 
-The gateway below stands between trainer and embedded server, as a cloud's front door would, and
+The proxy below stands between trainer and embedded server, as a cloud's front door would, and
 breaks chosen requests. Each run is a process of its own, started as a user starts it.
 """
 
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 from cartridge_distill.prompts import render_document
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
+from tests.gateway.rig import MODEL_NAME, TOKEN, Rig, until
 from tests.tiny import byte_tokenizer, tiny_model
 from training.supervise import MARK, Supervisor
 
@@ -39,29 +41,33 @@ ROWS, STEPS, CARTRIDGE = 4, 3, 160
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
-class Gateway:
+class FaultyProxy:
     """A reverse proxy that spoils completions: ``spoil(number, body)`` may change or answer one."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, port: int = 0) -> None:
         self.target, self.spoil = target, lambda number, body: None
+        self.cold = False  # answers 503 to everything, as a front door before a cold container
         self.completions = 0
         self._lock = threading.Lock()
-        gateway = self
+        faulty = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.forward(httpx.get(gateway.target + self.path))
+                if faulty.cold:
+                    self.forward(httpx.Response(503, text="starting"))
+                else:
+                    self.forward(httpx.get(faulty.target + self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with gateway._lock:
-                    gateway.completions += 1
-                    number = gateway.completions
-                answer = gateway.spoil(number, body)
+                with faulty._lock:
+                    faulty.completions += 1
+                    number = faulty.completions
+                answer = faulty.spoil(number, body)
                 if answer is None:
-                    answer = httpx.post(gateway.target + self.path, json=body, timeout=60)
+                    answer = httpx.post(faulty.target + self.path, json=body, timeout=60)
                 self.forward(answer)
 
             def forward(self, answer: httpx.Response) -> None:
@@ -75,7 +81,7 @@ class Gateway:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -83,14 +89,14 @@ class Gateway:
 
 @dataclass
 class World:
-    """A server with its directory, the gateway before it, and data whose document is 160 tokens."""
+    """A server with its directory, the proxy before it, and data whose document is 160 tokens."""
 
     folder: Path
-    gateway: Gateway
+    proxy: FaultyProxy
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def loaded(self) -> list[str]:
-        ids: list[str] = httpx.get(f"{self.gateway.target}/custom/cartridge/loaded").json()["ids"]
+        ids: list[str] = httpx.get(f"{self.proxy.target}/custom/cartridge/loaded").json()["ids"]
         return ids
 
     def run(self, *overrides: str) -> tuple[int, str]:
@@ -110,7 +116,7 @@ class World:
             f"{cartridge}.num_tokens={CARTRIDGE}",
             f"{cartridge}.documents={folder}/documents.jsonl",
             f"{cartridge}.sync_dir={folder}/cartridges",
-            f"actor_rollout_ref.rollout.custom.tokasaurus_url={self.gateway.url}",
+            f"actor_rollout_ref.rollout.custom.tokasaurus_url={self.proxy.url}",
             f"{client}.max_attempts=3",
             f"{client}.backoff_s=0.05",
             f"{client}.read_timeout_s=5",
@@ -158,13 +164,13 @@ def world(tmp_path: Path) -> Iterator[World]:
     frame.to_parquet(tmp_path / "train.parquet")
     settings = ServerSettings(cartridge_dir=tmp_path / "cartridges")
     with BackgroundServer(tiny_model(), tokenizer, settings, threads=1) as server:
-        yield World(tmp_path, Gateway(server.url))
+        yield World(tmp_path, FaultyProxy(server.url))
 
 
 def test_oracle_and_a_healthy_run(world: World) -> None:
     """A cartridge that is the document's KV: no loss at step 1 through server, proxy and engine.
 
-    On the way the gateway answers 500 once, cuts one body and lets one request hang: each is
+    On the way the proxy answers 500 once, cuts one body and lets one request hang: each is
     tried again, and nothing is lost.
     """
 
@@ -178,7 +184,7 @@ def test_oracle_and_a_healthy_run(world: World) -> None:
             return httpx.Response(500, text="too late")
         return None
 
-    world.gateway.spoil = spoil
+    world.proxy.spoil = spoil
     status, log = world.run()
     assert status == 0, log[-4000:]
     assert abs(world.metrics[0]["actor/loss"]) < 1e-4
@@ -192,7 +198,7 @@ def test_oracle_and_a_healthy_run(world: World) -> None:
     assert [int(v[-6:]) for v in versions] == list(range(STEPS + 1))
     assert len(list((world.folder / "cartridges").iterdir())) == 2  # old versions are deleted
     # ROWS * STEPS rollouts, one probe for each version, three retries
-    assert world.gateway.completions == ROWS * STEPS + (STEPS + 1) + 3
+    assert world.proxy.completions == ROWS * STEPS + (STEPS + 1) + 3
     saved = world.folder / "checkpoints" / f"global_step_{STEPS}" / "actor" / "cartridge"
     assert (saved / "cartridge.safetensors").stat().st_size < 1_000_000  # not the base model
 
@@ -218,12 +224,103 @@ def broken(number: int, _: dict[str, Any]) -> httpx.Response | None:
 def test_a_fault_that_does_not_pass_ends_the_run(
     world: World, spoil: Any, message: str, steps_done: int
 ) -> None:
-    world.gateway.spoil = spoil
+    world.proxy.spoil = spoil
     status, log = world.run("actor_rollout_ref.actor.cartridge.init=random")
     assert status != 0
     assert re.search(message, log), log[-4000:]
     assert len(world.metrics) == steps_done
     assert not (world.folder / "checkpoints").exists()  # nothing was saved as if it were done
+
+
+# Seconds in which the server refuses, then answers 503; "90,30" is what a cloud's cold start takes.
+COLD_START = os.environ.get("COLD_START", "7,4")
+
+
+def test_a_cold_start_is_waited_for_with_a_line_every_few_seconds(world: World) -> None:
+    """Nobody listens, then everything is 503, then it works; the run knows only the URL."""
+    refused_s, unavailable_s = map(float, COLD_START.split(","))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = world.folder / "train.log"
+
+    def lines() -> list[str]:
+        text = log.read_text(errors="replace") if log.exists() else ""
+        return [line for line in text.splitlines() if "waiting for the inference server" in line]
+
+    def come_up() -> None:
+        # The sleeps are the cold start itself.
+        until(lines, "the run waits for its server", timeout_s=200)
+        time.sleep(refused_s)
+        late = FaultyProxy(world.proxy.target, port)
+        late.cold = True
+        time.sleep(unavailable_s)
+        late.cold = False
+
+    threading.Thread(target=come_up, daemon=True).start()
+    status, text = world.run(
+        f"actor_rollout_ref.rollout.custom.tokasaurus_url=http://127.0.0.1:{port}",
+        "actor_rollout_ref.rollout.custom.client.startup_timeout_s=600",
+        "trainer.total_training_steps=1",
+        "trainer.save_freq=1",
+    )
+    assert status == 0, text[-4000:]
+    assert len(world.metrics) == 1
+    said = lines()
+    assert "ConnectError" in said[0] and "HTTP 503" in said[-1]
+    # one at once, then one every five seconds, and not a flood
+    expected = 1 + (refused_s + unavailable_s) / 5
+    assert expected - 1.5 <= len(said) <= expected + 2, said
+
+
+OVER_HTTP = [
+    "actor_rollout_ref.actor.cartridge.transport=http",
+    "actor_rollout_ref.actor.cartridge.sync_dir=null",
+    f"actor_rollout_ref.actor.cartridge.sync_base_model={MODEL_NAME}",
+    "actor_rollout_ref.rollout.custom.client.max_attempts=8",
+    "actor_rollout_ref.rollout.custom.client.backoff_s=0.5",
+    "actor_rollout_ref.rollout.custom.client.read_timeout_s=60",
+]
+
+
+def test_a_run_over_http_survives_the_servers_death(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shared directory: the gateway takes the versions. Its server is killed in mid-run."""
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with Rig(world.folder / "rig", world.folder / "model", "--keep-versions", 2) as rig:
+
+        def kill_once() -> None:
+            until(lambda: "step-000001 created" in rig.log, "the second version", timeout_s=200)
+            rig.child.kill()
+
+        killer = threading.Thread(target=kill_once)
+        killer.start()
+        status, log = world.run(
+            *OVER_HTTP, f"actor_rollout_ref.rollout.custom.tokasaurus_url={rig.url}"
+        )
+        killer.join()
+        assert status == 0, log[-4000:]
+        assert abs(world.metrics[0]["actor/loss"]) < 1e-4  # the oracle, over the network
+        assert len(world.metrics) == STEPS
+        assert all(step["actor/logprob_diff/max"] < 1e-3 for step in world.metrics)
+        assert rig.metric('server_restarts_total{reason="died"}') == 1
+        assert rig.metric('uploads_total{outcome="created"}') == STEPS + 1
+        assert [int(name[-6:]) for name in rig.on_disk()] == [STEPS - 1, STEPS]
+    assert TOKEN not in log
+
+
+def test_a_version_that_the_gateway_refuses_ends_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with Rig(world.folder / "rig", world.folder / "model", "--max-cartridge-tokens", 64) as rig:
+        status, log = world.run(
+            *OVER_HTTP, f"actor_rollout_ref.rollout.custom.tokasaurus_url={rig.url}"
+        )
+    assert status != 0
+    assert f"num_tokens={CARTRIDGE} is over this server's max_cartridge_tokens=64" in log
+    assert world.metrics == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
