@@ -66,7 +66,7 @@ _PROMPT_TOKENS = 12  # and four more, which hold the request's number
 _OLDER = 0.2  # of the requests name the version before the newest
 # A killed server is known to be dead within a moment; on a busy machine the client hears later.
 _EXPLAINED_SECONDS = 5.0
-_SHOWN = 10
+_SHOWN = 3
 PATIENCE = retrying.ClientSettings(max_attempts=40, max_backoff_s=3.0, read_timeout_s=300.0)
 
 
@@ -97,11 +97,15 @@ class RetryLog(logging.Handler):
 def unexplained(attempts: Sequence[tuple[float, str]], kills: Sequence[float]) -> list[str]:
     """Failed attempts other than HTTP 503 within a moment of a kill."""
     return [
-        f"an attempt failed without a kill to explain it: {reason}"
+        f"an attempt failed {since_kill(when, kills):.1f} s after a kill: {reason}"
         for when, reason in attempts
-        if not reason.startswith("HTTP 503")
-        or not any(0 <= when - kill <= _EXPLAINED_SECONDS for kill in kills)
+        if not reason.startswith("HTTP 503") or since_kill(when, kills) > _EXPLAINED_SECONDS
     ]
+
+
+def since_kill(when: float, kills: Sequence[float]) -> float:
+    """Seconds since the last kill before that; infinite when there was none."""
+    return min((when - kill for kill in kills if kill <= when), default=float("inf"))
 
 
 class DiskWatch:
@@ -173,6 +177,7 @@ class Soak:
         self.latencies: list[float] = []
         self.asked = 0
         self.violations: list[str] = []
+        self.kinds: Counter[str] = Counter()
         self.retries = RetryLog()
         self.rss: list[tuple[float, float]] = []  # gateway, server; MB
         self.start = self.deadline = 0.0
@@ -206,10 +211,12 @@ class Soak:
         self._note_memory()
 
     def _violated(self, *violations: str) -> None:
-        """Says the first few at once."""
+        """Says the first few of each kind at once."""
         for violation in violations:
             self.violations.append(violation)
-            if len(self.violations) <= _SHOWN:
+            kind = re.sub(r"[0-9.]+", "", violation)[:80]
+            self.kinds[kind] += 1
+            if self.kinds[kind] <= _SHOWN:
                 say(f"VIOLATION: {violation}")
 
     @property
@@ -404,11 +411,15 @@ class Soak:
         say("")
         for name, value in rows:
             say(f"   {name:<30} {value}")
-        for reason, count in Counter(reason for _, reason in self.retries.attempts).most_common():
-            say(f"      {count:>6} x {reason}")
+        reasons = Counter(reason for _, reason in self.retries.attempts)
+        for reason, count in reasons.most_common():
+            after = max(
+                since_kill(t, self.kills) for t, why in self.retries.attempts if why == reason
+            )
+            say(f"      {count:>6} x {reason}; {after:.1f} s after a kill at most")
         say("")
-        if len(self.violations) > _SHOWN:
-            say(f"the first {_SHOWN} violations stand above")
+        for kind, count in self.kinds.items():
+            say(f"   violated {count} times; the first stand above: {kind} ...")
         say(
             f"verdict: {len(self.violations)} violations in {self.options.seconds:.0f} s"
             f"{'' if self.violations else '; every answer is there once, of the version asked for'}"

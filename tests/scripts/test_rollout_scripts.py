@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge, write_tokasaurus
 from cartridge_distill.server.running import BackgroundServer
+from tests.gateway.rig import TOKEN, Rig
 from tests.tiny import random_cartridge, tiny_model
 
 from .conftest import ROOT, Run
@@ -76,18 +78,32 @@ def test_example_query_names_what_is_wrong(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("way", ["directory", "upload"])
 def test_rollout_script_through_ray(
-    server: BackgroundServer, model_folder: Path, run_python: Run, tmp_path: Path, patched: Path
+    way: str,
+    server: BackgroundServer,
+    model_folder: Path,
+    run_python: Run,
+    tmp_path: Path,
+    patched: Path,
 ) -> None:
     """A given cartridge is published to a running server; its log-probs are the trainer's."""
     meta = CartridgeMeta(base_model="tiny")
     mine = save_cartridge(random_cartridge(tiny_model()), tmp_path / "mine", meta)
-    done = run_python(
-        *("-m", "verl_patches.rollout.tokasaurus_rollout.test_rollout", "--model", model_folder),
-        *("--url", server.url, "--cartridge-dir", tmp_path / "cartridges", "--cartridge", mine),
-        *("--compare", "--prompt", "What?", "--prompt", "x" * 40, "--max-tokens", 3),
-        verl=patched,
-    )
+    with contextlib.ExitStack() as stack:
+        if way == "directory":
+            target: tuple[object, ...] = ("--url", server.url)
+            target += ("--cartridge-dir", tmp_path / "cartridges")
+        else:
+            rig = stack.enter_context(Rig(tmp_path / "rig", model_folder))
+            target = ("--url", rig.url, "--served-model", "tiny")
+        done = run_python(
+            *("-m", "verl_patches.rollout.tokasaurus_rollout.test_rollout"),
+            *("--model", model_folder, *target, "--cartridge", mine),
+            *("--compare", "--prompt", "What?", "--prompt", "x" * 40, "--max-tokens", 3),
+            verl=patched,
+            TOKASAURUS_API_KEY=TOKEN,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 rollouts are good" in done.stdout
     assert "active version: test-" in done.stdout

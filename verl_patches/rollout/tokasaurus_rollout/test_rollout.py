@@ -33,13 +33,14 @@ from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, SyncError
 from cartridge_distill.forward import chosen_logprobs, packed_forward
+from cartridge_distill.http_sync import HttpPublisher
 from cartridge_distill.models import load_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_prompt
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.sync import SharedDirectoryPublisher
+from cartridge_distill.sync import CartridgePublisher, SharedDirectoryPublisher
 from cartridge_distill.versions import new_run_id, step_of, version_id
 
 PROMPTS = (
@@ -56,7 +57,10 @@ examples:
   # everything on this machine; the embedded server is started and stopped
   python -m verl_patches.rollout.tokasaurus_rollout.test_rollout --model path/to/model --compare
 
-  # a server that runs already; DIR is its --cartridge-dir as this machine sees it
+  # a gateway that runs already: the version is uploaded (TOKASAURUS_API_KEY is its token)
+  ... --url http://gpu-box:10210 --model meta-llama/Llama-3.2-3B-Instruct
+
+  # a server without one; DIR is its --cartridge-dir as this machine sees it
   ... --url http://gpu-box:10210 --cartridge-dir DIR --model meta-llama/Llama-3.2-3B-Instruct
 
   # a version that the server has already, nothing is published
@@ -86,7 +90,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--url", help="of a running server (default: the embedded one is started here)")
     option("--model", required=True, help="folder or hub id of the model that is served")
     option("--cartridge", help="to publish: directory, .pt or repo id (default: random numbers)")
-    option("--cartridge-dir", type=Path, help="the server's cartridge directory, with --url")
+    option("--cartridge-dir", type=Path, help="the server's, with --url (default: upload)")
+    option("--served-model", help="what the gateway calls the model (default: --model)")
     option("--version", help="a version id that the server has already; nothing is published")
     option("--prompt", action="append", metavar="TEXT", help="may be repeated (default: four)")
     option("--copies", type=int, default=2, help="rollouts of each prompt (%(default)s)")
@@ -96,8 +101,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--wait", type=float, default=120.0, help="seconds to wait for the server (%(default)s)")
     option("--compare", action="store_true", help="load the model here and compare log-probs")
     options = parser.parse_args(arguments)
-    if options.url and bool(options.cartridge_dir) == bool(options.version):
-        parser.error("--url needs one of --cartridge-dir (a version is published) and --version")
+    if options.cartridge_dir and options.version:
+        parser.error("--cartridge-dir publishes a version, --version takes one that is there")
     if not options.url and options.version:
         parser.error("--version needs --url: the embedded server starts with no cartridge")
     if options.version and options.compare and not options.cartridge:
@@ -113,10 +118,14 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def server(options: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
-    """(URL, cartridge directory) of the server to test; an embedded one ends with the block."""
+def server(options: argparse.Namespace) -> Iterator[tuple[str, CartridgePublisher]]:
+    """URL of the server to test, and the way to it; an embedded one ends with the block."""
+    base_model = options.served_model or options.model
     if options.url:
-        yield options.url, options.cartridge_dir
+        if options.cartridge_dir:
+            yield options.url, SharedDirectoryPublisher(options.cartridge_dir, base_model)
+        else:
+            yield options.url, HttpPublisher([options.url], base_model)
         return
     with tempfile.TemporaryDirectory(prefix="cartridges-") as folder:
         say(f"starting the embedded server with {options.model} ...")
@@ -124,7 +133,7 @@ def server(options: argparse.Namespace) -> Iterator[tuple[str, Path | None]]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         settings = ServerSettings(cartridge_dir=Path(folder), model_name=options.model)
         with BackgroundServer(model, tokenizer, settings) as running:
-            yield running.url, Path(folder)
+            yield running.url, SharedDirectoryPublisher(folder, base_model)
 
 
 def make_cartridge(options: argparse.Namespace) -> TrainableCache:
@@ -135,11 +144,11 @@ def make_cartridge(options: argparse.Namespace) -> TrainableCache:
     return TrainableCache.from_random(config, options.tokens, std=1.0)
 
 
-def publish(cartridge: TrainableCache, folder: Path, model: str) -> str:
+def publish(cartridge: TrainableCache, publisher: CartridgePublisher) -> str:
     """Publishes a version 0 of a run of its own; returns its id."""
     version = version_id(new_run_id("test"), 0)
     snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
-    SharedDirectoryPublisher(folder, model).publish(version, snapshot)
+    publisher.publish(version, snapshot)
     return version
 
 
@@ -276,13 +285,13 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     vocabulary = AutoConfig.from_pretrained(options.model).get_text_config().vocab_size
     cartridge = make_cartridge(options) if options.cartridge or not options.version else None
-    with server(options) as (url, folder):
+    with server(options) as (url, publisher):
         replica = build_replica(compose_config(options, url))
-        if folder is not None:
-            assert cartridge is not None
-            version = publish(cartridge, folder, options.model)
-        else:
+        if options.version:
             version = options.version
+        else:
+            assert cartridge is not None
+            version = publish(cartridge, publisher)
         say("starting Ray ...")
         # Counted, not used: the proxy takes no CPU. Two, so that it starts on any machine.
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
