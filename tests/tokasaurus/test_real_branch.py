@@ -35,9 +35,14 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
+from cartridge_distill.http_sync import HttpPublisher
+from cartridge_distill.snapshot import Snapshot
 from cartridge_distill.tokasaurus.launch import CHILD_ENDED
+from cartridge_distill.versions import version_id
 from cartridge_distill.wire import decode_fingerprint
+from tests.gateway.rig import TOKEN, until
 from tests.tiny import byte_tokenizer, plain_logprobs, random_cartridge, tiny_model, write_cartridge
 
 HERE = Path(__file__).resolve().parent
@@ -290,3 +295,91 @@ def test_a_process_that_dies_ends_the_whole_server(files: Path, name: str) -> No
         assert process.wait(30) == CHILD_ENDED
     said = f"process {name} (pid {pid}) ended with exit code -9"
     assert said in (files / "log").read_text()
+
+
+# --- the gateway in front of it -----------------------------------------------------------------
+
+
+@contextmanager
+def gateway(files: Path, *options: str) -> Iterator[HttpPublisher]:
+    """The gateway over the real server; what it yields uploads to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = files / "gateway.log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [
+                *(python(), "-m", "tests.tokasaurus.real_gateway", "--backend", "tokasaurus"),
+                *("--model", str(files / "model"), "--model-name", "tiny", "--port", str(port)),
+                *("--cartridge-dir", str(files / "uploaded"), "--max-request-tokens", "200"),
+                *("--kv-cache-tokens", str(CACHE), "--max-cartridge-tokens", "128", *options),
+                *("--", "use_cudagraphs=False", "dtype=float32", "max_tokens_per_forward=256"),
+                "max_seqs_per_forward=32",
+            ],
+            env=environment() | {"TOKASAURUS_API_KEY": TOKEN},
+            cwd=PROJECT,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def up() -> bool:
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                return httpx.get(url + "/ping", timeout=5).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        until(up, "the gateway and the real server", timeout_s=120)
+        yield HttpPublisher([url], "tiny")
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def upload_and_ask(publisher: HttpPublisher, versions: range) -> None:
+    """Each version is uploaded, asked, and has to be the one that answered."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=publisher.urls[0], headers=headers, timeout=120) as client:
+        for number in versions:
+            cartridge = random_cartridge(tiny_model(), CARTRIDGE, number)
+            version = version_id("run", number)
+            publisher.publish(version, Snapshot.take(cartridge.state_dict(), torch.float32))
+            answer = ask(client, version)
+            assert answer.status_code == 200, answer.text
+            assert error_of(answer, number, (65, 66, 67)) < 1e-3, version
+
+
+def restarts(publisher: HttpPublisher, reason: str) -> float:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    text = httpx.get(publisher.urls[0] + "/metrics", headers=headers).text
+    name = f'cartridge_gateway_server_restarts_total{{reason="{reason}"}} '
+    return sum(float(line.removeprefix(name)) for line in text.splitlines() if name in line)
+
+
+def test_behind_the_gateway_versions_come_and_go(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with gateway(files) as publisher:
+        upload_and_ask(publisher, range(40))  # room for sixteen
+        assert restarts(publisher, "died") == restarts(publisher, "pages") == 0
+        # the manager dies, the launcher ends the server, the gateway starts it again
+        pids = re.findall(r"process manager has pid (\d+)", (files / "gateway.log").read_text())
+        os.kill(int(pids[-1]), signal.SIGKILL)
+        upload_and_ask(publisher, range(40, 45))
+        assert restarts(publisher, "died") == 1
+
+
+def test_the_second_defence_lets_the_unrepaired_branch_live(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with gateway(files, "--defence", "restart") as publisher:
+        upload_and_ask(publisher, range(100, 130))  # unrepaired, it dies at the twentieth
+        assert restarts(publisher, "died") == 0
+        assert restarts(publisher, "pages") == 3  # half of the cache holds eight
