@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import tenacity
 
+from cartridge_distill.connections import OneEach, proxy_for
 from cartridge_distill.errors import RolloutError, ServerRefused, ServerUnreachable
 
 logger = logging.getLogger(__name__)
@@ -115,11 +116,8 @@ class RetryingHttp:
                 connect=self.settings.connect_timeout_s,
                 pool=None,  # waiting for a free connection is not the server's fault
             ),
-            limits=httpx.Limits(
-                max_connections=self.settings.max_connections,
-                max_keepalive_connections=self.settings.max_connections,
-                keepalive_expiry=60.0,
-            ),
+            transport=OneEach(self.settings.max_connections, 60.0, proxy_for(self.url)),
+            trust_env=False,  # the proxy is chosen above; credentials are those of auth_headers
             # Modal answers 303 when a request takes long; the result is fetched from there.
             follow_redirects=True,
             max_redirects=50,

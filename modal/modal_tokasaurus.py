@@ -69,11 +69,13 @@ PACKAGES = (
     "wandb==0.21.3",
     # needed by the gateway
     "aiohttp==3.12.15",
+    "httptools==0.6.4",
     "httpx==0.28.1",
     "prometheus-client==0.22.1",
     "pydantic==2.11.7",
     "pyyaml==6.0.2",
     "tenacity==9.1.2",
+    "uvloop==0.21.0",
 )
 FLASHINFER = "flashinfer-python==0.2.0.post2"
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -218,6 +218,24 @@ async def through_ray(url: str, version: str, vocabulary: int, inflight: int) ->
     return call
 
 
+async def empty_ray_call(count: int) -> float:
+    """Median milliseconds of a call of a Ray actor that does nothing: Ray's own share."""
+    import ray
+
+    class Empty:
+        async def generate(self, prompt_ids: list[int]) -> list[int]:
+            return prompt_ids
+
+    actor: Any = ray.remote(Empty).options(num_cpus=0).remote()
+    ids, seconds = list(range(_PROMPT_TOKENS)), []
+    for _ in range(count):
+        await asyncio.sleep(0.01)  # about as long as a server needs: nothing is kept awake
+        start = time.perf_counter()
+        await actor.generate.remote(ids)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds)
+
+
 def start_ray() -> None:
     """A small Ray of this machine alone.
 
@@ -306,6 +324,11 @@ async def request_table(options: argparse.Namespace, gateway: RunningGateway, sh
         say(
             f"   {way.name:<22}{median:>10.2f}{added[0]:>+8.2f}{high:>10.2f}{added[1]:>+8.2f}"
             f"{rate:>12.0f}"
+        )
+    if options.ray:
+        empty = await empty_ray_call(options.requests)
+        say(
+            f"   a call of a Ray actor that does nothing: {empty:.2f} ms, in both rows with a proxy"
         )
     verdict = _verdict(added[0], _AIM_ADDED_MS, " ms")
     say(f"   added by {ways[-1].name}: {added[0]:.2f} ms   {verdict}")

@@ -8,7 +8,12 @@ must be far. So an answer of another version, of another request, or of no cartr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from cartridge_distill import retrying
 from training.gateway_rig import Shape, random_cartridge
 
 TOLERANCE = 1e-4
@@ -23,6 +29,8 @@ TOLERANCE = 1e-4
 FAR = 10 * TOLERANCE
 """Log-probs of another cartridge differ by more, in one token of the answer at least."""
 _ROWS = 256
+# A killed server is known to be dead within a moment; on a busy machine the client hears later.
+_EXPLAINED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -173,3 +181,94 @@ def doubled(answers: Sequence[Answer]) -> list[str]:
 
 def _batches(answers: list[Answer]) -> list[list[Answer]]:
     return [answers[start : start + _ROWS] for start in range(0, len(answers), _ROWS)]
+
+
+class RetryLog(logging.Handler):
+    """Collects what the client says when it tries again: when, and why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts: list[tuple[float, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"failed \((.*)\); the next in", record.getMessage(), re.DOTALL)
+        reason = found[1] if found else record.getMessage()
+        self.attempts.append((time.monotonic(), re.sub(r"'[^']*'", "'...'", reason)))
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the soak runs, and nothing of it on the terminal."""
+        retrying.logger.addHandler(self)
+        retrying.logger.propagate = False
+        try:
+            yield
+        finally:
+            retrying.logger.propagate = True
+            retrying.logger.removeHandler(self)
+
+
+def unexplained(attempts: Sequence[tuple[float, str]], kills: Sequence[float]) -> list[str]:
+    """Failed attempts other than HTTP 503 within a moment of a kill."""
+    return [
+        f"an attempt failed {since_kill(when, kills):.1f} s after a kill: {reason}"
+        for when, reason in attempts
+        if not reason.startswith("HTTP 503") or since_kill(when, kills) > _EXPLAINED_SECONDS
+    ]
+
+
+def since_kill(when: float, kills: Sequence[float]) -> float:
+    """Seconds since the last kill before that; infinite when there was none."""
+    return min((when - kill for kill in kills if kill <= when), default=float("inf"))
+
+
+class DiskWatch:
+    """Which versions may lie on the disk.
+
+    The gateway deletes when a version arrives. So one beyond the newest ``keep`` may be there when
+    it is in use, or was when the last one arrived.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._users: Counter[int] = Counter()
+        self._left: dict[int, float] = {}
+        self._arrived: list[int] = []
+        self._last_began = 0.0
+        self.most_versions = 0
+        self.most_bytes = 0
+
+    @contextmanager
+    def using(self, step: int) -> Iterator[None]:
+        """Around a request."""
+        self._users[step] += 1
+        try:
+            yield
+        finally:
+            self._users[step] -= 1
+            self._left[step] = time.monotonic()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests, whatever their version."""
+        return self._users.total()
+
+    def arrived(self, step: int, began: float) -> None:
+        """An upload that began then is done."""
+        self._arrived.append(step)
+        self._last_began = began
+
+    def sample(self, steps: Sequence[int], num_bytes: int) -> list[str]:
+        """Violations among the versions on disk."""
+        self.most_versions = max(self.most_versions, len(steps))
+        self.most_bytes = max(self.most_bytes, num_bytes)
+        if len(self._arrived) < self._keep:
+            return []
+        oldest = self._arrived[-self._keep]
+        return [
+            f"version {step} is on the disk, unused, while the newest {self._keep} begin at "
+            f"{oldest}"
+            for step in steps
+            if step < oldest
+            and not self._users[step]
+            and self._left.get(step, 0.0) < self._last_began
+        ]

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import logging
 import os
 import random
 import re
@@ -32,8 +31,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +53,16 @@ from training.gateway_rig import (  # noqa: E402
     save_model,
 )
 from training.measure import say  # noqa: E402
-from training.soak_check import FAR, TOLERANCE, Answer, Checker  # noqa: E402
+from training.soak_check import (  # noqa: E402
+    FAR,
+    TOLERANCE,
+    Answer,
+    Checker,
+    DiskWatch,
+    RetryLog,
+    since_kill,
+    unexplained,
+)
 from training.supervise import ChildFailed, Supervisor, tail  # noqa: E402
 
 SHAPE = Shape()
@@ -64,101 +70,8 @@ _REPORT_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.5
 _PROMPT_TOKENS = 12  # and four more, which hold the request's number
 _OLDER = 0.2  # of the requests name the version before the newest
-# A killed server is known to be dead within a moment; on a busy machine the client hears later.
-_EXPLAINED_SECONDS = 5.0
 _SHOWN = 3
 PATIENCE = retrying.ClientSettings(max_attempts=40, max_backoff_s=3.0, read_timeout_s=300.0)
-
-
-class RetryLog(logging.Handler):
-    """Collects what the client says when it tries again: when, and why."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attempts: list[tuple[float, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r"failed \((.*)\); the next in", record.getMessage(), re.DOTALL)
-        reason = found[1] if found else record.getMessage()
-        self.attempts.append((time.monotonic(), re.sub(r"'[^']*'", "'...'", reason)))
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While the soak runs, and nothing of it on the terminal."""
-        retrying.logger.addHandler(self)
-        retrying.logger.propagate = False
-        try:
-            yield
-        finally:
-            retrying.logger.propagate = True
-            retrying.logger.removeHandler(self)
-
-
-def unexplained(attempts: Sequence[tuple[float, str]], kills: Sequence[float]) -> list[str]:
-    """Failed attempts other than HTTP 503 within a moment of a kill."""
-    return [
-        f"an attempt failed {since_kill(when, kills):.1f} s after a kill: {reason}"
-        for when, reason in attempts
-        if not reason.startswith("HTTP 503") or since_kill(when, kills) > _EXPLAINED_SECONDS
-    ]
-
-
-def since_kill(when: float, kills: Sequence[float]) -> float:
-    """Seconds since the last kill before that; infinite when there was none."""
-    return min((when - kill for kill in kills if kill <= when), default=float("inf"))
-
-
-class DiskWatch:
-    """Which versions may lie on the disk.
-
-    The gateway deletes when a version arrives. So one beyond the newest ``keep`` may be there when
-    it is in use, or was when the last one arrived.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._users: Counter[int] = Counter()
-        self._left: dict[int, float] = {}
-        self._arrived: list[int] = []
-        self._last_began = 0.0
-        self.most_versions = 0
-        self.most_bytes = 0
-
-    @contextmanager
-    def using(self, step: int) -> Iterator[None]:
-        """Around a request."""
-        self._users[step] += 1
-        try:
-            yield
-        finally:
-            self._users[step] -= 1
-            self._left[step] = time.monotonic()
-
-    @property
-    def in_flight(self) -> int:
-        """Requests, whatever their version."""
-        return self._users.total()
-
-    def arrived(self, step: int, began: float) -> None:
-        """An upload that began then is done."""
-        self._arrived.append(step)
-        self._last_began = began
-
-    def sample(self, steps: Sequence[int], num_bytes: int) -> list[str]:
-        """Violations among the versions on disk."""
-        self.most_versions = max(self.most_versions, len(steps))
-        self.most_bytes = max(self.most_bytes, num_bytes)
-        if len(self._arrived) < self._keep:
-            return []
-        oldest = self._arrived[-self._keep]
-        return [
-            f"version {step} is on the disk, unused, while the newest {self._keep} begin at "
-            f"{oldest}"
-            for step in steps
-            if step < oldest
-            and not self._users[step]
-            and self._left.get(step, 0.0) < self._last_began
-        ]
 
 
 class Soak:

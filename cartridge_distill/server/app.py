@@ -17,8 +17,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -83,8 +84,13 @@ class Service:
         self.end_ids = end_token_ids(model, tokenizer)
         self._seeds = RequestSeeds(settings.seed)
 
-    async def generate(self, request: AnyRequest) -> tuple[Job, list[Generated]]:
+    async def generate(
+        self, request: AnyRequest, on_token: Callable[[int, int], None] | None = None
+    ) -> tuple[Job, list[Generated]]:
         """Computes all choices of a request.
+
+        Args:
+            on_token: called with (index of the choice, id) as tokens come, in the engine's thread.
 
         Raises:
             HTTPException: 400 for what cannot be served, 500 or 503 for what may work later.
@@ -100,7 +106,8 @@ class Service:
         ids = sorted(ref.id for ref in job.cartridges)
         futures = []
         try:
-            for generator in self._seeds.generators(job.prompt_ids, ids, job.num_choices):
+            generators = self._seeds.generators(job.prompt_ids, ids, job.num_choices)
+            for index, generator in enumerate(generators):
                 row = Row(
                     prompt_ids=job.prompt_ids,
                     max_new_tokens=job.max_new_tokens,
@@ -109,6 +116,7 @@ class Service:
                     prefix=prefix,
                     end_ids=frozenset() if job.ignore_eos else self.end_ids,
                     ends_with_stop=stop_check(job.stop, self.tokenizer),
+                    on_token=partial(on_token, index) if on_token else None,
                 )
                 futures.append(asyncio.wrap_future(self.engine.submit(row)))
             # Cancelling this (the client went away) cancels the rows with it.

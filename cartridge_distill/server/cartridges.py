@@ -24,11 +24,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cartridge_distill.checkpoint import load_pt
+from cartridge_distill.checkpoint import load_pt_prefix
 from cartridge_distill.errors import CartridgeDistillError, CartridgeFormatError
 from cartridge_distill.forward import check_prefix_fits
 from cartridge_distill.prefix import Prefix
-from cartridge_distill.tokasaurus_dir import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
+from cartridge_distill.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
 from cartridge_distill.wire import PAGE_TOKENS, CartridgeRef, sanitise_cartridge_id
 
 logger = logging.getLogger(__name__)
@@ -116,17 +116,11 @@ class CartridgeStore:
     def _read(self, cartridge_id: str, source: str) -> Prefix:
         folder = self._folder(cartridge_id, source)
         try:
-            cartridge = load_pt(folder / TOKASAURUS_WEIGHTS)
-            with torch.no_grad():
-                prefix = cartridge.prefix()
-            prefix = Prefix(
-                [key.detach() for key in prefix.keys],
-                [value.detach() for value in prefix.values],
-            )
+            prefix, num_frozen_tokens = load_pt_prefix(folder / TOKASAURUS_WEIGHTS)
             check_prefix_fits(self._model, prefix)
         except (CartridgeFormatError, OSError) as error:
             raise CartridgeRefused(f"cartridge {cartridge_id!r}: {error}") from error
-        if cartridge.num_frozen_tokens < 1:
+        if num_frozen_tokens < 1:
             raise CartridgeRefused(
                 f"cartridge {cartridge_id!r} has no frozen token; at least one is needed"
             )

@@ -78,6 +78,7 @@ class Row:
             must hold the same object.
         end_ids: ids that end the row.
         ends_with_stop: called with all new ids after each token; true ends the row.
+        on_token: called with each new id, in the engine's thread, before the row can end.
     """
 
     prompt_ids: list[int]
@@ -87,6 +88,7 @@ class Row:
     prefix: Prefix | None = None
     end_ids: frozenset[int] = frozenset()
     ends_with_stop: Callable[[list[int]], bool] | None = None
+    on_token: Callable[[int], None] | None = None
     future: Future[Generated] = field(default_factory=Future)
     done: int = 0  # tokens whose keys and values lie in the buffers
     shared: int = 0
@@ -373,6 +375,8 @@ class Engine:
             return True
         row.new_ids.append(token)
         row.logprobs.append(logprob)
+        if row.on_token is not None:
+            row.on_token(token)
         reason: Literal["stop", "length"]
         if len(row.new_ids) == row.max_new_tokens:
             # As on the real server: an end token in the very last place still counts as "length".

@@ -229,7 +229,7 @@ def stop_check(
     return ends
 
 
-def _text(
+def answer_text(
     result: Generated, job: Job, end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """The new text, up to the end token and the first stop string, neither included."""
@@ -275,7 +275,7 @@ def completion_response(
         choices=[
             CompletionChoice(
                 index=index,
-                text=_text(result, job, end_ids, tokenizer),
+                text=answer_text(result, job, end_ids, tokenizer),
                 finish_reason=result.finish_reason,
             )
             for index, result in enumerate(results)
@@ -307,7 +307,7 @@ def chat_response(
         choices.append(
             ChatChoice(
                 index=index,
-                message=ChatAnswer(content=_text(result, job, end_ids, tokenizer)),
+                message=ChatAnswer(content=answer_text(result, job, end_ids, tokenizer)),
                 logprobs=logprobs,
                 finish_reason=result.finish_reason,
             )

@@ -8,8 +8,7 @@ import pytest
 
 from tests.scripts.conftest import Run
 from training.gateway_rig import Shape, make_model
-from training.soak_check import Answer, Checker
-from training.soak_gateway import DiskWatch, unexplained
+from training.soak_check import Answer, Checker, DiskWatch, unexplained
 
 SHAPE = Shape()
 NEW_TOKENS = 3
