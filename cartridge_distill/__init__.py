@@ -14,6 +14,8 @@ A *cartridge* is a trainable key/value prefix of P tokens that stands in for a l
 ``teacher``           the frozen model with the whole document in context
 ``loss``              KL between the two, per response token
 ``sync``              publishing a version that the server will serve next
+``checkpoint``        files of every format (``formats``), the Hub (``hub``)
+``composition``       several cartridges joined into one
 ``evaluate``, ``chat``  what the trained cartridge is worth
 ====================  ==============================================================
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
+from cartridge_distill.snapshot import Snapshot
 
 
 class TrainableCache(nn.Module):
@@ -56,6 +57,11 @@ class TrainableCache(nn.Module):
     @classmethod
     def from_prefix(cls, prefix: Prefix, num_frozen_tokens: int = 1) -> TrainableCache:
         return cls(prefix, num_frozen_tokens)
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Snapshot) -> TrainableCache:
+        """From what a file holds, in float32."""
+        return cls(Prefix(*snapshot.layers()), snapshot.num_frozen_tokens)
 
     @classmethod
     def from_text(
@@ -143,7 +149,8 @@ class TrainableCache(nn.Module):
 
         For ``model(..., past_key_values=cartridge.as_cache())`` and ``model.generate`` on a model
         with one of transformers' own attention implementations. Positions go on after the
-        cartridge by themselves.
+        cartridge by themselves. ``generate`` wants the prompt's ids and an
+        ``attention_mask`` ``[1, P + prompt]`` of ones.
         """
         return self.prefix(dtype).as_cache()
 

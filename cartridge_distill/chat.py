@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.forward import check_prefix_fits
-from cartridge_distill.prompts import Message, render_prompt
+from cartridge_distill.prompts import Message, render_document, render_prompt
 
 
 @torch.no_grad()
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     option = parser.add_argument
     option("--model", required=True, help="folder or hub id of the model the cartridge is for")
     option("--cartridge", help="directory, .pt file or repo id; without it the bare model answers")
+    option("--document", type=Path, help="its text: say how many KV tokens it would have taken")
     option("--prompt", help="ask this and end; without it, a conversation (Ctrl-D ends it)")
     option(
         "--start", help="with --prompt: the beginning of the answer, for the model to go on from"
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         _chat(options)
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (EOFError, KeyboardInterrupt):
@@ -109,6 +111,8 @@ def _chat(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     model.to(device).eval()
+    if cartridge is not None:
+        print(_memory(cartridge, tokenizer, options.document), file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         messages.append({"role": "user", "content": options.prompt or input("> ")})
@@ -128,6 +132,15 @@ def _chat(options: argparse.Namespace) -> None:
             return
         answer = tokenizer.decode(new, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
+
+
+def _memory(cartridge: TrainableCache, tokenizer: Any, document: Path | None) -> str:
+    """What the cartridge takes, and what the document would have taken in its place."""
+    said = f"[the cartridge takes {cartridge.num_tokens} KV tokens"
+    if document is None:
+        return said + "]"
+    tokens = len(render_document(tokenizer, document.read_text(encoding="utf-8")))
+    return f"{said}; the document would have taken {tokens}, {tokens / cartridge.num_tokens:.1f}x]"
 
 
 if __name__ == "__main__":

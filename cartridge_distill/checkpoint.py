@@ -21,6 +21,7 @@ from cartridge_distill.formats.stored import DTYPES, CartridgeMeta, StoredCartri
 from cartridge_distill.formats.tokasaurus import write_snapshot
 from cartridge_distill.forward import check_shape_fits
 from cartridge_distill.hub import is_hub_id, pull
+from cartridge_distill.prefix import Prefix
 from cartridge_distill.snapshot import Snapshot
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "load_cartridge",
     "load_pt",
+    "load_pt_prefix",
     "read_cartridge",
     "read_meta",
     "save_cartridge",
@@ -162,3 +164,15 @@ def load_pt(path: str | Path) -> TrainableCache:
         CartridgeFormatError: not such a file, or one that holds other objects than tensors.
     """
     return TrainableCache.from_snapshot(hazyresearch.read(Path(path)).snapshot)
+
+
+def load_pt_prefix(path: str | Path) -> tuple[Prefix, int]:
+    """A ``.pt`` file to serve: the prefix in the file's dtype, and how many tokens are frozen.
+
+    Nothing is trained there, so no float32 master weights are made.
+
+    Raises:
+        CartridgeFormatError: as :func:`load_pt`.
+    """
+    snapshot = hazyresearch.read(Path(path)).snapshot
+    return Prefix(*snapshot.layers()), snapshot.num_frozen_tokens

@@ -39,3 +39,7 @@ class OffPolicyError(CartridgeDistillError, RuntimeError):
 
 class SyncError(CartridgeDistillError, RuntimeError):
     """A cartridge version could not be published, or the server does not serve it."""
+
+
+class HubError(CartridgeDistillError, RuntimeError):
+    """The Hugging Face Hub does not give or take a cartridge."""

@@ -31,14 +31,22 @@ def check_prefix_fits(model: nn.Module, prefix: Prefix) -> None:
     Raises:
         CartridgeFormatError: naming the number that differs.
     """
-    config = decoder_config(model)
-    heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key = prefix.keys[0]
+    check_shape_fits(model.config, prefix.num_layers, key.shape[1], key.shape[3])
+
+
+def check_shape_fits(config: Any, layers: int, kv_heads: int, head_dim: int) -> None:
+    """Compares a prefix' numbers with a model of which only the transformers config is at hand.
+
+    Raises:
+        CartridgeFormatError: naming the number that differs.
+    """
+    config = config.get_text_config(decoder=True)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for what, got, want in (
-        ("layers", prefix.num_layers, config.num_hidden_layers),
-        ("kv heads", key.shape[1], heads),
-        ("head size", key.shape[3], head_dim),
+        ("layers", layers, config.num_hidden_layers),
+        ("kv heads", kv_heads, config.num_key_value_heads),
+        ("head size", head_dim, size),
     ):
         if got != want:
             raise CartridgeFormatError(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from cartridge_distill.errors import ConfigError, SyncError
+from cartridge_distill.formats.tokasaurus import write_snapshot
 from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.tokasaurus_dir import write_snapshot
 from cartridge_distill.versions import step_of
 
 

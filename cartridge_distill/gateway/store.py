@@ -22,9 +22,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.formats.tokasaurus import write_snapshot
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.formats.tokasaurus import write_snapshot
 from cartridge_distill.transfer import UploadHeader
 from cartridge_distill.versions import run_of
 from cartridge_distill.wire import sanitise_cartridge_id

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from cartridge_distill.checkpoint import load_pt_prefix
 from cartridge_distill.errors import CartridgeDistillError, CartridgeFormatError
+from cartridge_distill.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
 from cartridge_distill.forward import check_prefix_fits
 from cartridge_distill.prefix import Prefix
-from cartridge_distill.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
 from cartridge_distill.wire import PAGE_TOKENS, CartridgeRef, sanitise_cartridge_id
 
 logger = logging.getLogger(__name__)

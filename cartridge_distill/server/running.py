@@ -50,8 +50,8 @@ class BackgroundServer:
     ) -> None:
         self.service = Service(model, tokenizer, settings, threads)
         self._server = uvicorn_server(self.service, "127.0.0.1", 0, "warning")
-        # With the protocol named, asyncio turns Nagle's algorithm off; uvicorn's two writes per answer
-        # would otherwise wait 40 ms for the client's acknowledgement.
+        # With the protocol named, asyncio turns Nagle's algorithm off; uvicorn's two writes per
+        # answer would otherwise wait 40 ms for the client's acknowledgement.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._thread: threading.Thread | None = None
         self.url = ""

@@ -1,25 +1,15 @@
-"""The trainable prefix, its files, its versions."""
+"""The trainable prefix and its versions; its files are in tests/formats."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import (
-    CartridgeMeta,
-    load_cartridge,
-    load_pt,
-    read_meta,
-    save_cartridge,
-    write_tokasaurus,
-)
-from cartridge_distill.errors import CartridgeFormatError, ConfigError, SyncError
+from cartridge_distill.errors import ConfigError, SyncError
 from cartridge_distill.forward import packed_forward
 from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.models import prepare_model
@@ -113,74 +103,6 @@ def test_generation_with_transformers_goes_on_after_the_cartridge() -> None:
     with torch.no_grad():
         logits = packed_forward(model, cartridge.prefix(), pack([out]))
     assert logits[9:14].argmax(-1).tolist() == out[10:].tolist()
-
-
-def test_our_directory_round_trips(tmp_path: Path) -> None:
-    cartridge = random_cartridge(tiny_model(), 16)
-    save_cartridge(cartridge, tmp_path / "c", CartridgeMeta("base", step=7, recipe={"lr": 0.02}))
-    assert equal(load_cartridge(tmp_path / "c"), cartridge)
-    meta = read_meta(tmp_path / "c")
-    assert (meta["step"], meta["num_tokens"], meta["base_model"]) == (7, 16, "base")
-    save_cartridge(cartridge, tmp_path / "c", CartridgeMeta("base", step=8))  # replaces, atomically
-    assert read_meta(tmp_path / "c")["step"] == 8
-    assert os.listdir(tmp_path) == ["c"]
-
-
-def test_tokasaurus_directory_round_trips_and_never_changes(tmp_path: Path) -> None:
-    cartridge = random_cartridge(tiny_model(), 16)
-    write_tokasaurus(cartridge, tmp_path / "v", "base", torch.float32)
-    assert equal(load_cartridge(tmp_path / "v"), cartridge)
-    with pytest.raises(FileExistsError):
-        write_tokasaurus(cartridge, tmp_path / "v", "base")
-    (tmp_path / "v" / "config.yaml").write_text("kv_cache_initializer: {max_tokens: 32}")
-    with pytest.raises(CartridgeFormatError, match="max_tokens=32.* holds 16"):
-        load_cartridge(tmp_path / "v")
-
-
-@pytest.mark.parametrize("spelling", ["fixed", "frozen"])
-@pytest.mark.parametrize("wrap", [list, nn.ParameterList], ids=["lists", "ParameterList"])
-def test_both_upstream_spellings(tmp_path: Path, spelling: str, wrap: type) -> None:
-    cartridge = random_cartridge(tiny_model(), 16)
-    data = {
-        name.replace("frozen", spelling): wrap([p.detach() for p in getattr(cartridge, name)])
-        for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
-    }
-    torch.save(data, tmp_path / "cache-step4092.pt")
-    assert equal(load_cartridge(tmp_path / "cache-step4092.pt"), cartridge)
-    assert equal(load_cartridge(tmp_path), cartridge)  # the folder of a hub repository
-
-
-class _Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch /tmp/cartridge-distill-was-here",)
-
-
-def test_a_hostile_pickle_is_not_run(tmp_path: Path) -> None:
-    mark = Path("/tmp/cartridge-distill-was-here")
-    mark.unlink(missing_ok=True)
-    torch.save({"frozen_keys": _Evil()}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Evil()))
-    for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(CartridgeFormatError, match="cannot be read safely"):
-            load_pt(tmp_path / name)
-    assert not mark.exists()
-
-
-def test_files_that_are_no_cartridge_say_why(tmp_path: Path) -> None:
-    torch.save({"keys": []}, tmp_path / "a.pt")
-    with pytest.raises(CartridgeFormatError, match="neither fixed_keys nor frozen_keys"):
-        load_pt(tmp_path / "a.pt")
-    cartridge = random_cartridge(tiny_model(), 16)
-    parts = {
-        name: [p.detach() for p in getattr(cartridge, name)]
-        for name in ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
-    }
-    parts["trainable_values"][1][0, 0, 0, 0] = float("nan")
-    torch.save(parts, tmp_path / "nan.pt")
-    with pytest.raises(CartridgeFormatError, match="layer 1 holds values that are not finite"):
-        load_pt(tmp_path / "nan.pt")
-    with pytest.raises(CartridgeFormatError, match="no file, no directory"):
-        load_cartridge(tmp_path / "nowhere")
 
 
 def test_every_version_has_a_new_id_and_old_ones_go(tmp_path: Path) -> None:

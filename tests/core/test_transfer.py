@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cartridge_distill.checkpoint import load_tokasaurus
+from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeFormatError
+from cartridge_distill.formats.tokasaurus import write_snapshot
 from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.tokasaurus_dir import write_snapshot
 from cartridge_distill.transfer import encode, read_head, read_snapshot
 from tests.tiny import random_cartridge, tiny_model
 
@@ -149,7 +149,7 @@ def test_the_directory_of_a_snapshot_is_read_back(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "v").iterdir()) == [
         *("cartridge.pt", "config.yaml", "more.json")
     ]
-    back = load_tokasaurus(tmp_path / "v")
+    back = load_cartridge(tmp_path / "v")
     assert torch.equal(back.trainable_keys[1].bfloat16(), snapshot.parts["trainable_keys"][1])
     with pytest.raises(FileExistsError):
         write_snapshot(snapshot, tmp_path / "v", "base")

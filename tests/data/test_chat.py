@@ -13,8 +13,8 @@ from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.evaluate import greedy_answers
 from cartridge_distill.models import prepare_model
-from cartridge_distill.prompts import render_prompt
-from tests.tiny import random_cartridge, tiny_model
+from cartridge_distill.prompts import render_document, render_prompt
+from tests.tiny import byte_tokenizer, random_cartridge, tiny_model
 
 QUESTION = [{"role": "user", "content": "Who?"}]
 
@@ -59,6 +59,19 @@ def arguments(
 def test_one_shot(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.main([*arguments, "--prompt", "Who?", "--start", "It was"]) == 0
     assert capsys.readouterr().out.startswith("It was")
+
+
+def test_it_says_what_the_document_would_have_taken(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    document = tmp_path / "record.txt"
+    document.write_text("The harbour master keeps the keys. " * 20)
+    assert chat.main([*arguments, "--prompt", "Who?", "--document", str(document)]) == 0
+    said = capsys.readouterr().err
+    tokens = len(render_document(byte_tokenizer(), document.read_text()))
+    assert "the cartridge takes 16 KV tokens" in said
+    assert f"the document would have taken {tokens}, {tokens / 16:.1f}x" in said
+    assert chat.main([*arguments, "--prompt", "?", "--document", "/nowhere/at/all"]) == 1
 
 
 def test_a_conversation_keeps_its_turns(

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from cartridge_distill.checkpoint import load_tokasaurus
+from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.wire import decode_fingerprint
 from tests.gateway.rig import MODEL, TOKEN, Rig, until, upload_bytes
 from tests.tiny import plain_logprobs, random_cartridge
@@ -38,7 +38,7 @@ def test_an_answered_upload_works_at_once(rig: Rig) -> None:
     expected = plain_logprobs(MODEL, prefix, [10, 20, 30], ids, 0.7)
     assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=1e-5)
     # what the server reads is what the real one reads: two files, loaded safely
-    written = load_tokasaurus(rig.cartridges / "works-step-000001")
+    written = load_cartridge(rig.cartridges / "works-step-000001")
     assert torch.equal(written.trainable_keys[0], random_cartridge(MODEL, 16, 5).trainable_keys[0])
     told = rig.http.get("/cartridges/works-step-000001").json()
     assert told["header"]["num_tokens"] == 16 and told["header"]["step"] == 1

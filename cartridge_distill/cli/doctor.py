@@ -1,0 +1,236 @@
+"""``cartridge-distill doctor``: what is there, what fits together, and the mend for what does not.
+
+Every line is one check: ``ok``, ``--`` for what was not asked about, or ``BAD`` with the mend. veRL
+is looked at from outside, in a process of its own: importing it takes seconds, and the core does
+not know it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from cartridge_distill.errors import CartridgeDistillError, RolloutError, ServerRefused
+
+_PACKAGES = ("torch", "transformers", "verl", "ray", "TransferQueue", "peft")
+_INSTALL = "make setup installs the tested set (requirements/lock.txt)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check. ``good`` is None for what could not be looked at, because nobody named it."""
+
+    what: str
+    good: bool | None
+    said: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        mark = {True: "ok ", False: "BAD", None: "-- "}[self.good]
+        lines = [f"{mark} {self.what}: {self.said}"]
+        if self.mend:
+            lines.append(f"      -> {self.mend}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What to look at; None leaves that check out."""
+
+    url: str | None = None
+    model: str | None = None
+    cartridge: str | None = None
+    data: Path | None = None
+
+
+def examine(subject: Subject) -> Iterator[Finding]:
+    """All checks, as they are made."""
+    yield _python()
+    yield from _packages()
+    yield _patches()
+    yield _gpu()
+    yield _server(subject.url)
+    yield from _cartridge(subject.cartridge, subject.model)
+    yield from _data(subject.data)
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    good = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    mend = "" if good else "use Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11"
+    return Finding("Python", good, version, mend)
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        wanted = importlib.metadata.requires("cartridge-distill") or []
+    except importlib.metadata.PackageNotFoundError:
+        wanted = []
+    bounds = {}
+    for line in wanted:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            bounds[requirement.name.lower()] = requirement.specifier
+    for name in _PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(name, False, "not installed", _INSTALL)
+            continue
+        bound = bounds.get(name.lower())
+        if bound is not None and not bound.contains(version, prereleases=True):
+            mend = f"this project needs {name}{bound}; {_INSTALL}"
+            yield Finding(name, False, version, mend)
+        else:
+            yield Finding(name, True, version)
+
+
+def _patches() -> Finding:
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_patches", "check"], capture_output=True, text=True, timeout=120
+    )
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode == 0:
+        return Finding("veRL's patches", True, lines[-1] if lines else "applied")
+    mend = "python -m verl_patches apply"
+    if any("No module named verl_patches" in line for line in lines):
+        mend = "run this from the project's folder, or install it: pip install --no-deps -e ."
+    return Finding("veRL's patches", False, "\n      ".join(lines), mend)
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", True, "none; train with PLATFORM=cpu, serve with --device cpu")
+    devices = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        devices.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return Finding("GPU", True, "; ".join(devices))
+
+
+def _server(url: str | None) -> Finding:
+    if url is None:
+        return Finding("server", None, "not looked at: name it with --url")
+    from cartridge_distill.client import TokasaurusClient
+    from cartridge_distill.retrying import ClientSettings
+
+    settings = ClientSettings(max_attempts=1, startup_timeout_s=5.0, connect_timeout_s=3.0)
+
+    async def look() -> str:
+        async with TokasaurusClient(url, settings) as client:
+            await client.wait_until_ready()
+            models = ", ".join(await client.models())
+            try:
+                await client.check_takes_uploads()
+                return f"{url} serves {models} and takes uploads"
+            except ServerRefused:
+                raise
+            except RolloutError:
+                return f"{url} serves {models}; it takes no uploads: give the trainer SYNC_DIR"
+
+    try:
+        return Finding("server", True, asyncio.run(look()))
+    except RolloutError as error:
+        said, _, mend = str(error).partition("Start one")
+        mend = "start one" + mend if mend else "see docs/serving.md"
+        return Finding("server", False, said.strip().rstrip("."), mend)
+
+
+def _cartridge(cartridge: str | None, model: str | None) -> Iterator[Finding]:
+    if model is None:
+        yield Finding("model", None, "not looked at: name it with --model")
+    else:
+        yield _try("model", lambda: _describe_model(model), "give a folder or a hub id")
+    if cartridge is None:
+        yield Finding("cartridge", None, "not looked at: name it with --cartridge")
+        return
+    yield _try("cartridge", lambda: _describe_cartridge(cartridge, model), "")
+
+
+def _try(what: str, look: Callable[[], str], mend: str) -> Finding:
+    try:
+        return Finding(what, True, look())
+    except (CartridgeDistillError, OSError, ValueError) as error:
+        return Finding(what, False, str(error).splitlines()[0], mend)
+
+
+def _describe_model(model: str) -> str:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    return f"{model}: {config.model_type}, {config.num_hidden_layers} layers, context {context}"
+
+
+def _describe_cartridge(source: str, model: str | None) -> str:
+    from cartridge_distill.checkpoint import load_cartridge
+    from cartridge_distill.wire import PAGE_TOKENS
+
+    cartridge = load_cartridge(source)
+    said = f"{source}: {cartridge.num_tokens} tokens, {cartridge.num_frozen_tokens} frozen"
+    if model is not None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from cartridge_distill.forward import check_prefix_fits
+
+        with torch.device("meta"):  # its shape is enough
+            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        check_prefix_fits(shell, cartridge.prefix())
+        said += f", fits {model}"
+    if cartridge.num_tokens % PAGE_TOKENS:
+        said += f"; no multiple of {PAGE_TOKENS}: Tokasaurus cannot serve it"
+    return said
+
+
+def _data(data: Path | None) -> Iterator[Finding]:
+    if data is None:
+        yield Finding("data", None, "not looked at: name its folder with --data")
+        return
+    mend = "write it with training/prepare_data.py (--help)"
+    rows = data / "train.parquet" if data.is_dir() else data
+    documents = rows.parent / "documents.jsonl"
+    yield _try("documents", lambda: _describe_documents(documents), mend)
+    yield _try("training data", lambda: _describe_rows(rows, documents), mend)
+
+
+def _describe_documents(path: Path) -> str:
+    from cartridge_distill.teacher import DocumentStore
+
+    ids = DocumentStore.from_file(path).ids
+    return f"{path}: {len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
+
+
+def _describe_rows(path: Path, documents: Path) -> str:
+    import pandas as pd
+
+    from cartridge_distill.errors import ConfigError
+    from cartridge_distill.teacher import DocumentStore
+
+    rows = pd.read_parquet(path)
+    missing = [name for name in ("prompt", "data_source", "extra_info") if name not in rows]
+    if missing:
+        raise ConfigError(f"{path} lacks the columns {missing}; it has {list(rows.columns)}")
+    ids = [(info or {}).get("document_id") for info in rows["extra_info"]]
+    without = sum(document is None for document in ids)
+    if without:
+        raise ConfigError(
+            f"{path}: {without} of {len(rows)} rows have no extra_info.document_id; the teacher "
+            "would not know what to read"
+        )
+    known = set(DocumentStore.from_file(documents).ids)
+    strange = sorted({str(document) for document in ids if document not in known})
+    if strange:
+        raise ConfigError(f"{path} names documents that {documents} lacks: {strange[:3]}")
+    return f"{path}: {len(rows)} prompts about {len(set(ids))} documents"

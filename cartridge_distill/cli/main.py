@@ -1,0 +1,333 @@
+"""``cartridge-distill``: the commands. Each is a few lines over what the library does.
+
+What takes seconds to import is imported by the command that needs it, so that ``--help`` is there
+at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cartridge_distill.errors import CartridgeDistillError, ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="cartridge-distill",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Cartridges: a document's worth of context in a small trainable KV cache.
+
+    From a document to a cartridge in use: `doctor`, `train`, `eval`, `chat`, `serve`; `convert` and
+    `push` take it to the tools of others.
+    """,
+)
+# Options that another program reads: they are passed on as they are.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+Model = Annotated[str, typer.Option(help="Folder or hub id of the base model.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a cartridge that is there.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id of the base model, where the cartridge does not say it.")
+]
+
+
+class Kind(enum.StrEnum):
+    """Formats, as `convert --to` names them."""
+
+    own = "own"
+    tokasaurus = "tokasaurus"
+    hazyresearch = "hazyresearch"
+    peft = "peft"
+
+
+class Dtype(enum.StrEnum):
+    """Number formats of a file."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _in_words(command: Callable[P, R]) -> Callable[P, R]:
+    """What goes wrong on purpose is one line and exit status 1, not a stack."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (CartridgeDistillError, OSError) as error:
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+# --- before and while training ------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    url: Annotated[str | None, typer.Option(help="A rollout server: is it there?")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model.")] = None,
+    cartridge: Annotated[str | None, typer.Option(help="Does it fit the model?")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of training/prepare_data.py: are its columns right?")
+    ] = None,
+) -> None:
+    """Look at everything a run needs; each line is ok, or says the mend.
+
+    Exit status 1 when something is bad. Example:
+
+    `cartridge-distill doctor --url http://gpu-box:10210 --model MODEL --data data/mine`
+    """
+    from cartridge_distill.cli.doctor import Subject, examine
+
+    bad = 0
+    for finding in examine(Subject(url, model, cartridge, data)):
+        typer.echo(str(finding))
+        bad += finding.good is False
+    if bad:
+        typer.echo(f"{bad} bad")
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=_PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Train a cartridge: training/run_cartridge_distill.sh, with its settings in the environment.
+
+    `TOKASAURUS_URL=https://... cartridge-distill train actor_rollout_ref.actor.cartridge.topk=50`
+
+    `cartridge-distill train --help` shows the script's own help.
+    """
+    script = Path(__file__).resolve().parents[2] / "training" / "run_cartridge_distill.sh"
+    if not script.is_file():
+        typer.echo(
+            f"{script} is not there: training needs a checkout of the project, not the package "
+            "alone. Clone it and `make setup`",
+            err=True,
+        )
+        raise typer.Exit(1)
+    environment = {"PYTHON": sys.executable, **os.environ}
+    done = subprocess.run(["bash", str(script), *context.args], env=environment, check=False)
+    raise typer.Exit(done.returncode)
+
+
+@app.command()
+@_in_words
+def init(
+    out: Annotated[Path, typer.Argument(help="Directory of the new cartridge.")],
+    model: Model,
+    document: Annotated[
+        Path | None, typer.Option(help="Text file whose first tokens it starts as.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="A multiple of 16 for Tokasaurus.")] = 2048,
+    frozen: Annotated[int, typer.Option(help="First tokens that are never trained.")] = 1,
+    random: Annotated[bool, typer.Option(help="Noise in place of a document.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Make an untrained cartridge, from a document's first tokens or from noise."""
+    if random == (document is not None):
+        raise ConfigError("give --document FILE, or --random; one of them")
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from cartridge_distill.cartridge import TrainableCache
+    from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+    from cartridge_distill.models import load_model
+    from cartridge_distill.prompts import render_document
+    from cartridge_distill.records import Document
+
+    meta = CartridgeMeta(base_model=model)
+    if document is None:
+        config = AutoConfig.from_pretrained(model)
+        cartridge = TrainableCache.from_random(config, tokens, frozen, seed)
+        meta.recipe["init"] = {"from": "random", "seed": seed}
+    else:
+        text = document.read_text(encoding="utf-8")
+        ids = render_document(AutoTokenizer.from_pretrained(model), text)
+        loaded: Any = load_model(model, torch.float32, "cpu")
+        cartridge = TrainableCache.from_text(loaded, torch.tensor(ids), tokens, frozen)
+        meta.document_sha256 = Document.of(document.stem, text).sha256
+        meta.document_title = document.stem
+        meta.recipe["init"] = {"from": "text"}
+    save_cartridge(cartridge, out, meta)
+    typer.echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
+
+
+# --- what there is, and what it is worth ----------------------------------------------------------
+
+
+@app.command()
+@_in_words
+def info(
+    cartridge: Annotated[str, typer.Argument(help="File, directory or hub id, of any format.")],
+    model: Annotated[str | None, typer.Option(help="Does it fit this model?")] = None,
+) -> None:
+    """Show what a cartridge is: tokens, shape, dtype, model, document, recipe."""
+    from cartridge_distill.checkpoint import read_cartridge
+
+    config = None
+    if model is not None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model)
+    stored = read_cartridge(cartridge, config)
+    table = Table(show_header=False, box=None)
+    rows: dict[str, Any] = {**stored.shape(), "dtype": stored.dtype_name()}
+    rows["bytes"] = f"{stored.snapshot.num_bytes:,}"
+    rows |= {name: value for name, value in stored.meta.as_dict().items() if value}
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+    if model is not None:
+        typer.echo(f"fits {model}")
+
+
+@app.command(name="eval", context_settings=_PASSED_ON)
+def evaluate(context: typer.Context) -> None:
+    """KL to the full document, log-loss and accuracy: `eval --help` has the options."""
+    from cartridge_distill.evaluate import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=_PASSED_ON)
+def chat(context: typer.Context) -> None:
+    """Talk to a cartridge in the terminal: `chat --help` has the options."""
+    from cartridge_distill.chat import main
+
+    raise typer.Exit(main(context.args))
+
+
+# --- other tools ----------------------------------------------------------------------------------
+
+
+@app.command()
+@_in_words
+def convert(
+    source: Annotated[str, typer.Argument(help="File, directory or hub id, of any format.")],
+    target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
+    to: Annotated[Kind, typer.Option(help="Format to write.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="As stored by default: every bit.")] = None,
+    base_model: BaseModel = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a cartridge in another format.
+
+    `cartridge-distill convert runs/demo/cartridge adapter --to peft --base-model owner/name`
+    """
+    import torch
+
+    from cartridge_distill import checkpoint
+
+    written = checkpoint.convert(
+        source,
+        target,
+        to.value,
+        base_model=base_model,
+        dtype=getattr(torch, dtype.value) if dtype else None,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{written}: {to.value}")
+
+
+@app.command()
+@_in_words
+def compose(
+    out: Annotated[Path, typer.Argument(help="Directory of the joined cartridge.")],
+    parts: Annotated[list[str], typer.Argument(help="Two or more cartridges, in this order.")],
+    base_model: BaseModel = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Join cartridges into one, as Tokasaurus joins a list of ids."""
+    from cartridge_distill.checkpoint import read_cartridge, write_cartridge
+    from cartridge_distill.composition import compose as join
+
+    joined = join([read_cartridge(part) for part in parts], base_model)
+    write_cartridge(joined, out, "own", overwrite)
+    typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
+
+
+@app.command()
+@_in_words
+def push(
+    source: Annotated[str, typer.Argument(help="File or directory, of any format.")],
+    target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
+    base_model: BaseModel = None,
+    public: Annotated[bool, typer.Option(help="A cartridge tells what its document says.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Of the repository.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put a cartridge on the Hub with a model card, in every format that others read.
+
+    The token is the Hub's own (`hf auth login`, or HF_TOKEN).
+    """
+    from cartridge_distill.hub import push as send
+
+    where = send(
+        source,
+        target,
+        base_model=base_model,
+        private=not public,
+        branch=branch,
+        overwrite=overwrite,
+    )
+    typer.echo(where)
+
+
+@app.command()
+@_in_words
+def pull(
+    source: Annotated[str, typer.Argument(help="Hub id owner/name, or owner/name@commit.")],
+    target: Annotated[Path | None, typer.Argument(help="Directory; default: the cache.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Get a cartridge from the Hub, and make sure that it can be read safely."""
+    from cartridge_distill.hub import pull as get
+
+    typer.echo(str(get(source, target, overwrite=overwrite)))
+
+
+@app.command()
+@_in_words
+def serve(
+    model: Model,
+    cartridge: Annotated[
+        list[str], typer.Option(help="NAME=SOURCE; the name is the model to ask for. Repeatable.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    seed: Annotated[int, typer.Option(help="All sampling follows from it.")] = 0,
+) -> None:
+    """Serve cartridges behind OpenAI's chat API, each as a model of its own.
+
+    `cartridge-distill serve --model MODEL --cartridge anna=runs/demo/cartridge`
+
+    Then any OpenAI client: base_url http://127.0.0.1:8000/v1, model "anna". For training's rollouts
+    use `python -m cartridge_distill.gateway`.
+    """
+    from cartridge_distill.cli.serve import ServeOptions, run
+
+    run(ServeOptions(model, tuple(cartridge), host, port, device, dtype.value, threads, seed))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,109 @@
+"""The commands that turn files into files, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, read_meta, save_cartridge
+from cartridge_distill.cli.main import app
+from tests.scripts.conftest import child_environment
+from tests.tiny import random_cartridge, tiny_model
+
+COMMANDS = "doctor train init info eval chat convert compose push pull serve".split()
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def cartridge(tmp_path: Path) -> Path:
+    meta = CartridgeMeta(base_model="someone/tiny", step=3)
+    return save_cartridge(random_cartridge(tiny_model()), tmp_path / "mine", meta)
+
+
+def test_help_teaches_every_command() -> None:
+    status, shown = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert command in shown
+        if command not in ("train", "eval", "chat"):  # these pass --help on
+            status, help_ = run(command, "--help")
+            assert status == 0 and "Usage" in help_
+
+
+@pytest.mark.parametrize("command", ["eval", "chat", "train"])
+def test_what_is_passed_on_has_its_own_help(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cartridge_distill.cli.main", command, "--help"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = {"eval": "--untrained", "chat": "--start", "train": "TOKASAURUS_URL"}[command]
+    assert wanted in done.stdout
+
+
+def test_init_makes_a_cartridge_of_a_document(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "record.txt").write_text("The harbour master keeps the keys. " * 4)
+    status, shown = run(
+        *("init", tmp_path / "c", "--model", model_folder, "--tokens", 32),
+        *("--document", tmp_path / "record.txt"),
+    )
+    assert status == 0, shown
+    made = load_cartridge(tmp_path / "c")
+    assert (made.num_tokens, made.num_frozen_tokens) == (32, 1)
+    assert read_meta(tmp_path / "c")["document_title"] == "record"
+    again = run("init", tmp_path / "n", "--model", model_folder, "--tokens", 32, "--random")
+    assert again[0] == 0
+    status, shown = run("init", tmp_path / "x", "--model", model_folder)
+    assert status == 1 and "--document FILE, or --random" in shown
+    status, shown = run(
+        *("init", tmp_path / "x", "--model", model_folder, "--tokens", 320),
+        *("--document", tmp_path / "record.txt"),
+    )
+    assert status == 1 and "fewer cartridge tokens" in shown and not (tmp_path / "x").exists()
+
+
+def test_info_says_what_it_is_and_whether_it_fits(
+    cartridge: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    status, shown = run("info", cartridge, "--model", model_folder)
+    assert status == 0 and "someone/tiny" in shown and f"fits {model_folder}" in shown
+    status, shown = run("info", tmp_path / "nothing")
+    assert status == 1 and "no file, no directory and no hub id" in shown
+
+
+@pytest.mark.parametrize("kind", ["tokasaurus", "peft", "hazyresearch", "own"])
+def test_convert_there_and_back_keeps_every_bit(cartridge: Path, tmp_path: Path, kind: str) -> None:
+    target = tmp_path / ("there.pt" if kind == "hazyresearch" else "there")
+    status, shown = run("convert", cartridge, target, "--to", kind)
+    assert status == 0, shown
+    back = load_cartridge(target).state_dict()
+    for name, tensor in load_cartridge(cartridge).state_dict().items():
+        assert torch.equal(tensor, back[name])
+    status, shown = run("convert", cartridge, target, "--to", kind)
+    assert status == 1 and "already there" in shown
+    assert run("convert", cartridge, target, "--to", kind, "--overwrite")[0] == 0
+
+
+def test_compose_push_and_pull(cartridge: Path, tmp_path: Path) -> None:
+    status, shown = run("compose", tmp_path / "both", cartridge, cartridge)
+    assert status == 0 and "32 tokens of 2 cartridges" in shown
+    status, shown = run("push", tmp_path / "both", tmp_path / "shelf")
+    assert status == 0, shown
+    assert "someone/tiny" in (tmp_path / "shelf" / "README.md").read_text()
+    status, shown = run("pull", tmp_path / "shelf", tmp_path / "got")
+    assert status == 0, shown
+    assert load_cartridge(tmp_path / "got").num_tokens == 32
+    status, shown = run("compose", tmp_path / "one", cartridge)
+    assert status == 1 and "two or more" in shown

@@ -1,0 +1,134 @@
+"""``cartridge-distill doctor`` on what is right, and on each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.server.running import BackgroundServer
+from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
+from tests.scripts.conftest import child_environment
+from tests.tiny import random_cartridge, tiny_model
+
+pytestmark = pytest.mark.integration
+Doctor = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def doctor(tmp_path: Path) -> Doctor:
+    def run(*options: object, verl: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cartridge_distill.cli.main", "doctor", *map(str, options)],
+            env=child_environment(verl, COLUMNS="200"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "documents.jsonl").write_text(json.dumps({"document_id": "a", "text": "A text."}))
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "data_source": "t"}] * 2
+    frame = pd.DataFrame(rows)
+    frame["extra_info"] = [{"document_id": "a"}] * 2
+    frame.to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_everything_right(
+    doctor: Doctor,
+    start_server: Callable[..., BackgroundServer],
+    patched: Path,  # noqa: F811
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    cartridge = save_cartridge(
+        random_cartridge(tiny_model()), tmp_path / "c", CartridgeMeta(base_model="tiny")
+    )
+    done = doctor(
+        *("--url", start_server(model_name="tiny").url, "--model", model_folder),
+        *("--cartridge", cartridge, "--data", data),
+        verl=patched,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "BAD" not in done.stdout
+    for words in (
+        *("ok  Python", "ok  torch", "ok  transformers", "ok  verl", "ok  veRL's patches"),
+        *("serves tiny", "it takes no uploads", "fits ", "1 (a)", "2 prompts about 1 documents"),
+    ):
+        assert words in done.stdout, (words, done.stdout)
+
+
+def test_unpatched_verl(doctor: Doctor, pristine: Path) -> None:  # noqa: F811
+    done = doctor(verl=pristine)
+    assert done.returncode == 1
+    assert "BAD veRL's patches" in done.stdout and "-m verl_patches apply" in done.stdout
+
+
+def test_another_verl(doctor: Doctor, pristine: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "other"
+    other.mkdir()
+    for entry in pristine.iterdir():
+        (other / entry.name).symlink_to(entry)
+    changed = other / "verl-0.7.0.dist-info"
+    changed.mkdir()
+    (changed / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.7.0\n")
+    done = doctor(verl=other)
+    assert done.returncode == 1
+    assert "BAD verl: 0.7.0" in done.stdout and "this project needs verl==0.9.1" in done.stdout
+
+
+def test_server_down(doctor: Doctor, patched: Path) -> None:  # noqa: F811
+    done = doctor("--url", "http://127.0.0.1:9", verl=patched)
+    assert done.returncode == 1
+    assert "BAD server: no inference server at http://127.0.0.1:9" in done.stdout
+    assert "cartridge_distill.server" in done.stdout
+
+
+def test_cartridge_of_another_model(
+    doctor: Doctor, model_folder: Path, tmp_path: Path, patched: Path  # noqa: F811
+) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path / "other")
+    cartridge = save_cartridge(
+        random_cartridge(tiny_model()), tmp_path / "c", CartridgeMeta(base_model="tiny")
+    )
+    import torch
+
+    from cartridge_distill.cartridge import TrainableCache
+    from cartridge_distill.prefix import Prefix
+
+    three = [torch.zeros(1, 2, 16, 16)] * 3
+    save_cartridge(
+        TrainableCache(Prefix(three, three)), tmp_path / "three", CartridgeMeta(base_model="x")
+    )
+    done = doctor("--model", model_folder, "--cartridge", tmp_path / "three", verl=patched)
+    assert done.returncode == 1
+    assert "BAD cartridge" in done.stdout and "3 layers" in done.stdout and "has 2" in done.stdout
+    assert doctor("--model", model_folder, "--cartridge", cartridge, verl=patched).returncode == 0
+
+
+def test_data_without_documents(doctor: Doctor, data: Path, patched: Path) -> None:  # noqa: F811
+    frame = pd.read_parquet(data / "train.parquet")
+    frame["extra_info"] = [{"document_id": "a"}, {"index": 1}]
+    frame.to_parquet(data / "train.parquet")
+    done = doctor("--data", data, verl=patched)
+    assert done.returncode == 1
+    assert "1 of 2 rows have no extra_info.document_id" in done.stdout
+    assert "training/prepare_data.py" in done.stdout
+    (data / "documents.jsonl").unlink()
+    done = doctor("--data", data, verl=patched)
+    assert "BAD documents" in done.stdout and "does not exist" in done.stdout

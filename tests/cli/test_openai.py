@@ -1,0 +1,162 @@
+"""Cartridges behind OpenAI's chat API; the client is OpenAI's own."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.prompts import render_prompt
+from tests.gateway.rig import until
+from tests.scripts.conftest import child_environment
+from tests.tiny import byte_tokenizer, plain_distributions, random_cartridge, tiny_model
+
+pytestmark = pytest.mark.integration
+QUESTION = [{"role": "user", "content": "What is it?"}]
+
+
+@pytest.fixture(scope="module")
+def client(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[openai.OpenAI]:
+    folder = tmp_path_factory.mktemp("serve")
+    options: list[str] = []
+    for seed, name in enumerate(("anna", "ben.v2")):
+        source = save_cartridge(
+            random_cartridge(tiny_model(), 16, seed), folder / name, CartridgeMeta(base_model="t")
+        )
+        options += ["--cartridge", f"{name}={source}"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cartridge_distill.cli.main", "serve"]
+    command += ["--model", str(model_folder), "--port", str(port), "--threads", "1", *options]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=child_environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+
+    def up() -> bool:
+        assert process.poll() is None, (folder / "log").read_text()
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/ping").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        until(up, "the server")
+        url = f"http://127.0.0.1:{port}/v1"
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def expected(seed: int | None, length: int) -> str:
+    """The greedy answer, by plain forwards."""
+    tokenizer, model = byte_tokenizer(), tiny_model()
+    prefix = None if seed is None else random_cartridge(model, 16, seed).prefix()
+    prompt, new = render_prompt(tokenizer, QUESTION), list[int]()
+    if seed is None:
+        text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, add_special_tokens=False).input_ids
+    for _ in range(length):
+        token = int(plain_distributions(model, prefix, prompt, [*new, 0])[-1].argmax())
+        new.append(token)
+        if token == 257:
+            break
+    return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def test_each_cartridge_is_a_model(client: openai.OpenAI, model_folder: Path) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == [str(model_folder), "anna", "ben.v2"]
+    answers = {}
+    for seed, name in ((0, "anna"), (1, "ben.v2"), (None, str(model_folder))):
+        answer = client.chat.completions.create(
+            model=name, messages=QUESTION, max_tokens=12, temperature=0
+        )
+        assert answer.choices[0].message.content == expected(seed, 12)
+        assert answer.usage is not None and answer.usage.completion_tokens <= 12
+        answers[name] = answer.choices[0].message.content
+    assert len(set(answers.values())) == 3
+
+
+def test_tokens_are_streamed_as_they_come(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="anna",
+        messages=QUESTION,
+        max_tokens=40,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    deltas = [c.choices[0].delta.content for c in chunks if c.choices]
+    pieces = [delta for delta in deltas if delta]
+    assert len(pieces) > 3
+    assert "".join(pieces) == expected(0, 40)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 3
+
+
+def test_a_stream_never_takes_back_what_a_stop_string_cuts(client: openai.OpenAI) -> None:
+    whole = expected(0, 40)
+    found = re.compile(r"[ -~]{2,3}").search(whole, len(whole) // 3)  # no half characters
+    assert found is not None
+    stop = found.group()
+    asked = {"model": "anna", "messages": QUESTION, "max_tokens": 40, "temperature": 0}
+    plain = client.chat.completions.create(**asked, stop=[stop])  # type: ignore[call-overload]
+    stream = client.chat.completions.create(**asked, stop=[stop], stream=True)  # type: ignore[call-overload]
+    text = "".join(c.choices[0].delta.content or "" for c in stream)
+    assert text == plain.choices[0].message.content == whole[: whole.index(stop)]
+
+
+def test_errors_are_openais(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="model 'carl' is not here; here are: .*anna"):
+        client.chat.completions.create(model="carl", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        client.chat.completions.create(model="anna", messages=QUESTION, top_p=0.5)
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model="anna", messages="no list")  # type: ignore[arg-type]
+    with pytest.raises(openai.APIError, match="maximum number of tokens"):
+        stream = client.chat.completions.create(
+            model="anna", messages=QUESTION, max_tokens=10_000, stream=True
+        )
+        list(stream)
+
+
+def test_sampled_answers_differ_and_can_be_several(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="anna", messages=QUESTION, max_tokens=8, temperature=1.0, n=3
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) > 1
+
+
+def test_a_cartridge_of_another_model_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    from cartridge_distill.cartridge import TrainableCache
+    from cartridge_distill.prefix import Prefix
+
+    three = [torch.zeros(1, 2, 16, 16)] * 3
+    save_cartridge(TrainableCache(Prefix(three, three)), tmp_path / "c", CartridgeMeta("x"))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "cartridge_distill.cli.main", "serve", "--model"),
+            *(str(model_folder), "--cartridge", f"c={tmp_path / 'c'}", "--port", "0"),
+        ],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "3 layers" in done.stderr
