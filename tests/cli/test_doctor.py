@@ -100,7 +100,10 @@ def test_server_down(doctor: Doctor, patched: Path) -> None:  # noqa: F811
 
 
 def test_cartridge_of_another_model(
-    doctor: Doctor, model_folder: Path, tmp_path: Path, patched: Path  # noqa: F811
+    doctor: Doctor,
+    model_folder: Path,
+    tmp_path: Path,
+    patched: Path,  # noqa: F811
 ) -> None:
     tiny_model("gemma3").save_pretrained(tmp_path / "other")
     cartridge = save_cartridge(

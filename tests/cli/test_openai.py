@@ -25,9 +25,7 @@ QUESTION = [{"role": "user", "content": "What is it?"}]
 
 
 @pytest.fixture(scope="module")
-def client(
-    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[openai.OpenAI]:
+def client(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     folder = tmp_path_factory.mktemp("serve")
     options: list[str] = []
     for seed, name in enumerate(("anna", "ben.v2")):
