@@ -47,7 +47,23 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (f"{_MODEL}.lora_rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
     (f"{_MODEL}.lora.rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
     (f"{_MODEL}.lora_adapter_path", (None,), "server, student and teacher share the bare model"),
-    (f"{_ACTOR}.strategy", ("fsdp", "fsdp2"), "the cartridge engine is an FSDP engine"),
+    (
+        f"{_ACTOR}.strategy",
+        ("fsdp2",),
+        "several ranks shard the frozen base with FSDP2 (FSDP1 cannot run on a CPU)",
+    ),
+    (
+        f"{_ACTOR}.fsdp_config.mixed_precision",
+        (None,),
+        "the base computes in fsdp_config.model_dtype; cartridge, gradients and optimizer state "
+        "are float32",
+    ),
+    (f"{_ACTOR}.fsdp_config.offload_policy", (False,), "the frozen base stays on the device"),
+    (
+        f"{_ACTOR}.optim.optimizer_impl",
+        ("torch.optim",),
+        "the optimizer's state is kept in float32 and saved as plain tensors",
+    ),
     (
         f"{_ACTOR}.ulysses_sequence_parallel_size",
         (1,),
@@ -69,10 +85,21 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ),
     (
         "trainer.resume_mode",
-        ("disable",),
-        "optimizer state and data position are not saved yet; to go on from a saved cartridge use "
-        "actor.cartridge.init=checkpoint",
+        ("auto", "disable", "resume_path"),
+        "veRL knows no other",
     ),
+    ("trainer.default_hdfs_dir", (None,), "checkpoints go to trainer.default_local_dir alone"),
+    (
+        "trainer.del_local_ckpt_after_load",
+        (False, None),
+        "a run that dies before its next save could not go on",
+    ),
+    (
+        "trainer.remove_previous_ckpt_in_save",
+        (False, None),
+        "veRL deprecates it; trainer.max_actor_ckpt_to_keep says how many stay",
+    ),
+    (f"{_ACTOR}.checkpoint.async_save", (False, None), "a cartridge is written in a moment"),
     ("trainer.test_freq", (-1, 0), "veRL's validation scores rewards, and there are none"),
     ("trainer.val_before_train", (False,), "veRL's validation scores rewards, and there are none"),
     (f"{_ACTOR}.fsdp_config.param_offload", (False,), "the frozen base stays on the device"),
@@ -125,20 +152,49 @@ def _spell(value: Any) -> str:
 def _batch_problems(config: DictConfig) -> Iterator[str]:
     batch = _get(config, "data.train_batch_size")
     mini = _get(config, f"{_ACTOR}.ppo_mini_batch_size")
-    if mini != batch:
-        yield (
-            f"{_ACTOR}.ppo_mini_batch_size={mini!r}: a second optimizer step on the same rollouts "
-            f"would be off-policy; set it to data.train_batch_size={batch!r}"
-        )
     count = _get(config, f"{_ROLLOUT}.n")
+    yield from _mini_batch_problems(batch, mini, _get(config, f"{KEY}.max_staleness"))
+    ranks = (_get(config, "trainer.nnodes") or 1) * (_get(config, "trainer.n_gpus_per_node") or 1)
     if not isinstance(count, int) or count < 1:
         yield f"{_ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
+    elif isinstance(mini, int) and (mini * count) % ranks:
+        yield (
+            f"{_ACTOR}.ppo_mini_batch_size={mini} x {_ROLLOUT}.n={count} samples on {ranks} ranks "
+            "(trainer.nnodes x trainer.n_gpus_per_node): veRL would fill up with samples that have "
+            f"no document; make the product a multiple of {ranks}"
+        )
     temperature = _get(config, f"{_ROLLOUT}.temperature")
     if not isinstance(temperature, int | float) or not temperature > 0:
         yield (
             f"{_ROLLOUT}.temperature={temperature!r}: log-probs are of logits divided by it; "
             "set a number above 0 (0.7 is usual)"
         )
+
+
+def _mini_batch_problems(batch: Any, mini: Any, staleness: Any) -> Iterator[str]:
+    if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
+        yield (
+            f"{KEY}.max_staleness={staleness!r}: optimizer steps between a rollout's cartridge and "
+            "the one trained on it; set a whole number, 0 (strictly on-policy) or more"
+        )
+        return
+    key = f"{_ACTOR}.ppo_mini_batch_size"
+    if not isinstance(mini, int) or not isinstance(batch, int) or mini < 1 or batch % mini:
+        yield f"{key}={mini!r}: set it to data.train_batch_size={batch!r}, or a whole part of it"
+    elif batch // mini > staleness + 1:
+        yield (
+            f"{key}={mini!r}: {batch // mini} optimizer steps on one batch of rollouts, the last "
+            f"of them {batch // mini - 1} steps off-policy; set it to "
+            f"data.train_batch_size={batch!r}, or allow that with "
+            f"{KEY}.max_staleness={batch // mini - 1}"
+        )
+
+
+def _saving_problems(config: DictConfig) -> Iterator[str]:
+    key = "trainer.max_actor_ckpt_to_keep"
+    keep = _get(config, key)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        yield f"{key}={keep!r}: checkpoints that stay; set a whole number, 1 or more, or null"
 
 
 def _length_problems(config: DictConfig) -> Iterator[str]:
@@ -229,8 +285,6 @@ def _critic_problems(config: DictConfig) -> Iterator[str]:
 
 
 def _machine_problems(config: DictConfig) -> Iterator[str]:
-    if _get(config, "trainer.device") == "cpu" and _get(config, f"{_ACTOR}.strategy") == "fsdp":
-        yield f"{_ACTOR}.strategy='fsdp': FSDP1 cannot run on a CPU; set {_ACTOR}.strategy=fsdp2"
     key = "ray_kwargs.ray_init.num_cpus"
     cpus = _get(config, key)
     if cpus is None and "RAY_ADDRESS" not in os.environ:
@@ -256,6 +310,7 @@ def check_run_config(config: DictConfig) -> None:
         *cartridge_problems(_get(config, KEY)),
         *_fixed_problems(config),
         *_batch_problems(config),
+        *_saving_problems(config),
         *_length_problems(config),
         *_server_problems(config),
         *_document_problems(config),

@@ -8,6 +8,7 @@ step is refused when its rollouts were not made by the cartridge being trained.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
+from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import ConfigError, OffPolicyError
 from cartridge_distill.forward import check_prefix_fits, chosen_logprobs, packed_forward
 from cartridge_distill.integrity import weights_checksum
@@ -36,7 +37,9 @@ from cartridge_distill.models import load_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import DocumentStore, Teacher
+from verl_patches import engine_state
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
+from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
 
 
@@ -58,7 +61,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     Attributes:
         cartridge: the student's prefix, float32 master weights.
         teacher: the same module with a document's KV as prefix.
-        step: optimizer steps done; the version the next rollouts must carry.
+        step: optimizer steps done.
+        version: batches trained on; the version that the next batch's rollouts must carry.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self.settings = cartridge_config_of(model_config)
         self.compute_loss = get_loss(self.settings.loss)
         self.step = 0
+        self.version = 0
+        self._step_of_version = 0
         self._seconds: dict[str, float] = defaultdict(float)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         if self._is_offload_param or self._is_offload_optimizer:
@@ -80,9 +86,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def initialize(self) -> None:
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
         module = self._build_module()
+        several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
-        self.teacher = Teacher(
+        self.teacher = (RanksTeacher if several else Teacher)(
             module,
             document_store,
             render,
@@ -91,9 +98,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         )
         # Before sharding: every rank holds the whole, equal cartridge.
         self.cartridge = self._build_cartridge(module).to(get_device_id())
-        if torch.distributed.get_world_size() > 1:
-            module = self._build_fsdp_module(module)
-            self.teacher.model = module
+        self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
+        if several:
+            make_equal(self.cartridge)
+            module = shard(module, self.device_mesh, self.engine_config)
         self.module = module
         self.optimizer = build_optimizer(
             self.cartridge.trainable_parameters(), self.optimizer_config
@@ -101,7 +109,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr
         self.lr_scheduler = self._build_lr_scheduler(self.optimizer)
-        self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
+        self._remember_frozen_tokens()
         self._base_before = weights_checksum(module)
 
     def _build_module(self) -> Any:
@@ -150,6 +158,9 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             )
         return known[0]
 
+    def _remember_frozen_tokens(self) -> None:
+        self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
+
     def _frozen_tokens(self) -> list[Tensor]:
         return [*self.cartridge.frozen_keys, *self.cartridge.frozen_values]
 
@@ -170,6 +181,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._seconds[stage] += time.perf_counter() - start
 
     def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
+        self._check_staleness()
+        staleness = self.staleness
         self._seconds.clear()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -181,6 +194,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         )
         own = {
             "frozen_tokens_changed": float(changed),
+            "staleness_max": float(staleness),
             "teacher_prefills": float(self.teacher.prefills),
             **{f"seconds/{stage}": seconds for stage, seconds in self._seconds.items()},
         }
@@ -232,20 +246,47 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         metrics["response_tokens"] = float(token_loss.numel())
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
 
+    @property
+    def staleness(self) -> int:
+        """Optimizer steps taken since the version that wrote the current batch."""
+        return self.step - self._step_of_version
+
+    def lr_scheduler_step(self) -> float:
+        """veRL calls it once a batch, after the last of its optimizer steps."""
+        self.version += 1
+        self._step_of_version = self.step
+        rate: float = super().lr_scheduler_step()
+        return rate
+
+    def _check_staleness(self) -> None:
+        allowed = self.settings.max_staleness
+        if self.staleness > allowed:
+            raise OffPolicyError(
+                f"optimizer step {self.staleness + 1} on one batch of rollouts, and "
+                f"actor.cartridge.max_staleness={allowed}; set actor.ppo_mini_batch_size to "
+                "data.train_batch_size, or allow staleness"
+            )
+
     def _check_versions(self, samples: Samples) -> None:
-        stale = sorted({step for step in samples.steps if step != self.step}, key=str)
+        stale = sorted({step for step in samples.steps if step != self.version}, key=str)
         if stale:
             raise OffPolicyError(
-                f"rollouts of cartridge step {stale} reached the trainer at step {self.step}; "
-                "strict on-policy training takes step "
-                f"{self.step} only. The rollout proxy or the sync is out of order"
+                f"rollouts of cartridge step {stale} reached the trainer at step {self.version}; "
+                "on-policy training takes step "
+                f"{self.version} only. The rollout proxy or the sync is out of order"
             )
 
     def _check_logprobs(self, samples: Samples, logits: Tensor, tokens: Tensor) -> dict[str, Any]:
-        """The best staleness alarm there is: both sides hold the same numbers or they do not."""
+        """The best staleness alarm there is: both sides hold the same numbers or they do not.
+
+        Later optimizer steps on one batch (``max_staleness``) move away from the server by intent;
+        there the difference is a metric of its own.
+        """
         own = chosen_logprobs(logits, tokens, samples.temperature)
         difference = (own - samples.rollout_logprobs.to(own)).abs()
         largest = difference.max().item()
+        if self.staleness and math.isfinite(largest):
+            return {"stale_logprob_diff/max": largest}
         if not largest <= self.settings.max_logprob_diff:
             worst = int(difference.nan_to_num(float("inf")).argmax())
             raise OffPolicyError(
@@ -271,12 +312,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             FloatingPointError: the norm is not finite. veRL would skip the step and go on.
         """
         parameters = self.cartridge.trainable_parameters()
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            for parameter in parameters:
-                torch.distributed.all_reduce(parameter.grad)
-                assert parameter.grad is not None
-                parameter.grad /= ranks
+        if torch.distributed.get_world_size() > 1:
+            average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_grad)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(
@@ -306,7 +343,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         max_ckpt_to_keep: int | None = None,
         **_: Any,
     ) -> None:
-        """Writes the cartridge, megabytes; the base model is frozen and already on disk.
+        """Writes cartridge and training state, megabytes; the base model is already on disk.
 
         Raises:
             RuntimeError: the base weights are no longer those that were loaded.
@@ -314,17 +351,16 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         if weights_checksum(self.module) != self._base_before:
             raise RuntimeError("the frozen base model's weights changed during training")
         if self.rank == 0:
-            meta = CartridgeMeta(
-                base_model=str(self.model_config.path),
-                step=self.step,
-                recipe={k: v for k, v in self.settings.items() if not k.startswith("_")},
-            )
-            save_cartridge(self.cartridge, Path(local_path) / "cartridge", meta)
+            engine_state.save(self, Path(local_path))
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path: str, *_: Any, **__: Any) -> None:
-        raise ConfigError(
-            f"resuming from {local_path} is not there yet: optimizer state and data position are "
-            "not saved. To go on from its cartridge set actor.cartridge.init=checkpoint and "
-            f"checkpoint_path={local_path}/cartridge"
-        )
+        """Goes on from what :meth:`save_checkpoint` wrote, with any number of ranks.
+
+        Raises:
+            CartridgeFormatError: it is missing, damaged or does not fit.
+            ConfigError: it is of a run with other settings.
+        """
+        engine_state.restore(self, Path(local_path))
+        self._remember_frozen_tokens()
+        self._step_of_version = self.step

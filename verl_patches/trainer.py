@@ -7,6 +7,7 @@ other samples and go on.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from cartridge_distill.errors import OffPolicyError, RolloutError
+from verl_patches import run_folder
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 
@@ -45,7 +47,7 @@ class StrictReplayBuffer(ReplayBuffer):
 
 @register_trainer(TRAINER_MODE)
 class CartridgeTrainer(PPOTrainerSync):
-    """Strictly on-policy: version k is trained only on rollouts that version k made."""
+    """On-policy: a step that starts at version k takes only rollouts that version k made."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -63,6 +65,66 @@ class CartridgeTrainer(PPOTrainerSync):
         replicas = self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
         proxies = [ray.get_actor(proxy_name(rank)) for rank in range(replicas)]
         ray.get([proxy.current.remote() for proxy in proxies])
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir).expanduser().absolute()
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What a data position means nothing without."""
+        data, rollout = self.config.data, self.config.actor_rollout_ref.rollout
+        return {
+            "data rows": len(self.train_dataset),
+            "data.train_batch_size": data.train_batch_size,
+            "data.shuffle": data.shuffle,
+            "data.seed": data.seed,
+            "rollout.n": rollout.n,
+            "rollout.temperature": rollout.temperature,
+            "data.max_response_length": data.max_response_length,
+            "actor.ppo_mini_batch_size": self.config.actor_rollout_ref.actor.ppo_mini_batch_size,
+        }
+
+    def _save_checkpoint(self) -> None:
+        """The engine's files, the data position, then the tracker that makes them count."""
+        run, step = self._run_folder, self.global_steps
+        folder = run_folder.step_folder(run, step)
+        self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), None, step)
+        run_folder.write_data_position(
+            folder, self.train_dataloader.state_dict(), self._data_identity()
+        )
+        run_folder.mark_complete(run, step)
+        run_folder.keep_newest(run, step, self.config.trainer.max_actor_ckpt_to_keep)
+
+    def _load_checkpoint(self) -> None:
+        """Goes on where ``trainer.resume_mode`` says, or starts at step 0.
+
+        Raises:
+            ConfigError: the checkpoint is of a run with other settings or data.
+            CartridgeFormatError: it is not complete.
+        """
+        self.global_steps = 0
+        trainer = self.config.trainer
+        folder = run_folder.checkpoint_to_resume(
+            trainer.resume_mode, self._run_folder, trainer.resume_from_path
+        )
+        if folder is None:
+            return
+        position = run_folder.read_data_position(folder, self._data_identity())
+        self.actor_rollout_wg.load_checkpoint(str(folder / "actor"))
+        self.train_dataloader.load_state_dict(position)
+        self.global_steps = run_folder.step_of_folder(folder)
+        last = self.total_training_steps
+        print(f"[cartridge] resumed from {folder}, step {self.global_steps} of {last}", flush=True)
+        if self.global_steps >= last:
+            print(
+                f"[cartridge] nothing is left to train; to go on, raise the number of steps; for a "
+                f"new run, give another trainer.default_local_dir than {self._run_folder}",
+                flush=True,
+            )
+
+    # ---------------------------------------------------------------- one step
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         sampler = self.config.trainer.v1.sampler
@@ -123,7 +185,7 @@ class CartridgeTrainer(PPOTrainerSync):
         expected = self.config.data.train_batch_size * n
         if len(batch.keys) != expected:
             raise RolloutError(f"the step has {len(batch.keys)} rollouts, expected {expected}")
-        served = self.global_steps - 1  # version k is what k optimizer steps made
+        served = self.global_steps - 1  # version k is what k batches made
         stamps = {(tag["min_global_steps"], tag["max_global_steps"]) for tag in batch.tags}
         if stamps != {(served, served)}:
             raise OffPolicyError(
@@ -145,7 +207,8 @@ class CartridgeTrainer(PPOTrainerSync):
             {
                 "training/global_step": global_steps,
                 "training/epoch": epoch,
-                "training/staleness": 0,  # anything else was refused in _check_batch
+                # of the last optimizer step on the batch; over the bound was refused
+                "training/staleness": int(metrics["actor/staleness_max"]),
                 "prompt_length/mean": float(prompt.mean()),
                 "prompt_length/max": int(prompt.max()),
                 "response_length/mean": float(response.mean()),

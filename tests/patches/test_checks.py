@@ -53,7 +53,7 @@ def base(patched: Path, tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
                 f"{ACTOR}.ppo_mini_batch_size=8",
                 "data.train_batch_size=8",
                 "trainer.v1.trainer_mode=cartridge",
-                "trainer.resume_mode=disable",
+                "trainer.n_gpus_per_node=1",
                 "trainer.val_before_train=False",
                 "critic.enable=False",
                 "ray_kwargs.ray_init.num_cpus=8",
@@ -100,11 +100,20 @@ def test_a_good_configuration_passes(base: DictConfig) -> None:
         (f"{ACTOR}.ppo_epochs", 2, f"set {ACTOR}.ppo_epochs=1"),
         (f"{ACTOR}.ppo_mini_batch_size", 4, "set it to data.train_batch_size=8"),
         (f"{ACTOR}.ulysses_sequence_parallel_size", 2, "ulysses_sequence_parallel_size=1"),
-        (f"{ACTOR}.strategy", "megatron", f"set {ACTOR}.strategy=fsdp"),
+        (f"{ACTOR}.strategy", "megatron", f"set {ACTOR}.strategy=fsdp2"),
+        (f"{ACTOR}.strategy", "fsdp", f"set {ACTOR}.strategy=fsdp2"),
+        (f"{ACTOR}.fsdp_config.offload_policy", True, "offload_policy=False"),
+        (f"{ACTOR}.optim.optimizer_impl", "bitsandbytes.optim", "optimizer_impl=torch.optim"),
+        (f"{ACTOR}.checkpoint.async_save", True, "async_save=False"),
         (f"{ACTOR}.use_kl_loss", True, f"set {ACTOR}.use_kl_loss=False"),
         (f"{ROLLOUT}.custom.cartridges", [{"id": "other"}], "set it to []"),
         (f"{ACTOR}.fsdp_config.param_offload", True, "param_offload=False"),
-        ("trainer.resume_mode", "auto", "set trainer.resume_mode=disable"),
+        ("trainer.resume_mode", "always", "set trainer.resume_mode=auto"),
+        ("trainer.default_hdfs_dir", "hdfs://x", "set trainer.default_hdfs_dir=null"),
+        ("trainer.del_local_ckpt_after_load", True, "del_local_ckpt_after_load=False"),
+        ("trainer.max_actor_ckpt_to_keep", 0, "1 or more, or null"),
+        (f"{CARTRIDGE}.max_staleness", -1, "0 (strictly on-policy) or more"),
+        (f"{ACTOR}.ppo_mini_batch_size", 3, "set it to data.train_batch_size=8"),
         ("trainer.test_freq", 5, "set trainer.test_freq=-1"),
         ("trainer.val_before_train", True, "set trainer.val_before_train=False"),
         ("trainer.use_v1", False, "set trainer.use_v1=True"),
@@ -131,10 +140,24 @@ def test_nonsense_is_refused_with_key_value_and_mend(
     assert any(repr(value) in line for line in named) or value is None, message
 
 
-def test_fsdp1_on_a_cpu_is_refused(base: DictConfig) -> None:
-    config = changed(changed(base, "trainer.device", "cpu"), f"{ACTOR}.strategy", "fsdp")
-    with pytest.raises(ConfigError, match=f"set {ACTOR}.strategy=fsdp2"):
-        check_run_config(config)
+@pytest.mark.parametrize("mode", ["auto", "disable", "resume_path"])
+def test_every_way_to_resume_is_free(base: DictConfig, mode: str) -> None:
+    check_run_config(changed(base, "trainer.resume_mode", mode))
+
+
+def test_two_steps_on_a_batch_must_be_asked_for(base: DictConfig) -> None:
+    half = changed(base, f"{ACTOR}.ppo_mini_batch_size", 4)
+    with pytest.raises(ConfigError, match=f"allow that with {CARTRIDGE}.max_staleness=1"):
+        check_run_config(half)
+    check_run_config(changed(half, f"{CARTRIDGE}.max_staleness", 1))
+
+
+def test_samples_must_divide_over_the_ranks(base: DictConfig) -> None:
+    check_run_config(changed(base, "trainer.n_gpus_per_node", 4))
+    with pytest.raises(ConfigError, match="make the product a multiple of 3"):
+        check_run_config(changed(base, "trainer.n_gpus_per_node", 3))
+    three = changed(base, "trainer.n_gpus_per_node", 3)
+    check_run_config(changed(three, f"{ROLLOUT}.n", 3))
 
 
 def test_several_servers_may_be_named(base: DictConfig) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,126 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from tensordict import TensorDict
-from torch import Tensor
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
-from tests.tiny import VOCAB, plain_logprobs, tiny_model
+from tests.verl.engine_rig import build_engine, process_group, rollouts, step
 from verl_patches.hooks import distill_loss
-
-TEMPERATURE = 0.7
-DOCUMENTS = {"red": "The red house stands by the sea. " * 3, "blue": "The blue boat is new. " * 4}
-# (prompt, response, document): a response of length 1 and one of the maximum in one batch.
-SHAPES = [(5, 1, "red"), (20, 16, "blue"), (3, 4, "red"), (9, 16, "blue")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+def group() -> Iterator[None]:
+    with process_group():
+        yield
 
 
 @pytest.fixture
-def engine(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Built from veRL's own config classes, as its training worker builds it."""
-    from verl.plugin.platform import platform_manager
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import (
-        CartridgeConfig,
-        FSDPEngineConfig,
-        FSDPOptimizerConfig,
-        HFModelConfig,
-    )
-
-    import verl_patches.platform_cpu as cpu
-
-    monkeypatch.setattr(platform_manager, "_current_platform", cpu.PlatformCPU())
-    from verl_patches.engine import CartridgeEngine
-
-    documents = tmp_path / "documents.jsonl"
-    documents.write_text(
-        "\n".join(json.dumps({"document_id": k, "text": v}) for k, v in DOCUMENTS.items())
-    )
-    model = HFModelConfig(
-        path=str(model_folder), use_remove_padding=False, enable_gradient_checkpointing=False
-    )
-    model.cartridge = CartridgeConfig(
-        enabled=True,
-        num_tokens=32,
-        lr=0.02,
-        documents=str(documents),
-        init_document="red",
-        sync_dir=str(tmp_path),
-    )
-    optimizer = FSDPOptimizerConfig(lr=1.0, weight_decay=0.0, total_training_steps=10)
-    built = CartridgeEngine(
-        model,
-        FSDPEngineConfig(strategy="fsdp2", model_dtype="fp32", use_torch_compile=False),
-        optimizer,
-        CheckpointConfig(),
-    )
-    built.initialize()
-    return built
-
-
-def rollouts(engine: Any, seed: int = 0) -> TensorDict:
-    """A batch in veRL's form; the log-probs come from plain one-by-one transformers forwards."""
-    generator = torch.Generator().manual_seed(seed)
-    plain, prefix = tiny_model(), engine.cartridge.prefix()
-    columns: dict[str, list[Tensor]] = {
-        name: []
-        for name in (
-            "input_ids",
-            "prompts",
-            "responses",
-            "response_mask",
-            "loss_mask",
-            "rollout_log_probs",
-        )
-    }
-    for prompt_length, length, _ in SHAPES:
-        prompt, response = (
-            torch.randint(3, VOCAB - 3, (n,), generator=generator) for n in (prompt_length, length)
-        )
-        logprobs = plain_logprobs(plain, prefix, prompt.tolist(), response.tolist(), TEMPERATURE)
-        row = (
-            torch.cat([prompt, response]),
-            prompt,
-            response,
-            torch.ones(length, dtype=torch.long),
-            torch.ones(length, dtype=torch.long),
-            torch.tensor(logprobs),
-        )
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    from verl.utils import tensordict_utils as tu
-
-    data = tu.get_tensordict(
-        {k: torch.nested.as_nested_tensor(v, layout=torch.jagged) for k, v in columns.items()},
-        {
-            "temperature": TEMPERATURE,
-            "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": 2,
-        },
-    )
-    tu.assign_non_tensor_stack(data, "extra_info", [{"document_id": d} for _, _, d in SHAPES])
-    tu.assign_non_tensor_stack(data, "extra_fields", [{"global_steps": engine.step}] * len(SHAPES))
-    return data
-
-
-def step(engine: Any, data: TensorDict) -> dict[str, Any]:
-    with engine.train_mode():
-        metrics: dict[str, Any] = engine.train_batch(data, distill_loss)
-    return metrics
+def engine(model_folder: Path, tmp_path: Path) -> Any:
+    return build_engine(model_folder, tmp_path)
 
 
 def replace(data: TensorDict, name: str, values: list[Any]) -> TensorDict:
@@ -272,8 +168,6 @@ def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
         next(engine.module.parameters()).view(-1)[0] += 1
     with pytest.raises(RuntimeError, match="frozen base model's weights changed"):
         engine.save_checkpoint(str(tmp_path / "other"), global_step=2)
-    with pytest.raises(ConfigError, match="init=checkpoint"):
-        engine.load_checkpoint(str(tmp_path / "actor"))
 
 
 def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:

@@ -1,0 +1,141 @@
+"""One rank and two: the same losses, gradients and cartridges from the same samples.
+
+Two processes with real gloo and an FSDP2-sharded model run every scenario once; this process then
+runs the same with one rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+pytest.importorskip("verl.workers.config", reason="veRL is not installed")
+
+from tests.verl.engine_rig import (
+    build_engine,
+    free_port,
+    loss_of,
+    process_group,
+    rollouts,
+    step,
+)
+
+RANKS = 2
+# "red" alone on rank 0, both documents on rank 1: the teacher's forwards must be evened out.
+UNEVEN = ([0], [1, 2, 3])
+EVEN = ([0, 1], [2, 3])
+DOCUMENTS_APART = ([0, 2], [1, 3])
+# One document's KV is kept at a time, so that which of them is there differs between the ranks.
+SCENARIOS: dict[str, tuple[tuple[list[int], list[int]], dict[str, Any]]] = {
+    "uneven": (UNEVEN, {"teacher_cache_documents": 1}),
+    "even": (EVEN, {"init": "random", "init_document": None}),
+    "documents apart": (DOCUMENTS_APART, {"topk": 5, "loss": "topk_cross_entropy"}),
+}
+SCHEDULE = {"lr_scheduler_type": "cosine", "lr_warmup_steps": 1, "clip_grad": 0.05}
+STEPS = 3
+
+
+def run(
+    model: Path, folder: Path, name: str, rows: list[int] | None, micro_batch: int
+) -> list[dict[str, float]]:
+    """Some steps of a scenario on this rank; what each was."""
+    engine = build_engine(model, folder, optim=SCHEDULE, **SCENARIOS[name][1])
+    found = []
+    for number in range(STEPS):
+        data = rollouts(engine, number, take=rows, micro_batch=micro_batch)
+        out = step(engine, data)
+        found.append(summary(engine, out))
+    engine.save_checkpoint(str(folder / name / "actor"), global_step=STEPS)
+    return found
+
+
+def summary(engine: Any, out: dict[str, Any]) -> dict[str, float]:
+    weights = [p.detach().double() for p in engine.cartridge.trainable_parameters()]
+    return {
+        "loss": loss_of(out),
+        "grad_norm": out["metrics"]["grad_norm"],
+        "lr": out["metrics"]["lr"],
+        "weights": float(sum(w.square().sum() for w in weights)) ** 0.5,
+        "first": float(weights[0].flatten()[-1]),
+    }
+
+
+def one_of_two(rank: int, port: int, model: Path, folder: Path) -> None:
+    """A process of its own; rank 0 leaves the results, rank 1 says whether it has them too."""
+    torch.set_num_threads(1)
+    mine = folder / f"rank{rank}"
+    mine.mkdir()
+    with process_group(rank, RANKS, port):
+        results = {}
+        for name, (rows, _) in SCENARIOS.items():
+            results[name] = run(model, mine, name, rows[rank], micro_batch=len(rows[rank]))
+        engine = build_engine(model, mine, optim=SCHEDULE, **SCENARIOS["even"][1])
+        results["sharded"] = [{"sharded": float(_is_sharded(engine.module))}]
+        # a checkpoint of one rank, which the parent wrote, goes on with two
+        engine.load_checkpoint(str(folder / "one" / "even" / "actor"))
+        out = step(engine, rollouts(engine, STEPS, take=EVEN[rank]))
+        results["resumed"] = [summary(engine, out)]
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+def _is_sharded(module: Any) -> bool:
+    return all(
+        p.to_local().numel() < p.numel() for p in module.parameters() if hasattr(p, "to_local")
+    ) and any(hasattr(p, "to_local") for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def results(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Folder, then what one rank found, and both of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "one").mkdir()
+    with process_group():
+        alone = {
+            name: run(model_folder, folder / "one", name, None, micro_batch=4) for name in SCENARIOS
+        }
+        context = torch.multiprocessing.spawn(
+            one_of_two, (free_port(), model_folder, folder), RANKS, join=False
+        )
+        while not context.join(timeout=60):
+            pass
+        two = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+        yield folder, alone, two[0], two[1]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_train_as_one(results: Any, name: str) -> None:
+    _, alone, first, second = results
+    assert first[name] == second[name]  # the ranks hold the same cartridge, to the bit
+    for mine, reference in zip(first[name], alone[name], strict=True):
+        for what, value in reference.items():
+            assert mine[what] == pytest.approx(value, rel=1e-5), (what, name)
+
+
+def test_the_base_is_sharded_and_one_rank_writes(results: Any) -> None:
+    folder, _, first, _ = results
+    assert first["sharded"] == [{"sharded": 1.0}]
+    assert (folder / "rank0" / "even" / "actor" / "cartridge").is_dir()
+    assert not (folder / "rank1" / "even").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(results: Any, model_folder: Path) -> None:
+    """Saved by one and gone on with two, and the other way round: the third is one all along."""
+    folder, _, first, second = results
+
+    def go_on(saved_by: str) -> dict[str, float]:
+        engine = build_engine(model_folder, folder / "one", optim=SCHEDULE, **SCENARIOS["even"][1])
+        engine.load_checkpoint(str(folder / saved_by / "even" / "actor"))
+        return summary(engine, step(engine, rollouts(engine, STEPS, micro_batch=1)))
+
+    reference = go_on("one")
+    assert first["resumed"] == second["resumed"]
+    for other in (go_on("rank0"), first["resumed"][0]):
+        assert other == pytest.approx(reference, rel=1e-5)

@@ -1,0 +1,285 @@
+"""Saved and gone on with: the engine's files, and the folder that says which of them count."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl.workers.config", reason="veRL is not installed")
+
+from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from tests.verl.engine_rig import build_engine, loss_of, process_group, rollouts, step
+from verl_patches import run_folder
+
+SCHEDULE = {"lr_scheduler_type": "cosine", "lr_warmup_steps": 2, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    with process_group():
+        yield
+
+
+@pytest.fixture
+def build(model_folder: Path, tmp_path: Path) -> Any:
+    def build(**changes: Any) -> Any:
+        return build_engine(model_folder, tmp_path, **{"optim": SCHEDULE, **changes})
+
+    return build
+
+
+def train(engine: Any, steps: range) -> list[tuple[float, float, float]]:
+    """Loss, gradient norm and learning rate of each step; the samples follow from its number."""
+    out = [step(engine, rollouts(engine, seed=number)) for number in steps]
+    return [(loss_of(o), o["metrics"]["grad_norm"], o["metrics"]["lr"]) for o in out]
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(build: Any, tmp_path: Path) -> None:
+    """Exactly: same process, same kernels, so not a bit may differ."""
+    engine = build()
+    train(engine, range(3))
+    engine.save_checkpoint(str(tmp_path / "actor"), global_step=3)
+    torch.manual_seed(1)  # the state below is not what the checkpoint holds
+    expected = train(engine, range(3, 6))
+    drawn = torch.rand(1)
+
+    resumed = build()
+    resumed.load_checkpoint(str(tmp_path / "actor"))
+    assert (resumed.step, resumed.version) == (3, 3)
+    torch.manual_seed(1)
+    assert train(resumed, range(3, 6)) == expected
+    assert torch.equal(torch.rand(1), drawn)
+    for mine, theirs in zip(
+        resumed.cartridge.state_dict().values(), engine.cartridge.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_random_numbers_go_on(build: Any, tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> tuple[float, float, float, float, float]:
+        return (
+            float(torch.rand(1)),
+            float(np.random.rand()),
+            float(np.random.randn()),
+            random.random(),
+            random.gauss(0, 1),
+        )
+
+    engine = build()
+    draw()  # the second number of a pair of normal ones is now waiting
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    expected = draw()
+    engine.load_checkpoint(str(tmp_path / "actor"))
+    assert draw() == expected
+
+
+def test_a_checkpoint_is_small_and_holds_no_pickle(
+    build: Any, tmp_path: Path, model_folder: Path
+) -> None:
+    engine = build()
+    train(engine, range(1))
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    files = {f.relative_to(tmp_path).as_posix(): f for f in tmp_path.glob("actor/**/*.*")}
+    assert sorted(files) == [
+        "actor/cartridge/cartridge.json",
+        "actor/cartridge/cartridge.safetensors",
+        "actor/training_state.json",
+        "actor/training_state.safetensors",
+    ]
+    cartridge = files["actor/cartridge/cartridge.safetensors"].stat().st_size
+    # two moments of the trained tokens, and some random generators
+    assert files["actor/training_state.safetensors"].stat().st_size < 2 * cartridge + 40_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_tokens": 16}, "cartridge.num_tokens: 32 there, 16 now"),
+        ({"lr": 0.01}, "cartridge.lr: 0.02 there, 0.01 now"),
+        ({"optim": {**SCHEDULE, "weight_decay": 0.0}}, "optim.weight_decay: 0.1 there, 0.0 now"),
+        ({"dtype": "bf16", "max_logprob_diff": 1.0}, "model_dtype: 'fp32' there, 'bf16' now"),
+    ],
+)
+def test_another_runs_state_is_refused(
+    build: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    build().save_checkpoint(str(tmp_path / "actor"))
+    with pytest.raises(ConfigError, match=message):
+        build(**changes).load_checkpoint(str(tmp_path / "actor"))
+
+
+def test_more_steps_than_planned_follow_the_new_schedule(build: Any, tmp_path: Path) -> None:
+    engine = build()
+    train(engine, range(3))
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    longer = build(optim={**SCHEDULE, "total_training_steps": 20})
+    longer.load_checkpoint(str(tmp_path / "actor"))
+    fresh = build(optim={**SCHEDULE, "total_training_steps": 20})
+    rates = [out[2] for out in train(fresh, range(4))]
+    assert train(longer, range(3, 4))[0][2] == rates[3]
+
+
+def test_other_documents_are_refused(build: Any, tmp_path: Path) -> None:
+    engine = build()
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    engine.teacher.documents._texts["red"] += "And it is new."
+    with pytest.raises(ConfigError, match="documents: '.*' there, '.*' now"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
+
+
+def test_damage_is_named(build: Any, tmp_path: Path) -> None:
+    engine = build()
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    state = tmp_path / "actor" / "training_state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CartridgeFormatError, match="the training state is damaged"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
+    state.unlink()
+    with pytest.raises(CartridgeFormatError, match="init=checkpoint"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
+
+
+def test_a_save_that_is_killed_leaves_the_one_before(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build()
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    before = (tmp_path / "actor" / "training_state.json").read_text()
+    train(engine, range(1))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verl_patches.engine_state.save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.save_checkpoint(str(tmp_path / "actor"))
+    assert (tmp_path / "actor" / "training_state.json").read_text() == before
+    engine.load_checkpoint(str(tmp_path / "actor"))
+    assert engine.step == 0
+
+
+# The folder of a run.
+
+ABOUT = {"data rows": 12, "data.train_batch_size": 4}
+
+
+def save(run: Path, number: int) -> None:
+    """What the trainer writes, in its order."""
+    folder = run_folder.step_folder(run, number)
+    (folder / "actor").mkdir(parents=True, exist_ok=True)
+    run_folder.write_data_position(folder, {"_num_yielded": number}, ABOUT)
+    run_folder.mark_complete(run, number)
+
+
+def test_a_checkpoint_counts_when_the_tracker_names_it(tmp_path: Path) -> None:
+    assert run_folder.checkpoint_to_resume("auto", tmp_path, None) is None
+    save(tmp_path, 1)
+    (tmp_path / "global_step_2" / "actor").mkdir(parents=True)  # killed before the rest
+    found = run_folder.checkpoint_to_resume("auto", tmp_path, None)
+    assert found == tmp_path / "global_step_1"
+    assert run_folder.read_data_position(found, ABOUT) == {"_num_yielded": 1}
+    given = str(tmp_path / "global_step_1")
+    assert run_folder.checkpoint_to_resume("resume_path", tmp_path, given) == found
+
+
+def test_what_would_silently_start_over_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with pytest.raises(ConfigError, match="saved up to step 2.*Set trainer.resume_mode=auto"):
+        run_folder.checkpoint_to_resume("disable", tmp_path, None)
+    shutil.rmtree(tmp_path / "global_step_2" / "actor")
+    with pytest.raises(CartridgeFormatError, match="not complete.*global_step_1"):
+        run_folder.checkpoint_to_resume("auto", tmp_path, None)
+    (tmp_path / run_folder.TRACKER).write_text("")
+    with pytest.raises(CartridgeFormatError, match="says '', not the number of a step"):
+        run_folder.checkpoint_to_resume("auto", tmp_path, None)
+    for given, message in (
+        (None, "name one of"),
+        (str(tmp_path), "<run>/global_step_<number>"),
+        (str(tmp_path / "global_step_7"), "no complete checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_folder.checkpoint_to_resume("resume_path", tmp_path, given)
+
+
+def test_other_data_is_refused_and_a_hostile_file_is_not_run(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = tmp_path / "global_step_1"
+    with pytest.raises(ConfigError, match="data rows: 12 there, 13 now"):
+        run_folder.read_data_position(folder, {**ABOUT, "data rows": 13})
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"loader": Hostile(), "about": ABOUT}, folder / run_folder.DATA_FILE)
+    with pytest.raises(CartridgeFormatError, match="cannot be read as a data position"):
+        run_folder.read_data_position(folder, ABOUT)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    for number in (1, 2, 3, 9):
+        save(tmp_path, number)
+    (tmp_path / "global_step_4" / "actor").mkdir(parents=True)  # left by a save that was killed
+    (tmp_path / "global_step_3" / ".actor.x1y2").mkdir()
+    save(tmp_path, 5)
+
+    def there() -> list[str]:
+        return sorted(f.name for f in tmp_path.iterdir() if f.is_dir())
+
+    run_folder.keep_newest(tmp_path, 5, None)
+    assert there() == [f"global_step_{n}" for n in (1, 2, 3, 5, 9)]
+    run_folder.keep_newest(tmp_path, 5, 2)
+    assert there() == [f"global_step_{n}" for n in (3, 5, 9)]  # 9 is of another timeline
+    assert list((tmp_path / "global_step_3").glob(".*")) == []
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_data_goes_on_where_it_stood(tmp_path: Path, shuffle: bool) -> None:
+    """veRL's sampler and loader, stopped after each of nine batches, three epochs."""
+    from omegaconf import OmegaConf
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from verl.trainer.ppo.utils import create_rl_sampler
+
+    class Walk:
+        def __init__(self) -> None:
+            rows = list(range(7))
+            sampler = create_rl_sampler(OmegaConf.create({"shuffle": shuffle, "seed": 0}), rows)
+            self.loader = StatefulDataLoader(rows, batch_size=2, drop_last=True, sampler=sampler)
+            self.iterator: Any = None
+
+        def fetch(self) -> list[int]:  # as PPOTrainer._fetch_one_gen_batch
+            try:
+                if self.iterator is None:
+                    self.iterator = iter(self.loader)
+                return list(next(self.iterator).tolist())
+            except StopIteration:
+                self.iterator = iter(self.loader)
+                return list(next(self.iterator).tolist())
+
+    whole, walk = [], Walk()
+    for number in range(9):
+        whole.append(walk.fetch())
+        run_folder.write_data_position(tmp_path / str(number), walk.loader.state_dict(), ABOUT)
+    for number in range(9):
+        again = Walk()
+        again.loader.load_state_dict(run_folder.read_data_position(tmp_path / str(number), ABOUT))
+        assert [again.fetch() for _ in range(8 - number)] == whole[number + 1 :]
+
+
+def test_the_recipe_is_readable(build: Any, tmp_path: Path) -> None:
+    build().save_checkpoint(str(tmp_path / "actor"))
+    about = json.loads((tmp_path / "actor" / "training_state.json").read_text())
+    assert about["step"] == 0
+    assert about["recipe"]["optim.lr_scheduler_type"] == "cosine"

@@ -1,0 +1,195 @@
+"""The folder of a run, ``trainer.default_local_dir``: which checkpoint is whole, which is the last.
+
+::
+
+    global_step_7/actor/     the engine's, see engine_state
+    global_step_7/data.pt    where the data stood, and what data it was
+    latest_checkpointed_iteration.txt    "7"; written last
+
+Each of the three appears whole or not at all, and a checkpoint is complete when the last of them
+names it: a save that is killed leaves the one before in force. veRL writes ``data.pt`` and the
+tracker in place, reads the former with pickle, and takes a tracker whose folder is gone for a run
+from scratch; here that is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.training_state import check_same_recipe
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DATA_FILE = "data.pt"
+_STEP = re.compile(r"global_step_(\d+)")
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"global_step_{step}"
+
+
+def step_of_folder(folder: Path) -> int:
+    """Raises ConfigError when the folder is not called ``global_step_<number>``."""
+    match = _STEP.fullmatch(folder.name)
+    if match is None:
+        raise ConfigError(
+            f"trainer.resume_from_path={str(folder)!r}: name a checkpoint's own folder, "
+            "<run>/global_step_<number>"
+        )
+    return int(match[1])
+
+
+def last_complete(run: Path) -> Path | None:
+    """The checkpoint that the tracker names; None when there is no tracker.
+
+    Raises:
+        CartridgeFormatError: the tracker is damaged, or what it names is not there.
+    """
+    tracker = run / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    mend = (
+        "set trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
+        f"{[str(folder) for folder in _saved(run)]}, or take another trainer.default_local_dir"
+    )
+    if not text.isdecimal():
+        raise CartridgeFormatError(f"{tracker} says {text!r}, not the number of a step; {mend}")
+    folder = step_folder(run, int(text))
+    if not (folder / DATA_FILE).is_file() or not (folder / "actor").is_dir():
+        raise CartridgeFormatError(f"{tracker} names {folder}, which is not complete; {mend}")
+    return folder
+
+
+def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None:
+    """What ``trainer.resume_mode`` asks for; None for a run from the start.
+
+    Args:
+        mode: "auto" (go on where this folder stands), "disable" or "resume_path".
+        run: ``trainer.default_local_dir``.
+        given: ``trainer.resume_from_path``.
+
+    Raises:
+        ConfigError: a run from the start would be mixed into one that is there, or nothing is at
+            the given path.
+        CartridgeFormatError: see :func:`last_complete`.
+    """
+    if mode == "resume_path":
+        if not given:
+            raise ConfigError(
+                f"trainer.resume_from_path={given!r} with resume_mode=resume_path; name one of "
+                f"{[str(other) for other in _saved(run)]}"
+            )
+        folder = Path(given).expanduser().absolute()
+        step_of_folder(folder)
+        if folder not in _saved(folder.parent):
+            raise ConfigError(
+                f"trainer.resume_from_path={given!r}: there is no complete checkpoint; it should "
+                f"be one of {[str(other) for other in _saved(folder.parent)]}"
+            )
+        return folder
+    found = last_complete(run)
+    if mode == "disable" and found is not None:
+        raise ConfigError(
+            f"trainer.resume_mode=disable, and {run} holds a run saved up to step "
+            f"{step_of_folder(found)}: its checkpoints and new ones would be mixed. Set "
+            "trainer.resume_mode=auto to go on with it, give another trainer.default_local_dir, "
+            "or delete the folder"
+        )
+    return found
+
+
+def write_data_position(folder: Path, position: dict[str, Any], about: dict[str, Any]) -> None:
+    """Saves the data loader's state and what data it walks through."""
+
+    def write(file: Path) -> None:
+        torch.save({"loader": position, "about": about}, file)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_file(folder / DATA_FILE, write)
+
+
+def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The data loader's state.
+
+    Raises:
+        ConfigError: the data or the batches differ from those of the saved run.
+        CartridgeFormatError: the file is no data position, or holds more than plain values.
+    """
+    file = folder / DATA_FILE
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        position, saved_about = saved["loader"], saved["about"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise CartridgeFormatError(f"{file} cannot be read as a data position: {error}") from error
+    check_same_recipe(saved_about, about, str(folder))
+    return dict(position)
+
+
+def mark_complete(run: Path, step: int) -> None:
+    """The last write of a save: from here on, ``auto`` finds this checkpoint."""
+
+    def write(file: Path) -> None:
+        file.write_text(str(step))
+
+    _replace_file(run / TRACKER, write)
+
+
+def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
+    """Deletes what is older than the newest ``keep`` complete checkpoints up to ``step``.
+
+    What a killed save left behind goes as well. Later steps are of a timeline that was left with
+    ``resume_path``; they stay until this run has saved steps of its own there.
+
+    Args:
+        keep: None keeps all that is complete.
+    """
+    whole = {step_of_folder(folder) for folder in _saved(run)}
+    past = sorted(n for n in map(_number, run.iterdir()) if n is not None and n <= step)
+    kept = [n for n in past if n in whole]
+    kept = kept if keep is None else kept[-keep:]
+    gone = [step_folder(run, n) for n in past if n not in kept]
+    for folder in gone:
+        shutil.rmtree(folder)
+    for n in kept:
+        for leftover in step_folder(run, n).glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return gone
+
+
+def _number(folder: Path) -> int | None:
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def _saved(run: Path) -> list[Path]:
+    """Folders with both parts, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [f for f in run.iterdir() if _number(f) is not None and (f / DATA_FILE).is_file()]
+    return sorted((f for f in found if (f / "actor").is_dir()), key=step_of_folder)
+
+
+def _replace_file(target: Path, write: Callable[[Path], None]) -> None:
+    """``target`` is the old file or the new one, also after a crash of the machine."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    write(scratch)
+    _flush(scratch)
+    os.replace(scratch, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
