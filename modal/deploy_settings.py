@@ -300,8 +300,6 @@ class TrainSettings(DeploySettings):
         max_retries: attempts after the first one.
         startup_timeout_s: patience with the container's start.
         wait_s: patience with the rollout server, its cold start included.
-        resume: what an attempt goes on from: ``cartridge``, the last saved cartridge with a fresh
-            optimizer; ``auto``, veRL's own resume, which the training does not accept yet.
         volume: name of the Volume with runs, data and the model cache.
         hf_secret, gateway_secret: names of Modal secrets (``HF_TOKEN``, ``TOKASAURUS_API_KEY``).
         proxy_secret: name of the one with ``MODAL_PROXY_KEY`` and ``MODAL_PROXY_SECRET``, or none.
@@ -318,7 +316,6 @@ class TrainSettings(DeploySettings):
     max_retries: int = Field(default=8, ge=0, le=10)
     startup_timeout_s: int = Field(default=900, ge=1)
     wait_s: int = Field(default=1200, ge=1)
-    resume: Literal["cartridge", "auto"] = "cartridge"  # "auto" once the training accepts it
     volume: Name = "cartridge-training"
     hf_secret: Name = "huggingface-secret"
     gateway_secret: Name = "cartridge-gateway-secret"

@@ -4,7 +4,7 @@
 
 The image holds this project with the locked packages and the patched veRL; a Volume holds runs,
 data and the model cache. When the machine is taken away, Modal starts the function again, and it
-goes on from the last saved cartridge of the run: :mod:`train_plan` says what that keeps.
+goes on from the run's last checkpoint, see :mod:`train_plan`.
 The machine's settings are :class:`deploy_settings.TrainSettings`.
 """
 
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from deploy_settings import TrainSettings
-from train_plan import RUN_NAME, Attempt, run_attempt, script_environment
+from train_plan import RUN_NAME, command, run_attempt, script_environment
 
 import modal
 
@@ -113,28 +113,20 @@ def train(
     if settings.wandb_secret:
         overrides = ["trainer.logger=[console,file,wandb]", *overrides]
 
-    def environment(attempt: Attempt) -> dict[str, str]:
-        return script_environment(
-            os.environ,
-            attempt,
-            url,
-            STORE / "data" / data,
-            sys.executable,
-            settings.wait_s,
-            script_settings,
-        )
-
+    script = Path(IN_IMAGE) / "training" / "run_cartridge_distill.sh"
+    run = STORE / "runs" / name
     # What is written needs no commit from here: Modal commits the Volume every few seconds and once
     # more when the container ends.
-    return run_attempt(
-        Path(IN_IMAGE) / "training" / "run_cartridge_distill.sh",
-        STORE / "runs" / name,
-        steps,
-        save_every,
-        settings.resume,
-        overrides,
-        environment,
+    environment = script_environment(
+        os.environ,
+        run,
+        url,
+        STORE / "data" / data,
+        sys.executable,
+        settings.wait_s,
+        script_settings,
     )
+    return run_attempt(command(script, steps, save_every, overrides), run, steps, environment)
 
 
 @app.local_entrypoint()

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from train_plan import Attempt, Interrupted
+from train_plan import Interrupted
 
 import modal
 from cartridge_distill.errors import ConfigError
@@ -143,8 +143,8 @@ def test_settings_reach_the_container(tmp_path: Path) -> None:
 
 
 def test_bad_settings_end_it_at_once() -> None:
-    with pytest.raises(ConfigError, match="CARTRIDGE_TRAIN_RESUME=yes"):
-        load("modal_train", {"CARTRIDGE_TRAIN_RESUME": "yes"})
+    with pytest.raises(ConfigError, match="CARTRIDGE_TRAIN_TIMEOUT_H=yes"):
+        load("modal_train", {"CARTRIDGE_TRAIN_TIMEOUT_H": "yes"})
 
 
 # ---- what runs in the container
@@ -177,7 +177,7 @@ def test_the_same_script_runs_inside(container: tuple[ModuleType, Path]) -> None
             script_settings={"MODEL": "some/model", "ROWS": ""},
         )
     assert code == 5 and "saved nothing new" in message
-    out = folder / "store" / "runs" / "mine" / "attempt-001"
+    out = folder / "store" / "runs" / "mine"
     environment = dict(
         line.split("=", 1) for line in (out / "environment").read_text().splitlines() if "=" in line
     )
@@ -199,7 +199,7 @@ def test_modal_tries_again_what_had_moved_on(
     module, _ = container
 
     def moved_on(*arguments: Any) -> tuple[int, str]:
-        assert isinstance(arguments[-1](Attempt(Path("out"), 0, (), ())), dict)
+        assert isinstance(arguments[-1], dict)
         raise Interrupted("the training ended with code 1 after step 20 of 30")
 
     monkeypatch.setattr(module, "run_attempt", moved_on)

@@ -1,10 +1,8 @@
-"""Which cartridge an attempt goes on from, and what it calls: on real directories and processes."""
+"""What an attempt at a run calls, and whether another is worth it; on real directories."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,25 +10,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from train_plan import (
-    Attempt,
-    Interrupted,
-    begin,
-    command,
-    newest_checkpoint,
-    plan_attempt,
-    run_attempt,
-    script_environment,
-)
-from transformers import PreTrainedModel
+from train_plan import Interrupted, command, run_attempt, saved_step, script_environment
 
-from cartridge_distill.checkpoint import WEIGHTS_FILE, CartridgeMeta, save_cartridge
 from cartridge_distill.errors import ConfigError
 from tests.deploy.recording import PROJECT
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
-from tests.tiny import random_cartridge
+from verl_patches.run_folder import TRACKER
 
-START = "actor_rollout_ref.actor.cartridge"
+SCRIPT = PROJECT / "training" / "run_cartridge_distill.sh"
 
 
 @pytest.fixture
@@ -38,180 +25,61 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
 
 
-@pytest.fixture
-def cartridge(llama: PreTrainedModel, tmp_path: Path) -> Path:
-    """A cartridge as the engine saves it."""
-    folder = tmp_path / "a-cartridge"
-    save_cartridge(random_cartridge(llama), folder, CartridgeMeta("tiny"))
-    return folder
+def saved(run: Path, text: str) -> None:
+    """Writes the tracker as the training does, under the training's own name for it."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / TRACKER).write_text(text)
 
 
-def saved(attempt: Path, step: int, cartridge: Path) -> Path:
-    """Puts the cartridge where the engine puts it after a step of an attempt."""
-    target = attempt / "checkpoints" / f"global_step_{step}" / "actor" / "cartridge"
-    shutil.copytree(cartridge, target)
-    return target
+def test_the_last_whole_checkpoint_is_the_one_the_tracker_names(run: Path) -> None:
+    assert saved_step(run) == 0
+    (run / "checkpoints" / "global_step_20").mkdir(parents=True)  # a save that was killed
+    assert saved_step(run) == 0
+    saved(run, "10\n")
+    assert saved_step(run) == 10
+    saved(run, "ten")
+    with pytest.raises(ConfigError, match="holds 'ten', not a step"):
+        saved_step(run)
 
 
-def started(run: Path, number: int, steps_before: int) -> Path:
-    attempt = Attempt(run / f"attempt-{number:03d}", steps_before, (), ())
-    begin(attempt)
-    return attempt.out
-
-
-# ---- the newest checkpoint
-
-
-def test_there_is_none_in_a_run_that_has_not_begun(run: Path) -> None:
-    assert newest_checkpoint(run) is None
-    started(run, 1, 0)
-    assert newest_checkpoint(run) is None
-
-
-def test_steps_are_numbers_and_not_words(run: Path, cartridge: Path) -> None:
-    first = started(run, 1, 0)
-    saved(first, 90, cartridge)
-    hundred = saved(first, 100, cartridge)
-    newest = newest_checkpoint(run)
-    assert newest is not None and (newest.path, newest.step) == (hundred, 100)
-
-
-def test_steps_of_earlier_attempts_count(run: Path, cartridge: Path) -> None:
-    saved(started(run, 1, 0), 50, cartridge)
-    later = saved(started(run, 2, 50), 10, cartridge)
-    newest = newest_checkpoint(run)
-    assert newest is not None and (newest.path, newest.step) == (later, 60)
-
-
-def test_of_two_at_the_same_step_the_later_attempt_counts(run: Path, cartridge: Path) -> None:
-    saved(started(run, 1, 0), 50, cartridge)
-    later = saved(started(run, 2, 0), 50, cartridge)
-    newest = newest_checkpoint(run)
-    assert newest is not None and newest.path == later
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_half_a_file_is_passed_over_with_a_warning(
-    run: Path, cartridge: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = started(run, 1, 0)
-    whole = saved(first, 10, cartridge)
-    half = saved(first, 20, cartridge) / WEIGHTS_FILE
-    if damage == "missing":
-        half.unlink()
-    else:
-        half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
-    newest = newest_checkpoint(run)
-    assert newest is not None and newest.path == whole
-    assert "global_step_20" in caplog.text
-
-
-def test_what_is_no_checkpoint_is_left_alone(run: Path, cartridge: Path) -> None:
-    first = started(run, 1, 0)
-    saved(first, 10, cartridge)
-    (first / "checkpoints" / "global_step_latest").mkdir()
-    (first / "checkpoints" / "global_step_30").mkdir()
-    (run / "notes").mkdir()
-    (run / "attempt-002").mkdir()  # taken away before it had written where it begins
-    (run / "attempt-003").mkdir()
-    (run / "attempt-003" / "attempt.json").write_text("{")
-    saved(run / "attempt-003", 99, cartridge)
-    newest = newest_checkpoint(run)
-    assert newest is not None and newest.step == 10
-
-
-# ---- the plan
-
-
-def test_first_attempt_begins_at_the_beginning(run: Path) -> None:
-    attempt = plan_attempt(run, steps=128, save_every=10, resume="cartridge")
-    assert attempt is not None
-    assert (attempt.out, attempt.steps_before) == (run / "attempt-001", 0)
-    assert "trainer.total_training_steps=128" in attempt.overrides
-    assert attempt.defaults == ("trainer.save_freq=10", "data.seed=0")
-    assert not any("checkpoint_path" in override for override in attempt.overrides)
-    assert not run.exists()
-
-
-def test_next_attempt_goes_on_from_the_last_saved_cartridge(run: Path, cartridge: Path) -> None:
-    last = saved(started(run, 1, 0), 50, cartridge)
-    (run / "attempt-002").mkdir()
-    attempt = plan_attempt(run, steps=128, save_every=10, resume="cartridge")
-    assert attempt is not None
-    assert (attempt.out, attempt.steps_before) == (run / "attempt-003", 50)
-    assert "trainer.total_training_steps=78" in attempt.overrides
-    assert f"{START}.init=checkpoint" in attempt.overrides
-    assert f"{START}.checkpoint_path={last}" in attempt.overrides
-    assert "data.seed=2" in attempt.defaults  # not the first prompts again
-    assert not any("resume_mode" in override for override in attempt.overrides)  # refused today
-
-
-def test_run_with_all_its_steps_is_done(run: Path, cartridge: Path) -> None:
-    saved(started(run, 1, 0), 128, cartridge)
-    assert plan_attempt(run, 128, 10, "cartridge") is None
-    assert plan_attempt(run, 130, 10, "cartridge") is not None
-
-
-def test_resume_auto_leaves_it_to_verl_in_one_folder(run: Path, cartridge: Path) -> None:
-    saved(started(run, 1, 0), 50, cartridge)
-    attempt = plan_attempt(run, 128, 10, "auto")
-    assert attempt is not None
-    assert attempt.out == run
-    assert "trainer.resume_mode=auto" in attempt.overrides
-    assert "trainer.total_training_steps=128" in attempt.overrides
-    assert not any(START in override for override in attempt.overrides)
-
-
-def test_plan_is_a_configuration_of_the_training(
-    patched: Path,  # noqa: F811
-    run: Path,
-    cartridge: Path,
-) -> None:
-    last = saved(started(run, 1, 0), 50, cartridge)
-    attempt = plan_attempt(run, 128, 10, "cartridge")
-    assert attempt is not None
-    line = command(PROJECT / "training" / "run_cartridge_distill.sh", attempt, ["data.seed=7"])
+def test_it_is_a_configuration_of_the_training(patched: Path) -> None:  # noqa: F811
+    line = command(SCRIPT, 128, 10, ["data.seed=7", "trainer.save_freq=20"])
     search = f"hydra.searchpath=[file://{patched / 'verl/trainer/config'}]"
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(PROJECT / "training" / "config"), version_base=None):
         config = compose("cartridge_distill", overrides=[*line[2:], search])
-    assert config.actor_rollout_ref.actor.cartridge.init == "checkpoint"
-    assert config.actor_rollout_ref.actor.cartridge.checkpoint_path == str(last)
-    assert config.trainer.total_training_steps == 78
-    assert config.trainer.total_epochs >= 78
-    assert config.trainer.save_freq == 10
-    assert config.data.seed == 7  # the user's own comes after the default
+    assert config.trainer.resume_mode == "auto"
+    assert config.trainer.total_training_steps == 128
+    assert config.trainer.total_epochs >= 128
+    assert config.trainer.save_freq == 20  # the user's own comes after the default
+    assert config.data.seed == 7
 
 
 @pytest.mark.parametrize(
-    "override", ["trainer.resume_mode=auto", "+trainer.total_epochs=2", "trainer.total_epochs=2"]
+    "override", ["trainer.resume_mode=disable", "+trainer.total_epochs=2", "trainer.total_epochs=2"]
 )
-def test_what_the_plan_decides_cannot_be_overridden(run: Path, override: str) -> None:
-    attempt = plan_attempt(run, 128, 10, "cartridge")
-    assert attempt is not None
+def test_what_is_decided_here_cannot_be_overridden(override: str) -> None:
     with pytest.raises(ConfigError, match="is decided here"):
-        command(Path("run.sh"), attempt, [override])
+        command(SCRIPT, 128, 10, [override])
+
+
+def environment_of(run: Path, given: dict[str, str]) -> dict[str, str]:
+    inherited = {"HF_TOKEN": "t", "SYNC_DIR": "/stale", "TOKASAURUS_API_KEY": "k", "MODEL": "mine"}
+    data = Path("/training/data/mine")
+    return script_environment(
+        inherited, run, "https://server", data, "/usr/bin/python", 1200, given
+    )
 
 
 def test_environment_of_the_script(run: Path) -> None:
-    attempt = Attempt(run / "attempt-001", 0, (), ())
-    environment = script_environment(
-        {"HF_TOKEN": "t", "SYNC_DIR": "/stale", "TOKASAURUS_API_KEY": "k", "MODEL": "inherited"},
-        attempt,
-        "https://server",
-        Path("/training/data/mine"),
-        "/usr/bin/python",
-        1200,
-        {"MODEL": "", "ROWS": "512"},
-    )
-    assert "SYNC_DIR" not in environment  # there is no shared directory: the upload is used
-    assert environment == {
+    assert environment_of(run, {"MODEL": "", "ROWS": "512"}) == {
+        # no SYNC_DIR: there is no shared directory, the upload is used
         "HF_TOKEN": "t",
         "TOKASAURUS_API_KEY": "k",
-        "MODEL": "inherited",
+        "MODEL": "mine",
         "ROWS": "512",
         "TOKASAURUS_URL": "https://server",
-        "OUT": str(run / "attempt-001"),
+        "OUT": str(run),
         "DATA": "/training/data/mine",
         "PYTHON": "/usr/bin/python",
         "PLATFORM": "cuda",
@@ -220,21 +88,11 @@ def test_environment_of_the_script(run: Path) -> None:
 
 
 def test_every_variable_is_one_the_script_knows(run: Path) -> None:
-    attempt = Attempt(run, 0, (), ())
-    ours = script_environment(
-        {},
-        attempt,
-        "u",
-        Path("d"),
-        "p",
-        1,
-        dict.fromkeys(("MODEL", "SOURCE", "PATIENTS", "ROWS"), "x"),
-    )
-    script = PROJECT / "training" / "run_cartridge_distill.sh"
+    ours = environment_of(run, dict.fromkeys(("MODEL", "SOURCE", "PATIENTS", "ROWS"), "x"))
     help_text = subprocess.run(
-        ["bash", script, "--help"], capture_output=True, text=True, check=True, timeout=60
+        ["bash", SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    for name in ours:
+    for name in ours.keys() - {"HF_TOKEN"}:
         assert name in help_text, name
 
 
@@ -242,16 +100,16 @@ def test_every_variable_is_one_the_script_knows(run: Path) -> None:
 
 
 @pytest.fixture
-def script(tmp_path: Path, cartridge: Path) -> Path:
-    """Writes down how it was called, saves the steps in SAVES, and ends with CODE."""
+def script(tmp_path: Path) -> Path:
+    """Writes down how it was called, saves at step SAVES when that is set, and ends with CODE."""
     path = tmp_path / "run.sh"
     path.write_text(
         f"""
-        printf '%s\\n' "$@" > "$OUT/arguments"
-        for step in $SAVES; do
-          mkdir -p "$OUT/checkpoints/global_step_$step/actor"
-          cp -r {cartridge} "$OUT/checkpoints/global_step_$step/actor/cartridge"
-        done
+        printf '%s\\n' "$@" >> "$OUT/arguments"
+        if [ -n "$SAVES" ]; then
+          mkdir -p "$OUT/checkpoints"
+          echo "$SAVES" > "$OUT/checkpoints/{TRACKER}"
+        fi
         exit $CODE
         """
     )
@@ -259,54 +117,47 @@ def script(tmp_path: Path, cartridge: Path) -> Path:
 
 
 def attempt_with(script: Path, run: Path, saves: str, code: int) -> tuple[int, str]:
-    def environment(attempt: Attempt) -> dict[str, str]:
-        return {**os.environ, "OUT": str(attempt.out), "SAVES": saves, "CODE": str(code)}
-
-    return run_attempt(script, run, 30, 10, "cartridge", ["trainer.logger=[console]"], environment)
+    environment = {**os.environ, "OUT": str(run), "SAVES": saves, "CODE": str(code)}
+    return run_attempt(command(script, 30, 10, []), run, 30, environment)
 
 
-def test_interrupted_run_goes_on_and_ends(script: Path, run: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends(script: Path, run: Path) -> None:
     with pytest.raises(Interrupted, match="code 137 after step 10 of 30"):
         attempt_with(script, run, "10", 137)
     with pytest.raises(Interrupted, match="code 1 after step 20 of 30"):
-        attempt_with(script, run, "10", 1)
-    code, message = attempt_with(script, run, "10", 0)
+        attempt_with(script, run, "20", 1)
+    code, message = attempt_with(script, run, "30", 0)
     assert code == 0
-    assert str(run / "attempt-003/checkpoints/global_step_10/actor/cartridge") in message
-    lines = (run / "attempt-003" / "arguments").read_text().split()
-    before = run / "attempt-002/checkpoints/global_step_10/actor/cartridge"
-    assert f"{START}.checkpoint_path={before}" in lines
-    assert "trainer.total_training_steps=10" in lines
-    assert json.loads((run / "attempt-003/attempt.json").read_text()) == {"steps_before": 20}
-
-    code, message = attempt_with(script, run, "10", 1)
+    assert str(run / "checkpoints/global_step_30/actor/cartridge") in message
+    called = (run / "arguments").read_text()
+    assert called.count("trainer.resume_mode=auto") == 3  # the same call each time
+    code, message = attempt_with(script, run, "", 1)
     assert code == 0 and "has its 30 steps" in message
-    assert not (run / "attempt-004").exists()
+    assert (run / "arguments").read_text() == called
 
 
-def test_attempt_that_got_nowhere_is_not_repeated_at_the_price_of_a_gpu(
+def test_an_attempt_that_got_nowhere_is_not_repeated_at_the_price_of_a_gpu(
     script: Path, run: Path
 ) -> None:
+    with pytest.raises(Interrupted):
+        attempt_with(script, run, "10", 1)
     code, message = attempt_with(script, run, "", 2)
     assert code == 2
-    assert "saved nothing new" in message and "from step 0" in message
+    assert "saved nothing new" in message and "from step 10" in message
 
 
-def test_killed_attempt_is_found_by_the_next(script: Path, run: Path) -> None:
+def test_a_killed_attempt_leaves_a_run_that_goes_on(script: Path, run: Path) -> None:
     """SIGKILL of the process that waits for the training, as when the machine is taken away."""
     script.write_text(script.read_text().replace("exit $CODE", "kill -9 $PPID"))
     waits = f"""
 import os, sys
 sys.path[:0] = [{str(PROJECT / "modal")!r}, {str(PROJECT)!r}]
 from pathlib import Path
-from train_plan import run_attempt
+from train_plan import command, run_attempt
 
-def environment(attempt):
-    return {{**os.environ, "OUT": str(attempt.out), "SAVES": "10 20"}}
-
-run_attempt(Path({str(script)!r}), Path({str(run)!r}), 30, 10, "cartridge", [], environment)
+run = Path({str(run)!r})
+environment = {{**os.environ, "OUT": str(run), "SAVES": "20"}}
+run_attempt(command(Path({str(script)!r}), 30, 10, []), run, 30, environment)
 """
     assert subprocess.run([sys.executable, "-c", waits], timeout=120).returncode == -9
-    attempt = plan_attempt(run, 30, 10, "cartridge")
-    assert attempt is not None
-    assert (attempt.out.name, attempt.steps_before) == ("attempt-002", 20)
+    assert saved_step(run) == 20
