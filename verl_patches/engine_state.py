@@ -16,6 +16,7 @@ from torch import Tensor
 from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
 from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.formats.files import replace_directory
+from cartridge_distill.records import Document
 from cartridge_distill.teacher import DocumentStore
 from cartridge_distill.training_state import (
     TrainingState,
@@ -71,17 +72,30 @@ def save(engine: Any, directory: Path) -> None:
         rng=rng_state(engine.cartridge.trainable_keys[0].device),
         recipe=recipe_of(engine),
     )
-    meta = CartridgeMeta(
-        base_model=str(engine.model_config.path),
-        step=engine.step,
-        recipe={k: v for k, v in engine.settings.items() if not k.startswith("_")},
-    )
+    meta = _meta(engine)
 
     def write(scratch: Path) -> None:
         save_cartridge(engine.cartridge, scratch / CARTRIDGE_FOLDER, meta)
         save_state(state, scratch)
 
     replace_directory(directory, write, overwrite=True)
+
+
+def _meta(engine: Any) -> CartridgeMeta:
+    """What the saved cartridge says of itself, to whoever finds it elsewhere."""
+    documents: DocumentStore = engine.teacher.documents
+    title = sha256 = None
+    if len(documents.ids) == 1:  # of several it stands for none alone
+        title = documents.ids[0]
+        sha256 = Document.of(title, documents.text(title)).sha256
+    return CartridgeMeta(
+        base_model=str(engine.model_config.path),
+        base_revision=getattr(engine.module.config, "_commit_hash", None),  # of a hub model
+        step=engine.step,
+        document_title=title,
+        document_sha256=sha256,
+        recipe={k: v for k, v in engine.settings.items() if not k.startswith("_")},
+    )
 
 
 def restore(engine: Any, directory: Path) -> None:

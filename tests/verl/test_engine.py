@@ -163,7 +163,12 @@ def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
     engine.save_checkpoint(str(tmp_path / "actor"), global_step=1)
     saved = load_cartridge(tmp_path / "actor" / "cartridge")
     assert torch.equal(saved.trainable_keys[0], engine.cartridge.trainable_keys[0])
-    assert read_meta(tmp_path / "actor" / "cartridge")["step"] == 1
+    meta = read_meta(tmp_path / "actor" / "cartridge")
+    documents = engine.teacher.documents
+    one = len(documents.ids) == 1
+    assert meta["step"] == 1
+    assert meta["document_title"] == (documents.ids[0] if one else None)
+    assert bool(meta["document_sha256"]) == one
     with torch.no_grad():
         next(engine.module.parameters()).view(-1)[0] += 1
     with pytest.raises(RuntimeError, match="frozen base model's weights changed"):
