@@ -1,6 +1,7 @@
 # make setup   virtual environment with the locked packages and the patched veRL
 # make demo    setup, then the whole loop on a CPU with a real model; ends in a table
-# make test    setup, linters, types, all tests: no GPU, no network beyond the package registry
+# make test    setup, linters, types, tests: no GPU, no network beyond the package registry
+# make test-long   the same with a few whole training runs more
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
 # make clean   throw away the environment and the caches
@@ -16,9 +17,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-long lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -6
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -7
 
 setup: $(VENV)/.patched
 
@@ -57,9 +58,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, a file to each: most tests wait for processes that start.
+# Two at a time: most tests wait for processes that start.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The runs that are left out of `make test` for their length, too.
+test-long: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long or not long"
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -236,6 +236,7 @@ def test_a_fault_that_does_not_pass_ends_the_run(
 COLD_START = os.environ.get("COLD_START", "7,4")
 
 
+@pytest.mark.long
 def test_a_cold_start_is_waited_for_with_a_line_every_few_seconds(world: World) -> None:
     """Nobody listens, then everything is 503, then it works; the run knows only the URL."""
     refused_s, unavailable_s = map(float, COLD_START.split(","))
@@ -310,6 +311,7 @@ def test_a_run_over_http_survives_the_servers_death(
     assert TOKEN not in log
 
 
+@pytest.mark.long
 def test_a_version_that_the_gateway_refuses_ends_the_run(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def seeds_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RequestSeeds, "generators", generators)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("seeds_by_step")
 def test_a_run_that_was_stopped_goes_on_with_two_ranks(world: World) -> None:  # noqa: F811
     settings = [
