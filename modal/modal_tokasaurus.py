@@ -30,6 +30,7 @@ PROJECT = HERE.parent
 IN_IMAGE = "/opt/cartridge-distill"  # this project's code, beside the interpreter's own packages
 CARTRIDGES = Path("/cartridges")  # the Volume
 CHECK_REPAIRS = "python -m cartridge_distill.tokasaurus --check"
+BESIDE_THIS_FILE = "/root"  # where Modal puts and imports this file in every container
 PORT_OF_WARM_UP = 10210
 # Requests beside completions and uploads that must get through when both are at their limits:
 # pings, lists, metrics, and completions that are to be told 429 by the gateway.
@@ -152,7 +153,9 @@ def build_image(settings: ServerSettings) -> modal.Image:
     if settings.warm_build and settings.defence == "repair":
         # A Tokasaurus that the repairs are not for ends the deployment, not the first run.
         image = image.run_commands(CHECK_REPAIRS, gpu=settings.gpu)
-    return image.add_local_file(HERE / "deploy_settings.py", "/root/deploy_settings.py")
+    return image.add_local_file(
+        HERE / "deploy_settings.py", f"{BESIDE_THIS_FILE}/deploy_settings.py"
+    )
 
 
 class CommitUploads:

@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 IN_IMAGE = "/opt/cartridge-distill"
 STORE = Path("/training")  # the Volume
+BESIDE_THIS_FILE = "/root"  # where Modal puts and imports this file in every container
 PYTHON = "3.11"
 LOCK = f"{IN_IMAGE}/requirements/lock.txt"
 
@@ -52,8 +53,8 @@ def build_image() -> modal.Image:
             "python -m verl_patches apply",
         )
         .env({"HF_HOME": str(STORE / "huggingface"), "PYTHONUNBUFFERED": "1"})
-        .add_local_file(HERE / "deploy_settings.py", "/root/deploy_settings.py")
-        .add_local_file(HERE / "train_plan.py", "/root/train_plan.py")
+        .add_local_file(HERE / "deploy_settings.py", f"{BESIDE_THIS_FILE}/deploy_settings.py")
+        .add_local_file(HERE / "train_plan.py", f"{BESIDE_THIS_FILE}/train_plan.py")
     )
 
 

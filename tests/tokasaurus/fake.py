@@ -43,6 +43,9 @@ import time
 from pathlib import Path
 
 
+# The sleeps below only keep a process alive until the launcher, or the test, ends it.
+
+
 def note(config, name):
     Path(config.notes, name).write_text(str(os.getpid()))
 
