@@ -169,3 +169,8 @@ def print_rows(title: str, rows: Sequence[Measured]) -> None:
             f"   {row.name:<34}{row.seconds:>9.3f}{row.tokens / row.seconds:>10.0f}"
             f"{row.seconds / rows[0].seconds:>7.2f}x{peak:>10}"
         )
+
+
+def verdict(figure: float, aim: float, unit: str) -> str:
+    """A figure beside its aim, for a printed table."""
+    return f"(aim: under {aim:g}{unit}; {'met' if figure < aim else 'missed'})"

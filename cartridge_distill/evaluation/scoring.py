@@ -154,7 +154,8 @@ def sampled_answers(
     Args:
         on_token: called with each new id, of whichever prompt.
     """
-    from cartridge_distill.server.engine import Engine, Row
+    from cartridge_distill.server.engine import Engine
+    from cartridge_distill.server.rows import Row
     from cartridge_distill.server.settings import ServerSettings
 
     try:

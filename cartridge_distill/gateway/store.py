@@ -161,7 +161,7 @@ class VersionStore:
             version.in_use += 1
         try:
             yield
-        except Exception:
+        except Exception:  # whatever it was: it is raised again, and the client comes back
             for version in held:
                 version.asked_again_until = time.monotonic() + _RETRY_SECONDS
             raise

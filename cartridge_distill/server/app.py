@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.disconnect import unless_disconnected
 from cartridge_distill.server.cartridges import CartridgeRefused, CartridgeStore
-from cartridge_distill.server.engine import Engine, EngineError, Generated, Row
+from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.protocol import (
     AnyRequest,
     Job,
@@ -40,6 +40,7 @@ from cartridge_distill.server.protocol import (
     stop_check,
     to_job,
 )
+from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.wire import (

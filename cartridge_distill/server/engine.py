@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.errors import ConfigError
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.attention import (
     SERVING_ATTENTION,
@@ -39,6 +38,7 @@ from cartridge_distill.server.attention import (
     register,
 )
 from cartridge_distill.server.beginnings import Beginnings
+from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import choose
 from cartridge_distill.server.settings import ServerSettings
 
@@ -48,72 +48,6 @@ logger = logging.getLogger(__name__)
 # often: a burst takes a while to parse, and prompts in one forward share what they have in common.
 _GATHER_SECONDS = 0.005
 _GATHER_TIMES = 40
-
-
-class EngineError(CartridgeDistillError):
-    """A row could not be computed. ``mendable``: the same request may work later."""
-
-    def __init__(self, message: str, mendable: bool) -> None:
-        super().__init__(message)
-        self.mendable = mendable
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What came out for one row: n tokens (the end token included) and their n log-probs."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-    shared_tokens: int = 0  # prompt tokens that were computed for another row, or kept
-
-
-@dataclass(eq=False)
-class Row:
-    """One sequence to continue.
-
-    Attributes:
-        prompt_ids: at least one id; they follow the prefix, at positions P, P + 1, ...
-        max_new_tokens: at least 1.
-        temperature: 0 is greedy.
-        generator: the row's own random numbers.
-        prefix: P tokens before the prompt, on the model's device, or None. Rows that share a prefix
-            must hold the same object.
-        end_ids: ids that end the row.
-        ends_with_stop: called with all new ids after each token; true ends the row.
-        on_token: called with each new id, in the engine's thread, before the row can end.
-    """
-
-    prompt_ids: list[int]
-    max_new_tokens: int
-    temperature: float
-    generator: random.Random
-    prefix: Prefix | None = None
-    end_ids: frozenset[int] = frozenset()
-    ends_with_stop: Callable[[list[int]], bool] | None = None
-    on_token: Callable[[int], None] | None = None
-    future: Future[Generated] = field(default_factory=Future)
-    done: int = 0  # tokens whose keys and values lie in the buffers
-    shared: int = 0
-    sought: bool = False  # whether a kept beginning was looked for
-    new_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def need(self) -> int:
-        """Buffer tokens the row may come to need; the last new token is never fed back."""
-        return len(self.prompt_ids) + self.max_new_tokens - 1
-
-    @property
-    def pending(self) -> int:
-        """Tokens known and not yet computed: the rest of the prompt, or the last new token."""
-        return len(self.prompt_ids) + len(self.new_ids) - self.done
-
-    def tokens(self, start: int, length: int) -> list[int]:
-        prompt = len(self.prompt_ids)
-        if start >= prompt:
-            return self.new_ids[start - prompt : start - prompt + length]
-        return self.prompt_ids[start : start + length]
 
 
 @dataclass

@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.disconnect import unless_disconnected
 from cartridge_distill.server.app import Service
-from cartridge_distill.server.engine import Generated
 from cartridge_distill.server.protocol import Job, answer_text, chat_response
+from cartridge_distill.server.rows import Generated
 from cartridge_distill.wire import (
     CartridgeChatCompletionRequest,
     CartridgeRef,

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.fingerprint import ChoiceTokens, encode_fingerprint
 from cartridge_distill.prompts import render_prompt
-from cartridge_distill.server.engine import Generated
+from cartridge_distill.server.rows import Generated
 from cartridge_distill.wire import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,

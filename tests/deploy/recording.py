@@ -27,6 +27,7 @@ if getattr(modal, "__file__", None) is None:  # the folder modal/ of this projec
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDER = PROJECT / "modal"
+IN_CONTAINER = "/root"  # where Modal puts and imports a deployed file; no path of this machine
 
 # The names that the deployment may use; another one would go unrecorded, and a test sees to that.
 IMAGE_STEPS = (

@@ -15,7 +15,7 @@ from train_plan import Interrupted
 
 import modal
 from cartridge_distill.errors import ConfigError
-from tests.deploy.recording import FOLDER, PROJECT, Recorded, load
+from tests.deploy.recording import FOLDER, IN_CONTAINER, PROJECT, Recorded, load
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_credentials_have_the_names_the_client_reads() -> None:
 
 
 def test_settings_reach_the_container(tmp_path: Path) -> None:
-    """Modal imports the file again at /root, where neither project nor variables are."""
+    """Modal imports the file again in the container, where neither project nor variables are."""
     given = {"CARTRIDGE_TRAIN_GPU": "H100", "CARTRIDGE_TRAIN_PROXY_SECRET": "none"}
     here, recorded = load("modal_train", given)
     root = tmp_path / "root"
@@ -139,7 +139,7 @@ def test_settings_reach_the_container(tmp_path: Path) -> None:
     there, _ = load("modal_train", recorded.one("function").kwargs["env"], folder=root)
     assert there.settings == here.settings
     mounted = {call.args[1] for call in recorded.of("add_local_file")}
-    assert {"/root/deploy_settings.py", "/root/train_plan.py"} <= mounted
+    assert {f"{IN_CONTAINER}/deploy_settings.py", f"{IN_CONTAINER}/train_plan.py"} <= mounted
 
 
 def test_bad_settings_end_it_at_once() -> None:

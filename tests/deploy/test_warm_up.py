@@ -16,8 +16,8 @@ SERVER = """
 import http.server, json, os, pathlib, subprocess, sys, time
 
 port, folder, status = int(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
-# It sleeps so as to be there when the test looks whether it was ended; nothing waits for it.
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+staying = "import time; time.sleep(600)"  # to be there when the test looks whether it was ended
+worker = subprocess.Popen([sys.executable, "-c", staying])
 (folder / "worker").write_text(str(worker.pid))
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -94,7 +94,7 @@ def test_server_that_does_not_start_ends_the_build() -> None:
 
 def test_server_that_never_answers_ends_the_build() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    # Alive and silent: the sleep is the fault; the warm-up's patience of 1 s ends it.
-    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    silent = "import time; time.sleep(600)"  # the sleep is the fault; 1 s of patience ends it
+    sleeper = [sys.executable, "-c", silent]
     with pytest.raises(SystemExit, match="no answer from .*/ping after 1 s"):
         main(["--url", url, "--patience", "1", "--", *sleeper])

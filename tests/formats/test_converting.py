@@ -69,8 +69,7 @@ def test_a_written_pt_is_what_upstream_writes(tmp_path: Path) -> None:
     """As its reader loads it: unpickled without restriction, lists of parameters, today's names."""
     made = stored(frozen=2, dtype=torch.bfloat16)
     path = write_cartridge(made, tmp_path / "a.pt", "hazyresearch")
-    # Without restriction on purpose: so upstream reads it. The file was written two lines above.
-    data = torch.load(path, weights_only=False)
+    data = torch.load(path, weights_only=False)  # as upstream does; the test has just written it
     assert set(data) == {"frozen_keys", "frozen_values", "trainable_keys", "trainable_values"}
     for name, tensors in data.items():
         assert isinstance(tensors, nn.ParameterList) and len(tensors) == 2

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.beginnings import Beginnings
-from cartridge_distill.server.engine import Engine, Row
+from cartridge_distill.server.engine import Engine
+from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
 from tests.tiny import ARCHITECTURES, plain_logprobs, random_cartridge, tiny_model
 

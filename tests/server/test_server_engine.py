@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.attention import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.engine import Engine, EngineError, Generated, Row
+from cartridge_distill.server.engine import Engine
+from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
 from tests.tiny import (

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,35 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.client import Completion, TokasaurusClient
 from cartridge_distill.errors import RolloutError
-from cartridge_distill.fingerprint import decode_fingerprint
 from cartridge_distill.server.running import BackgroundServer
-from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.wire import CartridgeRef
 from tests.conftest import StartServer
+from tests.server.asking import COMPLETIONS, IDS, greedy, local, post, tokens
 from tests.tiny import plain_logprobs, random_cartridge, write_cartridge
-
-COMPLETIONS = "/custom/cartridge/completions"
-CHAT = "/custom/cartridge/chat/completions"
-IDS = [10, 20, 30, 40]
-
-
-def post(server: BackgroundServer, path: str, **body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json={"model": "m"} | body, timeout=60)
-
-
-def local(*ids: str) -> list[dict[str, str]]:
-    return [{"id": cartridge_id, "source": "local"} for cartridge_id in ids]
-
-
-def tokens(response: httpx.Response, n: int = 1) -> list[list[int]]:
-    assert response.status_code == 200, response.text
-    text = response.json()["system_fingerprint"]
-    return [choice.token_ids for choice in decode_fingerprint(text, n, require_logprobs=False)]
-
-
-def greedy(server: BackgroundServer, *ids: str) -> list[int]:
-    body: dict[str, Any] = {"prompt": IDS, "max_tokens": 8, "temperature": 0}
-    return tokens(post(server, COMPLETIONS, cartridges=local(*ids), **body))[0]
 
 
 def test_ping_and_models(start_server: StartServer) -> None:
@@ -268,15 +239,6 @@ def test_plain_paths_take_no_cartridges(refusing_server: BackgroundServer) -> No
     assert post(refusing_server, "/v1/cartridge/completions", prompt=IDS).status_code == 404
 
 
-@pytest.fixture(scope="module")
-def refusing_server(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: Any
-) -> Any:
-    settings = ServerSettings(tmp_path_factory.mktemp("none"), max_tokens_per_request=64)
-    with BackgroundServer(copy.deepcopy(llama), tokenizer, settings) as server:
-        yield server
-
-
 def test_end_token_and_stop_strings(
     start_server: StartServer, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -310,65 +272,6 @@ def test_stop_strings(start_server: StartServer) -> None:
     assert choice["text"] == text[: text.index(stop)]
     assert choice["finish_reason"] == "stop"
     assert 0 < len(tokens(stopped)[0]) < len(tokens(free)[0])
-
-
-def test_chat(start_server: StartServer, llama: PreTrainedModel, tmp_path: Path) -> None:
-    cartridge = random_cartridge(llama)
-    write_cartridge(cartridge, tmp_path, "a")
-    server = start_server()
-    messages = [{"role": "user", "content": "Hi"}]
-    body: dict[str, Any] = {"messages": messages, "temperature": 0, "logprobs_in_fingerprint": True}
-    answer = post(server, CHAT, cartridges=local("a"), max_tokens=5, **body)
-    assert answer.status_code == 200, answer.text
-    content = answer.json()
-    assert content["object"] == "chat.completion"
-    assert content["choices"][0]["message"]["role"] == "assistant"
-    [choice] = decode_fingerprint(content["system_fingerprint"], 1)
-    prompt = list(server.service.tokenizer("<user>Hi\n<assistant>").input_ids)
-    wanted = plain_logprobs(llama, cartridge.prefix(), prompt, choice.token_ids)
-    assert choice.logprobs == pytest.approx(wanted, abs=1e-5, rel=0)
-    started = [*messages, {"role": "assistant", "content": "It is"}]
-    for path in (CHAT, "/v1/chat/completions"):
-        answer = post(server, path, max_completion_tokens=3, **(body | {"messages": started}))
-        prompt = list(server.service.tokenizer("<user>Hi\n<assistant>It is").input_ids)
-        [choice] = decode_fingerprint(answer.json()["system_fingerprint"], 1)
-        assert choice.logprobs == pytest.approx(
-            plain_logprobs(llama, None, prompt, choice.token_ids), abs=1e-5, rel=0
-        )
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    with_logprobs = {"messages": parts, "max_tokens": 2, "logprobs": True, "top_logprobs": 0}
-    answer = post(server, "/v1/chat/completions", **with_logprobs)
-    listed = answer.json()["choices"][0]["logprobs"]["content"]
-    assert len(listed) == 2 and all(entry["logprob"] <= 0 for entry in listed)
-
-
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ({}, "exactly one"),
-        ({"max_tokens": 1, "max_completion_tokens": 1}, "exactly one"),
-        ({"max_tokens": 1, "messages": []}, "empty"),
-        ({"max_tokens": 1, "top_logprobs": 2}, "logprobs must be true"),
-        ({"max_tokens": 1, "logprobs": True, "top_logprobs": 2}, "max_topk_logprobs"),
-    ],
-)
-def test_chat_refusals(refusing_server: BackgroundServer, body: dict[str, Any], says: str) -> None:
-    messages = [{"role": "user", "content": "x"}]
-    answer = post(refusing_server, CHAT, **({"messages": messages} | body))
-    assert answer.status_code == 400, answer.text
-    assert says in answer.json()["detail"]
-
-
-def test_streamed_chat_is_one_finished_answer(refusing_server: BackgroundServer) -> None:
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
-    plain = post(refusing_server, "/v1/chat/completions", temperature=0, **body).json()
-    answer = post(refusing_server, "/v1/chat/completions", temperature=0, stream=True, **body)
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    chunks = [json.loads(line)["choices"][0] for line in lines[:-1]]
-    text = "".join(chunk["delta"].get("content", "") for chunk in chunks)
-    assert text == plain["choices"][0]["message"]["content"]
-    assert chunks[-1]["finish_reason"] == "length"
 
 
 def sampled(server: BackgroundServer, order: list[int]) -> dict[int, list[int]]:
@@ -421,45 +324,3 @@ def test_stopping_does_not_wait_for_rows(start_server: StartServer) -> None:
 
 
 # --- the command line -------------------------------------------------------------------------
-
-COMMAND = [sys.executable, "-m", "cartridge_distill.server"]
-
-
-def test_help_teaches() -> None:
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    for word in ("--cartridge-dir", "multiple of 16", "loaded ONCE", "/ping", "10210", "--threads"):
-        assert word in done.stdout
-
-
-def test_command_line_serves_and_ends_on_sigterm(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    llama.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.listen()
-        command = [*COMMAND, "--model", str(folder), "--port", str(port), "--threads", "1"]
-        command += ["--cartridge-dir", str(tmp_path / "cartridges")]
-        # Said at once, not after loading a model for minutes.
-        taken = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert taken.returncode == 1 and "another --port" in taken.stderr
-    assert "loading" not in taken.stdout
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-
-        async def ask() -> list[Completion]:
-            async with TokasaurusClient(f"http://127.0.0.1:{port}") as client:
-                await client.wait_until_ready()
-                return await client.complete(IDS, 3, 0.7)
-
-        assert len(asyncio.run(ask())[0].token_ids) <= 3
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    assert "stopped" in output and "Traceback" not in output

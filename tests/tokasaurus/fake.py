@@ -52,7 +52,7 @@ def note(config, name):
 
 def manager(config):
     note(config, "manager")
-    time.sleep(600)
+    time.sleep(600)  # to be there until it is ended
 
 
 def model_worker(config):
@@ -66,7 +66,7 @@ def model_worker(config):
         for _ in range(100):
             work.put(b"0" * 2**16)
         raise MemoryError("warm-up")
-    time.sleep(600)
+    time.sleep(600)  # to be there until it is ended
 
 
 def server(config):
@@ -79,7 +79,7 @@ def server(config):
         work = multiprocessing.Queue()
         for _ in range(100):
             work.put(b"0" * 2**16)
-    time.sleep(600)
+    time.sleep(600)  # to be there until it is ended
 """,
     "tokasaurus/entry.py": """
 from tokasaurus.common_types import ProcessInfo

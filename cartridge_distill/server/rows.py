@@ -1,0 +1,78 @@
+"""What the engine works on: a sequence to continue, and what comes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.prefix import Prefix
+
+
+class EngineError(CartridgeDistillError):
+    """A row could not be computed. ``mendable``: the same request may work later."""
+
+    def __init__(self, message: str, mendable: bool) -> None:
+        super().__init__(message)
+        self.mendable = mendable
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out for one row: n tokens (the end token included) and their n log-probs."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    shared_tokens: int = 0  # prompt tokens that were computed for another row, or kept
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence to continue.
+
+    Attributes:
+        prompt_ids: at least one id; they follow the prefix, at positions P, P + 1, ...
+        max_new_tokens: at least 1.
+        temperature: 0 is greedy.
+        generator: the row's own random numbers.
+        prefix: P tokens before the prompt, on the model's device, or None. Rows that share a prefix
+            must hold the same object.
+        end_ids: ids that end the row.
+        ends_with_stop: called with all new ids after each token; true ends the row.
+        on_token: called with each new id, in the engine's thread, before the row can end.
+    """
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float
+    generator: random.Random
+    prefix: Prefix | None = None
+    end_ids: frozenset[int] = frozenset()
+    ends_with_stop: Callable[[list[int]], bool] | None = None
+    on_token: Callable[[int], None] | None = None
+    future: Future[Generated] = field(default_factory=Future)
+    done: int = 0  # tokens whose keys and values lie in the buffers
+    shared: int = 0
+    sought: bool = False  # whether a kept beginning was looked for
+    new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def need(self) -> int:
+        """Buffer tokens the row may come to need; the last new token is never fed back."""
+        return len(self.prompt_ids) + self.max_new_tokens - 1
+
+    @property
+    def pending(self) -> int:
+        """Tokens known and not yet computed: the rest of the prompt, or the last new token."""
+        return len(self.prompt_ids) + len(self.new_ids) - self.done
+
+    def tokens(self, start: int, length: int) -> list[int]:
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.new_ids[start - prompt : start - prompt + length]
+        return self.prompt_ids[start : start + length]
