@@ -58,14 +58,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, of a thread each: threads that spin for a core that another has make both slow.
+# Three at a time on two cores, for a test that starts a server waits much of its time; of a thread
+# each, for threads that spin for a core that another has make both slow.
+WORKERS ?= 3
 test test-long: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The runs that are left out of `make test` for their length, too.
 test-long: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long or not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long or not long"
 
 format: setup
 	$(BIN)/ruff check --fix .

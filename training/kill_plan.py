@@ -12,7 +12,8 @@ from training.kill_phases import BEFORE, PHASES, Mark
 TARGETS = ("trainer", "worker", "proxy", "agent-loop", "storage", "server")
 # Which processes a target is; each moment draws one.
 VICTIMS = {"trainer": ("driver", "task-runner"), "server": ("server", "server", "gateway")}
-# Every five moments have each of these once, in an order of their own.
+# Each of these once, in an order that is drawn anew, then each once again. Starting is not the
+# server's: it was there before the run.
 _AIMS = (BEFORE, "rollout", "update", "save", "sync", "record")
 
 

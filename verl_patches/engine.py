@@ -22,17 +22,12 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
-from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import ConfigError, OffPolicyError
-from cartridge_distill.evaluation.validation import Validation
 from cartridge_distill.forward import (
-    check_prefix_fits,
     chosen_logprobs,
     packed_forward,
     recomputing_layers,
@@ -40,13 +35,12 @@ from cartridge_distill.forward import (
 from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.loss import get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
-from cartridge_distill.models import load_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_document
-from cartridge_distill.records import load_questions
 from cartridge_distill.teacher import DocumentStore, Teacher
 from verl_patches import engine_state
 from verl_patches.agreement import differences
+from verl_patches.building import initial_cartridge, load_base, load_validation
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
@@ -94,7 +88,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
 
     def initialize(self) -> None:
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
-        module = self._build_module()
+        start = time.perf_counter()
+        module = load_base(self.model_config, self.engine_config)
         several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
@@ -106,7 +101,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             backend=self.settings.attention,
         )
         # Before sharding: every rank holds the whole, equal cartridge.
-        self.cartridge = self._build_cartridge(module).to(get_device_id())
+        cartridge = initial_cartridge(self.settings, module, self.teacher)
+        self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
         if several:
             make_equal(self.cartridge)
@@ -120,60 +116,13 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self.lr_scheduler = self._build_lr_scheduler(self.optimizer)
         self._remember_frozen_tokens()
         self._base_before = weights_checksum(module)
-        self.validation = self._build_validation()
-
-    def _build_module(self) -> Any:
-        if self.engine_config.model_dtype is None:
-            raise ConfigError(
-                "actor.fsdp_config.model_dtype is null; say bfloat16 (GPU) or float32 (CPU)"
+        self.validation = load_validation(self.settings, self.model_config.tokenizer, self.teacher)
+        if torch.distributed.get_rank() == 0:
+            print(
+                f"[cartridge] model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
+                f"from {self.settings.init}, {time.perf_counter() - start:.0f} s",
+                flush=True,
             )
-        return load_model(
-            self.model_config.local_path,
-            dtype=PrecisionType.to_dtype(self.engine_config.model_dtype),
-            device=get_device_id(),
-        )
-
-    def _build_cartridge(self, module: Any) -> TrainableCache:
-        cfg = self.settings
-        if cfg.init == "checkpoint":
-            cartridge = load_cartridge(cfg.checkpoint_path)
-            if cartridge.num_tokens != cfg.num_tokens:
-                raise ConfigError(
-                    f"{cfg.checkpoint_path} holds {cartridge.num_tokens} tokens, "
-                    f"actor.cartridge.num_tokens is {cfg.num_tokens}; make them equal"
-                )
-        elif cfg.init == "random":
-            cartridge = TrainableCache.from_random(
-                module.config, cfg.num_tokens, cfg.num_frozen_tokens, cfg.seed
-            )
-        else:
-            ids = self.teacher.document_ids(self._init_document())
-            cartridge = TrainableCache.from_text(
-                module,
-                torch.tensor(ids, device=get_device_id()),
-                cfg.num_tokens,
-                cfg.num_frozen_tokens,
-            )
-        check_prefix_fits(module, cartridge.prefix())
-        return cartridge
-
-    def _build_validation(self) -> Validation | None:
-        """Reads the questions now, so that a wrong one does not wait for the first validation."""
-        if self.settings.eval_questions is None:
-            return None
-        questions = load_questions(Path(self.settings.eval_questions).expanduser())
-        return Validation(self.model_config.tokenizer, questions, self.teacher)
-
-    def _init_document(self) -> str:
-        chosen, known = self.settings.init_document, self.teacher.documents.ids
-        if chosen is not None:
-            return str(chosen)
-        if len(known) > 1:
-            raise ConfigError(
-                f"{self.settings.documents} holds {len(known)} documents; set "
-                f"actor.cartridge.init_document to the one to start from, e.g. {known[0]!r}"
-            )
-        return known[0]
 
     def _remember_frozen_tokens(self) -> None:
         self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]

@@ -82,6 +82,7 @@ class CartridgeTrainer(PPOTrainerSync):
             ProcessDied: a process did not live to see the first step.
         """
         self._history = History()
+        print("[cartridge] the trainer is up; its workers are being started", flush=True)
         try:
             super().init()
         except RayActorError as error:
@@ -89,6 +90,7 @@ class CartridgeTrainer(PPOTrainerSync):
                 raise
             message = f"a process died while the run was starting ({reason})"
             raise ProcessDied(f"{message}. {self._how_to_go_on()}") from error
+        print("[cartridge] the server has the version to start from", flush=True)
 
     def fit(self, agent_loop_manager: Any) -> None:
         """veRL's loop; returns when the last version is served, too.

@@ -15,6 +15,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
 from tests.verl.engine_rig import TEMPERATURE, rollouts, step
+from verl_patches.building import initial_document
 from verl_patches.hooks import distill_loss
 
 
@@ -269,6 +270,6 @@ def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
 
 
 def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
-    engine.settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
+    settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
     with pytest.raises(ConfigError, match="holds 2 documents; set actor.cartridge.init_document"):
-        engine._init_document()
+        initial_document(settings, engine.teacher.documents.ids)
