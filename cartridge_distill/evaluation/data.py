@@ -116,14 +116,23 @@ def check_documents(items: Sequence[AboutADocument], documents: DocumentStore) -
     """Are the documents there that are asked about?
 
     Raises:
-        DocumentError: one is not.
+        DocumentError: one is not, or was cut into parts.
     """
     for document_id in dict.fromkeys(item.document_id for item in items):
-        if document_id not in documents.ids:
+        if document_id in documents.ids:
+            continue
+        parts = [known for known in documents.ids if known.startswith(f"{document_id}#")]
+        if parts:
             raise DocumentError(
-                f"The evaluation asks about the document {document_id!r}, which is not among the "
-                f"documents of {documents.source} ({', '.join(documents.ids)})."
+                f"The evaluation asks about {document_id!r}, which was cut into {len(parts)} "
+                "parts, for the model's context does not hold it: no teacher can read it whole. "
+                "Take a model with a longer context; held-out prompts are about parts, and are "
+                f"evaluated where {QUESTIONS} is not there."
             )
+        raise DocumentError(
+            f"The evaluation asks about the document {document_id!r}, which is not among the "
+            f"documents of {documents.source} ({', '.join(documents.ids)})."
+        )
 
 
 @dataclass(frozen=True)

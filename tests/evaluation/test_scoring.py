@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cartridge_distill.attention import ATTENTION_NAME
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
 from cartridge_distill.evaluation.conditions import FULL_DOCUMENT, Fixed, no_document
+from cartridge_distill.evaluation.data import check_documents
 from cartridge_distill.evaluation.prompts import AskedQuestion
 from cartridge_distill.evaluation.scoring import (
     TeacherAnswers,
@@ -21,6 +22,7 @@ from cartridge_distill.evaluation.scoring import (
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.prompts import render_document
 from cartridge_distill.records import Question
+from cartridge_distill.teacher import DocumentStore
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, evaluate, teacher
 from tests.tiny import plain_distributions, plain_logprobs, random_cartridge
 
@@ -129,6 +131,9 @@ def test_what_cannot_be_evaluated_is_refused(
     strange = Question("three", "Who?", OPTIONS, 0)
     with pytest.raises(DocumentError, match="'three'"):
         evaluate(packed, tokenizer, tmp_path, [], [strange])
+    parts = DocumentStore({"three#1": TEXTS["one"], "three#2": TEXTS["two"]})
+    with pytest.raises(DocumentError, match="'three', which was cut into 2 parts"):
+        check_documents([strange], parts)
 
 
 def test_a_cartridge_that_diverged_is_an_error(
