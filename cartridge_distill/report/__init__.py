@@ -1,15 +1,16 @@
 """The report of one run or several: one HTML file that needs nothing else.
 
-=============  ==================================================================
-``recipe``     what repeats a run, written beside its metrics when it starts
-``reading``    a run's folder -> :class:`~cartridge_distill.report.reading.Run`
-``questions``  results question by question, where the evaluation kept them
-``groups``     seeds of one recipe together; tokens as a common axis
-``verdict``    the sentence at the top, and its arithmetic
-``colours``    one colour for each run and condition, in table and plots alike
-``figures``    the plots, as plotly figures
-``page``       the template filled in
-=============  ==================================================================
+==============  =================================================================
+``recipe``      what repeats a run, written beside its metrics when it starts
+``reading``     a run's folder -> :class:`~cartridge_distill.report.reading.Run`
+``questions``   results question by question, where the evaluation kept them
+``groups``      seeds of one recipe together; tokens as a common axis
+``comparison``  recipes after equal tokens, a value for each seed
+``verdict``     the sentence at the top, and its arithmetic
+``colours``     one colour for each run and condition, in table and plots alike
+``figures``     the plots, as plotly figures
+``page``        the template filled in
+==============  =================================================================
 
 ``page.html``, ``page.css`` and ``page.js`` are the page itself. Questions, answers and names come
 from models and documents: they are escaped, and the page allows no script but its own and no

@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from cartridge_distill.errors import ReportError
 from cartridge_distill.report import colours, figures, verdict
+from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
 from cartridge_distill.report.reading import (
     TRAINED,
@@ -81,7 +82,7 @@ def render(runs: Sequence[Run]) -> str:
     """The page's text."""
     groups = group_runs(runs)
     axis = token_axis(runs)
-    comparison = verdict.compare(groups, axis) if len(groups) > 1 else None
+    comparison = compare(groups, axis) if len(groups) > 1 else None
     said = verdict.of_one(groups[0]) if len(groups) == 1 else verdict.of_several(comparison, axis)
     rows = condition_rows(groups)
     shown = [each for each in _METRICS if any(row.metrics.get(each[0]) for row in rows)]
@@ -214,7 +215,7 @@ def _standings(groups: Sequence[Group], axis: TokenAxis | None) -> dict[str, Any
     """Several recipes after equal tokens, from their validation curves."""
     if len(groups) < 2:
         return None
-    found = {name: verdict.at_equal_tokens(groups, axis, name) for name, *_ in _METRICS}
+    found = {name: at_equal_tokens(groups, axis, name) for name, *_ in _METRICS}
     compared = {name: each for name, each in found.items() if each is not None}
     if not compared:
         return None

@@ -10,6 +10,8 @@ teaches), or inside a process with :class:`~cartridge_distill.server.running.Bac
 ``cartridges``  cartridges by id, loaded once and never again
 ``engine``      one thread, continuous batching
 ``beginnings``  long beginnings of plain prompts, computed once and kept
+``rows``        what is asked of the engine and what it gives back
+``layout``      where the tokens of one forward lie: buffers, segments, groups
 ``attention``   ragged rows behind a cartridge they all share
 ``sampling``    repeatable draws; which log-probs are reported
 ``running``     uvicorn, foreground or in a thread

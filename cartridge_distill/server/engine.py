@@ -30,14 +30,9 @@ from torch import Tensor, nn
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.prefix import Prefix
-from cartridge_distill.server.attention import (
-    SERVING_ATTENTION,
-    RowBuffers,
-    RowPart,
-    ServingBatch,
-    register,
-)
+from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
+from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import choose
 from cartridge_distill.server.settings import ServerSettings

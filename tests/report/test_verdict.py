@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cartridge_distill.report import verdict
+from cartridge_distill.report.comparison import Comparison, compare
 from cartridge_distill.report.groups import group_runs, token_axis
 from cartridge_distill.report.reading import Interval, read_run
 from tests.report import made
@@ -196,10 +197,10 @@ def test_seeds_of_one_recipe(
     assert found.good is good and said in found.sentence
 
 
-def compared(folders: list[Path]) -> tuple[verdict.Comparison | None, verdict.Verdict]:
+def compared(folders: list[Path]) -> tuple[Comparison | None, verdict.Verdict]:
     runs = [read_run(folder) for folder in folders]
     axis = token_axis(runs)
-    comparison = verdict.compare(group_runs(runs), axis)
+    comparison = compare(group_runs(runs), axis)
     return comparison, verdict.of_several(comparison, axis)
 
 

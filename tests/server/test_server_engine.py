@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartridge_distill.prefix import Prefix
-from cartridge_distill.server.attention import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.engine import Engine
+from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
