@@ -10,9 +10,10 @@
 # May be set
 #   OUT        everything goes here           (runs/compare)
 #   SEEDS      of data, sampling and order    (0 1 2)
-#   STEPS      optimizer steps of each run    (24)
+#   STEPS      optimizer steps of each run    (16)
 #   POLICIES   some of them                   (off-policy on-policy schedule)
 #   SCHEDULE   fraction that the student writes, by step ([[8,0.0],[16,1.0]])
+#   THREADS    CPU threads of each run        (all)
 #   PYTHON     interpreter                    (.venv/bin/python)
 set -euo pipefail
 
@@ -24,7 +25,8 @@ fi
 [[ $# == 0 ]] || { echo "refused: $1; settings are variables, see --help" >&2; exit 2; }
 
 OUT=${OUT:-$ROOT/runs/compare}
-STEPS=${STEPS:-24}
+STEPS=${STEPS:-16}
+THREADS=${THREADS:-$(nproc)}
 SCHEDULE=${SCHEDULE:-[[8,0.0],[16,1.0]]}
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 read -r -a seeds <<<"${SEEDS:-0 1 2}"
@@ -45,7 +47,8 @@ for seed in "${seeds[@]}"; do
       continue
     fi
     echo "==== $policy, seed $seed: run ${#runs[@]} of $((${#seeds[@]} * ${#policies[@]}))"
-    "$PYTHON" "$ROOT/training/demo.py" --name "$policy" --seed "$seed" --steps "$STEPS" --out "$run" \
+    "$PYTHON" "$ROOT/training/demo.py" --name "$policy" --seed "$seed" --steps "$STEPS" \
+      --threads "$THREADS" --out "$run" \
       "$cartridge.on_policy_fraction=${fraction[$policy]}" "$cartridge.teacher_cache=$OUT/teacher_answers"
   done
 done
