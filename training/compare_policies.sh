@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Off-policy, on-policy and a schedule between them, at equal tokens, on a CPU.
+# Off-policy, on-policy and a mix of both, at equal tokens, on a CPU.
 #
 #   bash training/compare_policies.sh        # about 50 minutes on two cores
 #
@@ -11,8 +11,9 @@
 #   OUT        everything goes here           (runs/compare)
 #   SEEDS      of data, sampling and order    (0 1 2)
 #   STEPS      optimizer steps of each run    (16)
-#   POLICIES   some of them                   (off-policy on-policy schedule)
-#   SCHEDULE   fraction that the student writes, by step ([[8,0.0],[16,1.0]])
+#   POLICIES   some of: off-policy on-policy mixed schedule  (the first three)
+#   MIXED      part of each batch that the student writes    (0.25)
+#   SCHEDULE   the same by step                              ([[1,0.0],[16,0.5]])
 #   THREADS    CPU threads of each run        (all)
 #   PYTHON     interpreter                    (.venv/bin/python)
 set -euo pipefail
@@ -27,11 +28,12 @@ fi
 OUT=${OUT:-$ROOT/runs/compare}
 STEPS=${STEPS:-16}
 THREADS=${THREADS:-$(nproc)}
-SCHEDULE=${SCHEDULE:-[[8,0.0],[16,1.0]]}
+MIXED=${MIXED:-0.25}
+SCHEDULE=${SCHEDULE:-[[1,0.0],[16,0.5]]}
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 read -r -a seeds <<<"${SEEDS:-0 1 2}"
-read -r -a policies <<<"${POLICIES:-off-policy on-policy schedule}"
-declare -A fraction=([off-policy]=0.0 [on-policy]=1.0 [schedule]=$SCHEDULE)
+read -r -a policies <<<"${POLICIES:-off-policy on-policy mixed}"
+declare -A fraction=([off-policy]=0.0 [on-policy]=1.0 [mixed]=$MIXED [schedule]=$SCHEDULE)
 for policy in "${policies[@]}"; do
   [[ -n ${fraction[$policy]:-} ]] || { echo "refused: POLICIES names $policy; known: ${!fraction[*]}" >&2; exit 2; }
 done
