@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ class CartridgeTrainer(PPOTrainerSync):
         """
         self._history = History()
         print("[cartridge] the trainer is up; its workers are being started", flush=True)
+        # Nobody looks into the queue before the first step, which may be minutes away: no grace.
+        watch = ActorWatch(self._queue(), self._how_to_go_on(), grace_s=0)
+        watch.start()
         try:
             super().init()
         except RayActorError as error:
@@ -90,6 +94,8 @@ class CartridgeTrainer(PPOTrainerSync):
                 raise
             message = f"a process died while the run was starting ({reason})"
             raise ProcessDied(f"{message}. {self._how_to_go_on()}") from error
+        finally:
+            watch.stop()
         print("[cartridge] the server has the version to start from", flush=True)
 
     def fit(self, agent_loop_manager: Any) -> None:
@@ -124,22 +130,20 @@ class CartridgeTrainer(PPOTrainerSync):
 
     def _watched(self, proxies: list[Any], agent_loop_manager: Any) -> dict[str, Any]:
         """Everything that a step needs."""
-        units = self.config.transfer_queue.backend.SimpleStorage.num_data_storage_units
-        unit, queue = "storage unit of the sample queue", "controller of the sample queue"
-        storage = [find_actor(unit, f"TransferQueueStorageUnit#{n}") for n in range(units)]
-        controller = find_actor(queue, "TransferQueueController", "transfer_queue")
         groups = {
             "training worker": self.actor_rollout_wg.workers,
             "rollout proxy (TokasaurusHttpServer)": proxies,
             "agent loop worker": agent_loop_manager.agent_loop_workers,
-            unit: storage,
-            queue: [controller],
         }
-        return {
-            f"{name} {number}": actor
-            for name, actors in groups.items()
-            for number, actor in enumerate(actors)
-        }
+        return _numbered(groups) | self._queue()
+
+    def _queue(self) -> dict[str, Any]:
+        """The actors that samples pass through; there before everything else."""
+        units = self.config.transfer_queue.backend.SimpleStorage.num_data_storage_units
+        unit, queue = "storage unit of the sample queue", "controller of the sample queue"
+        storage = [find_actor(unit, f"TransferQueueStorageUnit#{n}") for n in range(units)]
+        controller = find_actor(queue, "TransferQueueController", "transfer_queue")
+        return _numbered({unit: storage, queue: [controller]})
 
     def _how_to_go_on(self) -> str:
         return (
@@ -383,3 +387,12 @@ class CartridgeTrainer(PPOTrainerSync):
             f"  sync {metrics['timing_s/update_weights']:.1f}s",
             flush=True,
         )
+
+
+def _numbered(groups: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Each actor by what it is called, and its number among its kind."""
+    return {
+        f"{name} {number}": actor
+        for name, actors in groups.items()
+        for number, actor in enumerate(actors)
+    }

@@ -33,11 +33,15 @@ class ActorWatch:
     Args:
         actors: what a person calls them -> their Ray handles.
         mend: how to go on; ends every message.
+        grace_s: seconds from a death until the process ends, unless it ends by itself.
     """
 
-    def __init__(self, actors: Mapping[str, Any], mend: str) -> None:
+    def __init__(
+        self, actors: Mapping[str, Any], mend: str, grace_s: float = _GRACE_SECONDS
+    ) -> None:
         self._actors = dict(actors)
         self._mend = mend
+        self._grace_s = grace_s
         self._dead: str | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look, name="actor-watch", daemon=True)
@@ -87,7 +91,7 @@ class ActorWatch:
         self._dead = message
         # The trainer's own thread raises it at its next look. Should it wait for something that
         # the dead process owed it, the run must end all the same.
-        if not self._stopped.wait(_GRACE_SECONDS):
+        if not self._stopped.wait(self._grace_s):
             print(f"[cartridge] {message}", file=sys.stderr, flush=True)
             self._stopped.wait(_LOOK_SECONDS)  # Ray passes the line on from a file
             os._exit(1)

@@ -44,8 +44,7 @@ try:
     asked.check_now()
 except ProcessDied as died:
     print("ASKED", died, flush=True)
-module._GRACE_SECONDS = 1.0
-watch = ActorWatch({"storage unit 0": two}, "Start it again.")
+watch = ActorWatch({"storage unit 0": two}, "Start it again.", grace_s=1.0)
 watch.start()
 try:
     module.find_actor("rollout proxy", "nobody")
