@@ -58,9 +58,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three at a time on two cores, for a test that starts a server waits much of its time; of a thread
-# each, for threads that spin for a core that another has make both slow.
-WORKERS ?= 3
+# Two at a time, of a thread each: threads that spin for a core that another has make both slow.
+WORKERS ?= 2
 test test-long: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
