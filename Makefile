@@ -64,7 +64,7 @@ test test-long: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# The runs that are left out of `make test` for their length, too.
+# The runs and benchmarks that are left out of `make test` for their length, too.
 test-long: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long or not long"
 

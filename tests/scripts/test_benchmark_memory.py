@@ -15,6 +15,7 @@ SCRIPT = Path(benchmark_memory.__file__)
 SMALL = ("--tokens", 16, "--document", 40, "--samples", 2, "--prompt", 4, "--response", 3)
 
 
+@pytest.mark.long
 def test_two_copies_take_a_copy_more(tmp_path: Path, run_python: Run) -> None:
     """90 MB of weights, so that they stand out from what a process takes anyway."""
     config = AutoConfig.for_model(

@@ -78,7 +78,7 @@ def test_example_query_names_what_is_wrong(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("way", ["directory", "upload"])
+@pytest.mark.parametrize("way", [pytest.param("directory", marks=pytest.mark.long), "upload"])
 def test_rollout_script_through_ray(
     way: str,
     server: BackgroundServer,

@@ -104,6 +104,7 @@ def test_a_short_soak_finds_nothing(run_python: Run) -> None:
     assert "verdict: 0 violations" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_every_figure_of_the_benchmark_is_printed(run_python: Run) -> None:
     done = run_python(
