@@ -345,14 +345,14 @@ def test_a_version_that_the_gateway_refuses_ends_the_run(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path: Path) -> None:
     """Ray's daemons too: whatever carries the supervisor's mark is gone."""
-    stay = "time.sleep(600)"  # alive until the signal; nothing waits for its end
+    stay = "time.sleep(600)"  # both are alive until the signal; nothing waits for its end
     child = f"import ray, time; ray.init(num_cpus=1); print('RAY IS UP', flush=True); {stay}"
     script = (
         "import sys, time; from pathlib import Path; from training.supervise import Supervisor\n"
         "with Supervisor() as s:\n"
         f"    s.start([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'ray.log')!r}))\n"
         "    print(s.mark, flush=True)\n"
-        "    time.sleep(600)\n"
+        f"    {stay}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
