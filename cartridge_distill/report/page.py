@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,9 +165,7 @@ def condition_rows(groups: Sequence[Group]) -> list[Row]:
         for row in _mean_rows(group):
             trained = row.condition == TRAINED
             if not trained and any(
-                name == row.condition
-                and (other.kv_tokens, other.metrics) == (row.kv_tokens, row.metrics)
-                for name, other in found
+                name == row.condition and _same(row, other) for name, other in found
             ):
                 continue
             name = row.condition
@@ -178,6 +177,21 @@ def condition_rows(groups: Sequence[Group]) -> list[Row]:
             found.append((row.condition, Row(name, style, row.kv_tokens, row.metrics)))
     found.sort(key=lambda pair: condition_order(pair[0]))
     return [row for _, row in found]
+
+
+def _same(row: Condition, other: Row) -> bool:
+    """Whether both were measured alike: the intervals' ends differ with the seed that drew them."""
+    return (
+        row.kv_tokens == other.kv_tokens
+        and row.metrics.keys() == other.metrics.keys()
+        and all(_alike(each, other.metrics[metric]) for metric, each in row.metrics.items())
+    )
+
+
+def _alike(one: Interval | None, two: Interval | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return one.n == two.n and math.isclose(one.mean, two.mean, rel_tol=1e-4, abs_tol=1e-6)
 
 
 def _mean_rows(group: Group) -> list[Condition]:

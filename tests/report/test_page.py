@@ -107,6 +107,24 @@ def test_rows_that_are_equal_in_all_runs_stand_there_once(tmp_path: Path) -> Non
     assert found is not None and found.mean == pytest.approx(1.93)
 
 
+@pytest.mark.parametrize(("shift", "times"), [(0.0, 1), (0.01, 2)])
+def test_a_row_is_another_one_by_its_mean_and_not_by_its_interval(
+    tmp_path: Path, shift: float, times: int
+) -> None:
+    """Other seeds draw other questions for the interval, from the same figures."""
+    folders = made.write_recipes(tmp_path)
+    for file in tmp_path.glob("mixed-*/evaluation.json"):
+        evaluation = json.loads(file.read_text())
+        row = next(row for row in evaluation["conditions"] if row["condition"] == "best chunk")
+        for interval in filter(None, row["metrics"].values()):
+            interval["mean"] += shift
+            interval["low"] -= 0.01
+        file.write_text(json.dumps(evaluation))
+    names = [row.name for row in condition_rows(group_runs([read_run(each) for each in folders]))]
+    assert sum(name.startswith("best chunk") for name in names) == times
+    assert sum(name.startswith("no document") for name in names) == 1
+
+
 def test_colours_are_readable_on_both_grounds_and_differ() -> None:
     used = [colours.of_run(place).colour for place in range(6)]
     used += [style.colour for style in colours.CONDITIONS.values()]
