@@ -132,8 +132,12 @@ def test_a_resumed_run_counts_on_and_finds_its_answers(
     status, log = world.run(*SETTINGS, cache, f"trainer.default_local_dir={stopped}")
     assert status == 0, log[-4000:]
     assert len(asked.of_teacher) == 8  # nothing was written again
+    # the log was gone: the steps before have the numbers that were saved with them
+    assert [step["tokens/total_trained"] for step in world.metrics[:2]] == [
+        step["tokens/total_trained"] for step in whole[:2]
+    ]
     before = whole[1]
-    for step, by_student in zip(world.metrics, BY_STUDENT[2:], strict=True):
+    for step, by_student in zip(world.metrics[2:], BY_STUDENT[2:], strict=True):
         check_counts(step, before, by_student)
         assert step["teacher_answers/cache_hits"] == ROWS - by_student
         before = step
