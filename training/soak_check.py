@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from cartridge_distill import retrying
+from cartridge_distill.gateway.store import RETRY_SECONDS
 from training.gateway_rig import Shape, random_cartridge
 
 TOLERANCE = 1e-4
@@ -225,13 +226,16 @@ class DiskWatch:
     """Which versions may lie on the disk.
 
     The gateway deletes when a version arrives. So one beyond the newest ``keep`` may be there when
-    it is in use, or was when the last one arrived.
+    it is in use, or was when the last one arrived. A version of which a request failed stays for
+    :data:`~cartridge_distill.gateway.store.RETRY_SECONDS`; that is any request that was under way
+    when the server was killed.
     """
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._users: Counter[int] = Counter()
-        self._left: dict[int, float] = {}
+        self._free_from: dict[int, float] = {}
+        self._last_kill = float("-inf")
         self._arrived: list[int] = []
         self._last_began = 0.0
         self.most_versions = 0
@@ -241,16 +245,23 @@ class DiskWatch:
     def using(self, step: int) -> Iterator[None]:
         """Around a request."""
         self._users[step] += 1
+        began = time.monotonic()
         try:
             yield
         finally:
             self._users[step] -= 1
-            self._left[step] = time.monotonic()
+            failed = self._last_kill >= began - _EXPLAINED_SECONDS
+            free_from = time.monotonic() + (RETRY_SECONDS if failed else 0.0)
+            self._free_from[step] = max(free_from, self._free_from.get(step, 0.0))
 
     @property
     def in_flight(self) -> int:
         """Requests, whatever their version."""
         return self._users.total()
+
+    def killed(self) -> None:
+        """The server, just now."""
+        self._last_kill = time.monotonic()
 
     def arrived(self, step: int, began: float) -> None:
         """An upload that began then is done."""
@@ -270,5 +281,5 @@ class DiskWatch:
             for step in steps
             if step < oldest
             and not self._users[step]
-            and self._left.get(step, 0.0) < self._last_began
+            and self._free_from.get(step, 0.0) < self._last_began
         ]

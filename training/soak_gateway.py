@@ -13,7 +13,7 @@ A violation, and exit code 1, is: a request that ends without an answer; an answ
 an answer whose log-probs are not those of the version asked for, or are also those of the version
 before it (every answer is computed again, at the end); a failed upload; an attempt that failed in
 another way than with HTTP 503 right after a kill; a server process that died by itself; a version
-on disk that is neither one of the newest nor in use.
+on disk that is neither one of the newest, nor in use, nor about to be asked for again after a 503.
 
 Needs nothing but this repository: no model, no GPU, no network. Only a server that answers is
 killed: one that never comes up is a fault of its own, at which the gateway gives up.
@@ -82,8 +82,8 @@ def print_report(soak: Soak, checker: Checker) -> None:
         ),
         (
             "versions on disk, at most",
-            f"{soak.disk.most_versions} (kept: {soak.options.keep}, and what is in use or "
-            "being written)",
+            f"{soak.disk.most_versions} (kept: {soak.options.keep}, and what is in use, "
+            "asked for again or being written)",
         ),
         ("bytes on disk, at most", f"{soak.disk.most_bytes / 1e6:.2f} MB"),
         (

@@ -167,6 +167,7 @@ class Soak:
             server = self.gateway.server_process()
             if server is not None:
                 self.kills.append(time.monotonic())
+                self.disk.killed()
                 server.kill()
             await self._pause(self.options.kill_every)
 

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 VERSION_FILE = "version.json"
 STAGING = ".staging"
-# Longer than the pauses between a client's attempts.
-_RETRY_SECONDS = 60.0
+RETRY_SECONDS = 60.0
+"""A version outlives a request that failed by this, longer than a client's pauses."""
 
 
 class NoRoom(CartridgeDistillError):
@@ -163,7 +163,7 @@ class VersionStore:
             yield
         except Exception:  # whatever it was: it is raised again, and the client comes back
             for version in held:
-                version.asked_again_until = time.monotonic() + _RETRY_SECONDS
+                version.asked_again_until = time.monotonic() + RETRY_SECONDS
             raise
         finally:
             for version in held:

@@ -55,7 +55,7 @@ def test_a_version_outlives_the_request_that_failed_with_it(
         raise ServerDown("the client will ask again")
     third = put(store, 2)
     assert ids(store) == [first, third]  # nobody was told to come back for the second
-    monkeypatch.setattr(store_module, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", 0.0)
     with pytest.raises(ServerDown), store.using([first]):
         raise ServerDown("again, and now its time is over")
     last = put(store, 3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from tests.scripts.conftest import Run
+from training import soak_check
 from training.gateway_rig import Shape, make_model
 from training.soak_check import Answer, Checker, DiskWatch, unexplained
 
@@ -84,6 +86,28 @@ def test_a_version_that_nobody_uses_must_go() -> None:
         assert watch.in_flight == 1
         assert watch.sample([1, 2, 3, 4], 0) == []
     assert watch.sample([1, 2, 3, 4], 0) == []  # it goes when the next version arrives
+    watch.arrived(5, began=time.monotonic())
+    assert len(watch.sample([1, 3, 4, 5], 0)) == 1
+
+
+def test_a_version_whose_request_failed_stays_for_its_next_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def others_arrive() -> None:
+        for step in range(2, 6):
+            watch.arrived(step, began=time.monotonic())
+
+    watch = DiskWatch(keep=3)
+    with watch.using(1):
+        watch.killed()
+    others_arrive()
+    assert watch.sample([1, 3, 4, 5], 0) == []
+    monkeypatch.setattr(soak_check, "RETRY_SECONDS", 0.0)
+    watch = DiskWatch(keep=3)
+    with watch.using(1):
+        watch.killed()
+    others_arrive()
+    assert len(watch.sample([1, 3, 4, 5], 0)) == 1  # and not for ever
 
 
 @pytest.mark.integration
