@@ -38,7 +38,10 @@ for policy in "${policies[@]}"; do
   [[ -n ${fraction[$policy]:-} ]] || { echo "refused: POLICIES names $policy; known: ${!fraction[*]}" >&2; exit 2; }
 done
 
-cartridge=actor_rollout_ref.actor.cartridge
+actor=actor_rollout_ref.actor
+# A constant rate: a run of other STEPS then differs by its length alone.
+recipe=(--prompts 48 --response 4 --lr 0.02 --test-every 8)
+schedule=("$actor.optim.lr_scheduler_type=constant")
 runs=()
 for seed in "${seeds[@]}"; do
   for policy in "${policies[@]}"; do
@@ -50,8 +53,9 @@ for seed in "${seeds[@]}"; do
     fi
     echo "==== $policy, seed $seed: run ${#runs[@]} of $((${#seeds[@]} * ${#policies[@]}))"
     "$PYTHON" "$ROOT/training/demo.py" --name "$policy" --seed "$seed" --steps "$STEPS" \
-      --threads "$THREADS" --out "$run" \
-      "$cartridge.on_policy_fraction=${fraction[$policy]}" "$cartridge.teacher_cache=$OUT/teacher_answers"
+      --threads "$THREADS" --out "$run" "${recipe[@]}" "${schedule[@]}" \
+      "$actor.cartridge.on_policy_fraction=${fraction[$policy]}" \
+      "$actor.cartridge.teacher_cache=$OUT/teacher_answers"
   done
 done
 

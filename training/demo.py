@@ -38,14 +38,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="make demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
+    option("--steps", type=int, default=36, help="optimizer steps (%(default)s)")
     option("--prompts", type=int, default=48, help="rollouts per step (%(default)s)")
-    option("--response", type=int, default=4, help="tokens per rollout at most (%(default)s)")
+    option("--response", type=int, default=6, help="tokens per rollout at most (%(default)s)")
+    option(
+        "--lr",
+        type=float,
+        default=0.03,
+        help="learning rate of the first step; it falls to a tenth along a cosine (%(default)s)",
+    )
     option("--tokens", type=int, default=128, help="cartridge tokens (%(default)s)")
     option(
         "--test-every",
         type=int,
-        default=8,
+        default=9,
         help="steps between validations on the held-out questions, 0 for none (%(default)s)",
     )
     option("--seed", type=int, default=0, help="of data, sampling and order (%(default)s)")
@@ -210,6 +216,10 @@ def overrides(options: argparse.Namespace, model: str, url: str, out: Path) -> l
         f"data.seed={options.seed}",
         f"actor_rollout_ref.model.path={model}",
         f"{actor}.cartridge.num_tokens={options.tokens}",
+        f"{actor}.cartridge.lr={options.lr}",
+        # At a constant rate the held-out KL jumps between steps, and the last one decides.
+        f"{actor}.optim.lr_scheduler_type=cosine",
+        f"{actor}.optim.min_lr_ratio=0.1",
         f"{actor}.cartridge.documents={data}/documents.jsonl",
         f"{actor}.cartridge.eval_questions={data}/eval.json",
         f"{actor}.cartridge.sync_dir={out}/cartridges",
