@@ -59,7 +59,7 @@ LLAMA_3B: dict[str, Any] = {
 }
 # Tokens: of the cartridge, of the document, of a prompt and of a response; and how many samples.
 SIZES = {
-    None: {"tokens": 128, "document": 591, "samples": 48, "prompt": 60, "response": 4},
+    None: {"tokens": 128, "document": 591, "samples": 48, "prompt": 60, "response": 6},
     "llama-3.2-3b": {
         "tokens": 2048,
         "document": 10_000,
