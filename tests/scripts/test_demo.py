@@ -1,6 +1,6 @@
 """training/demo.py and the comparison made of it: which run veRL is asked for, and its refusals.
 
-That run itself takes eleven minutes and is `make demo`.
+That run itself takes ten minutes and is `make demo`.
 """
 
 from __future__ import annotations
