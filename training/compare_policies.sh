@@ -3,6 +3,7 @@
 #
 #   bash training/compare_policies.sh        # nine runs of five minutes each on two cores
 #
+# 48 answers of at most 4 tokens a step, a constant rate of 0.02: not the recipe of `make demo`.
 # The same model, document, prompts, initialisation and number of tokens for each; three seeds. Ends in
 # a table with the spread over seeds, and in a report. Finished runs are not repeated: stopped, the same
 # command goes on. The teacher's answers are kept and shared by the runs of a seed.
@@ -39,7 +40,7 @@ for policy in "${policies[@]}"; do
 done
 
 actor=actor_rollout_ref.actor
-# A constant rate: a run of other STEPS then differs by its length alone.
+# A constant rate, so that a run of other STEPS differs by its length alone.
 recipe=(--prompts 48 --response 4 --lr 0.02 --test-every 8)
 schedule=("$actor.optim.lr_scheduler_type=constant")
 runs=()
