@@ -58,8 +58,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, of a thread each: threads that spin for a core that another has make both slow.
-WORKERS ?= 2
+# Of a thread each: threads that spin for a core that another has make both slow. Three on two cores,
+# because a test that waits for a process it started leaves its core free.
+WORKERS ?= 3
 test test-long: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
