@@ -58,9 +58,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Of a thread each: threads that spin for a core that another has make both slow. Three on two cores,
-# because a test that waits for a process it started leaves its core free.
-WORKERS ?= 3
+# Two at a time, of a thread each: threads that spin for a core that another has make both slow.
+WORKERS ?= 2
 test test-long: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
