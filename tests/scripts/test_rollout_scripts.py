@@ -77,8 +77,8 @@ def test_example_query_names_what_is_wrong(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("way", ["directory", "upload"])
+@pytest.mark.integration
+@pytest.mark.parametrize("way", [pytest.param("directory", marks=pytest.mark.long), "upload"])
 def test_rollout_script_through_ray(
     way: str,
     server: BackgroundServer,

@@ -110,7 +110,7 @@ def test_a_version_whose_request_failed_stays_for_its_next_attempt(
     assert len(watch.sample([1, 3, 4, 5], 0)) == 1  # and not for ever
 
 
-@pytest.mark.long
+@pytest.mark.integration
 def test_a_short_soak_finds_nothing(run_python: Run) -> None:
     done = run_python(
         "training/soak_gateway.py",

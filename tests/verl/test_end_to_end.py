@@ -234,10 +234,7 @@ def broken(number: int, _: dict[str, Any]) -> httpx.Response | None:
     ("spoil", "message", "steps_done"),
     [
         pytest.param(stale, "OffPolicyError.*server and trainer disagree", 1, id="wrong version"),
-        # Long: tests/server/test_client_faults.py has what the client makes of each such answer.
-        pytest.param(
-            broken, "SyncError|RolloutError.*500", 1, id="500 for good", marks=pytest.mark.long
-        ),
+        pytest.param(broken, "SyncError|RolloutError.*500", 1, id="500 for good"),
     ],
 )
 def test_a_fault_that_does_not_pass_ends_the_run(
