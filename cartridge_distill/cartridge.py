@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.kv_shape import KvShape
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.snapshot import Snapshot
 
@@ -102,15 +103,12 @@ class TrainableCache(nn.Module):
         Args:
             config: the model's transformers config.
         """
-        text = config.get_text_config(decoder=True)
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv = KvShape.of(config)
         generator = torch.Generator().manual_seed(seed)
-        shape = (1, text.num_key_value_heads, num_tokens, head_dim)
+        shape = (1, kv.kv_heads, num_tokens, kv.head_dim)
 
         def noise() -> list[Tensor]:
-            return [
-                torch.randn(shape, generator=generator) * std for _ in range(text.num_hidden_layers)
-            ]
+            return [torch.randn(shape, generator=generator) * std for _ in range(kv.num_layers)]
 
         return cls(Prefix(noise(), noise()), num_frozen_tokens)
 

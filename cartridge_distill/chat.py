@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeDistillError, ConfigError
-from cartridge_distill.forward import check_prefix_fits
+from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.prompts import Message, render_document, render_prompt
 
 
@@ -52,7 +52,7 @@ def reply(
     length = 0
     cache = None
     if cartridge is not None:
-        check_prefix_fits(model, cartridge.prefix())
+        check_fits(cartridge.prefix().kv_shape, model.config)
         length = cartridge.num_tokens
         cache = cartridge.to(model.device).as_cache(model.dtype)
     # generate() takes the ids of the whole context and skips those whose KV the cache holds: the

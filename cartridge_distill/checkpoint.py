@@ -20,8 +20,8 @@ from cartridge_distill.formats.detect import FORMATS, Format, read_local, write_
 from cartridge_distill.formats.own import META_FILE, WEIGHTS_FILE
 from cartridge_distill.formats.stored import DTYPES, CartridgeMeta, StoredCartridge
 from cartridge_distill.formats.tokasaurus import write_snapshot
-from cartridge_distill.forward import check_shape_fits
 from cartridge_distill.hub import is_hub_id, pull
+from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.snapshot import Snapshot
 
@@ -79,11 +79,8 @@ def read_cartridge(source: str | Path, model_config: Any | None = None) -> Store
         raise CartridgeFormatError(f"{source} is no file, no directory and no hub id (owner/name)")
     stored = read_local(path)
     if model_config is not None:
-        snapshot = stored.snapshot
         try:
-            check_shape_fits(
-                model_config, snapshot.num_layers, snapshot.kv_heads, snapshot.head_dim
-            )
+            check_fits(stored.snapshot.kv_shape, model_config)
         except CartridgeFormatError as error:
             raise CartridgeFormatError(f"{source}: {error}") from None
     return stored

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cartridge_distill.attention import ATTENTION_NAME, resolve_backend
-from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.errors import ConfigError
+from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.layout import PackedLayout
 from cartridge_distill.packing import PackedBatch
 from cartridge_distill.prefix import Prefix
@@ -26,36 +27,6 @@ def decoder_config(model: nn.Module) -> Any:
     """The transformers config of the decoder; FSDP's wrapper passes the attribute through."""
     config: Any = model.config
     return config.get_text_config(decoder=True)
-
-
-def check_prefix_fits(model: nn.Module, prefix: Prefix) -> None:
-    """Compares a prefix with the model's shape.
-
-    Raises:
-        CartridgeFormatError: naming the number that differs.
-    """
-    key = prefix.keys[0]
-    check_shape_fits(model.config, prefix.num_layers, key.shape[1], key.shape[3])
-
-
-def check_shape_fits(config: Any, layers: int, kv_heads: int, head_dim: int) -> None:
-    """Compares a prefix' numbers with a model of which only the transformers config is at hand.
-
-    Raises:
-        CartridgeFormatError: naming the number that differs.
-    """
-    config = config.get_text_config(decoder=True)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for what, got, want in (
-        ("layers", layers, config.num_hidden_layers),
-        ("kv heads", kv_heads, config.num_key_value_heads),
-        ("head size", head_dim, size),
-    ):
-        if got != want:
-            raise CartridgeFormatError(
-                f"the prefix has {got} {what}, the model ({config.model_type}) has {want}; "
-                "it was made for another model"
-            )
 
 
 def run_packed(
@@ -81,7 +52,7 @@ def run_packed(
         )
     device = batch.input_ids.device
     if prefix is not None:
-        check_prefix_fits(model, prefix)
+        check_fits(prefix.kv_shape, config)
     prefix_tokens = prefix.num_tokens if prefix is not None else 0
     longest = prefix_tokens + max(batch.lengths)
     limit = getattr(config, "max_position_embeddings", None)

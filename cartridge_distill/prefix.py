@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cartridge_distill.errors import CartridgeFormatError
+from cartridge_distill.kv_shape import KvShape
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Prefix:
         return self.keys[0].shape[2]
 
     @property
-    def num_layers(self) -> int:
-        return len(self.keys)
+    def kv_shape(self) -> KvShape:
+        key = self.keys[0]
+        return KvShape(len(self.keys), key.shape[1], key.shape[3])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

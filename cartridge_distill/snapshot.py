@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.errors import CartridgeFormatError
+from cartridge_distill.kv_shape import KvShape
 from cartridge_distill.memory import recycled_empty
 
 PARTS = ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
@@ -105,6 +106,10 @@ class Snapshot:
     @property
     def num_tokens(self) -> int:
         return self.num_frozen_tokens + self.parts["trainable_keys"][0].shape[2]
+
+    @property
+    def kv_shape(self) -> KvShape:
+        return KvShape(self.num_layers, self.kv_heads, self.head_dim)
 
     @property
     def kv_heads(self) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
+from tests.gateway.rig import Rig
 from tests.tiny import byte_tokenizer, tiny_model
 
 
@@ -59,3 +60,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def rig(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """One gateway for all tests that leave its process as they found it; a start takes 15 s of CPU.
+
+    Its versions are shared, too: a test names its own, and looks at nobody else's. The limits are
+    small, so that they can be reached.
+    """
+    folder = tmp_path_factory.mktemp("gateway")
+    with Rig(
+        folder,
+        model_folder,
+        *("--max-inflight", 6, "--max-request-tokens", 400, "--max-request-bytes", 20_000),
+        *("--max-choices", 4, "--max-cartridge-tokens", 64, "--keep-versions", 3),
+    ) as running:
+        yield running

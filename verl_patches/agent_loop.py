@@ -20,6 +20,7 @@ from verl.utils.profiler import simple_timer
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.prompts import render_prompt
+from verl_patches.causes import in_words
 from verl_patches.mixing import PLAN, TeacherDesk, teacher_desk
 
 AGENT_NAME = "cartridge_agent"
@@ -94,7 +95,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
         except Exception as error:
             # veRL logs it and marks the prompt as failed; the trainer then asks for the cause.
             if len(self._errors) < _ERRORS_KEPT:
-                self._errors.append(f"{type(error).__name__}: {error}")
+                self._errors.append(in_words(error))
             raise
 
     def take_errors(self) -> list[str]:

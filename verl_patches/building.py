@@ -13,7 +13,7 @@ from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.evaluation.validation import Validation
-from cartridge_distill.forward import check_prefix_fits
+from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.models import load_model
 from cartridge_distill.records import load_questions
 from cartridge_distill.teacher import Teacher
@@ -62,7 +62,7 @@ def initial_cartridge(settings: Any, module: Any, teacher: Teacher) -> Trainable
             settings.num_tokens,
             settings.num_frozen_tokens,
         )
-    check_prefix_fits(module, cartridge.prefix())
+    check_fits(cartridge.prefix().kv_shape, module.config)
     return cartridge
 
 

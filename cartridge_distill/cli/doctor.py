@@ -174,20 +174,15 @@ def _describe_model(model: str) -> str:
 
 
 def _describe_cartridge(source: str, model: str | None) -> str:
-    from cartridge_distill.checkpoint import load_cartridge
+    from transformers import AutoConfig
+
+    from cartridge_distill.checkpoint import read_cartridge
     from cartridge_distill.wire import PAGE_TOKENS
 
-    cartridge = load_cartridge(source)
+    config = None if model is None else AutoConfig.from_pretrained(model)
+    cartridge = read_cartridge(source, config).snapshot
     said = f"{source}: {cartridge.num_tokens} tokens, {cartridge.num_frozen_tokens} frozen"
     if model is not None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from cartridge_distill.forward import check_prefix_fits
-
-        with torch.device("meta"):  # its shape is enough
-            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        check_prefix_fits(shell, cartridge.prefix())
         said += f", fits {model}"
     if cartridge.num_tokens % PAGE_TOKENS:
         said += f"; no multiple of {PAGE_TOKENS}: Tokasaurus cannot serve it"

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import AutoConfig
 
 from cartridge_distill.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.kv_shape import KvShape
 from cartridge_distill.transfer import UploadHeader
 from cartridge_distill.wire import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers a cartridge must agree with."""
+    """What a cartridge must agree with: the base model's name, and the numbers of its KV."""
 
     base_model: str
-    num_layers: int
-    kv_heads: int
-    head_dim: int
+    kv: KvShape
 
     @classmethod
     def of(cls, model: str, base_model: str) -> ModelShape:
@@ -33,20 +31,15 @@ class ModelShape:
             ConfigError: there is no such model.
         """
         try:
-            config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+            config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model {model!r} has no readable configuration: {error}") from error
-        head_dim = getattr(config, "head_dim", None)
-        return cls(
-            base_model=base_model,
-            num_layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        )
+        return cls(base_model, KvShape.of(config))
 
     def max_upload_bytes(self, max_tokens: int) -> int:
         """Bytes of the largest upload that can be right: float32, and a header."""
-        return max_tokens * 2 * self.num_layers * self.kv_heads * self.head_dim * 4 + 2**21
+        kv = self.kv
+        return max_tokens * 2 * kv.num_layers * kv.kv_heads * kv.head_dim * 4 + 2**21
 
     def check(self, header: UploadHeader, max_tokens: int) -> None:
         """Refuses what this model, or the real server, could not use.
@@ -56,9 +49,9 @@ class ModelShape:
         """
         for what, got, want in (
             ("base_model", header.base_model, self.base_model),
-            ("num_layers", header.num_layers, self.num_layers),
-            ("kv_heads", header.kv_heads, self.kv_heads),
-            ("head_dim", header.head_dim, self.head_dim),
+            ("num_layers", header.num_layers, self.kv.num_layers),
+            ("kv_heads", header.kv_heads, self.kv.kv_heads),
+            ("head_dim", header.head_dim, self.kv.head_dim),
         ):
             if got != want:
                 raise CartridgeFormatError(

@@ -19,6 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -28,7 +29,7 @@ from cartridge_distill.checkpoint import load_pt_prefix
 from cartridge_distill.composition import join_layers
 from cartridge_distill.errors import CartridgeDistillError, CartridgeFormatError
 from cartridge_distill.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
-from cartridge_distill.forward import check_prefix_fits
+from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.wire import PAGE_TOKENS, CartridgeRef, sanitise_cartridge_id
 
@@ -50,7 +51,7 @@ class CartridgeStore:
 
     def __init__(self, directory: Path, model: nn.Module, memory_bytes: int) -> None:
         self._directory = directory
-        self._model = model
+        self._config: Any = model.config
         parameter = next(model.parameters())
         self._dtype, self._device = parameter.dtype, parameter.device
         self._memory_bytes = memory_bytes
@@ -113,7 +114,7 @@ class CartridgeStore:
         folder = self._folder(cartridge_id, source)
         try:
             prefix = load_pt_prefix(folder / TOKASAURUS_WEIGHTS)
-            check_prefix_fits(self._model, prefix)
+            check_fits(prefix.kv_shape, self._config)
         except (CartridgeFormatError, OSError) as error:
             raise CartridgeRefused(f"cartridge {cartridge_id!r}: {error}") from error
         tokens = prefix.num_tokens

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.kv_shape import KvShape
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
@@ -80,15 +81,13 @@ class Engine:
         config = config.get_text_config(decoder=True)
         if config._attn_implementation != SERVING_ATTENTION:
             raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
-        self._layers: int = config.num_hidden_layers
         self._query_heads: int = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        kv = KvShape.of(config)
+        self._layers = kv.num_layers
         parameter = next(model.parameters())
         self._device = parameter.device
         self._buffer_shape = (
-            *(self._layers, config.num_key_value_heads, head_dim),
+            *(kv.num_layers, kv.kv_heads, kv.head_dim),
             *(parameter.dtype, parameter.device),
         )
         self._buffers = RowBuffers(*self._buffer_shape)

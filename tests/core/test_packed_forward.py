@@ -102,7 +102,7 @@ def test_prefix_from_tokens_is_the_models_own_kv() -> None:
     with torch.no_grad():
         model(input_ids=ids[None], past_key_values=cache)
     prefix = prefix_from_tokens(prepare_model(model), ids)
-    for layer in range(prefix.num_layers):
+    for layer in range(len(prefix.keys)):
         torch.testing.assert_close(prefix.keys[layer], cache.layers[layer].keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(
             prefix.values[layer], cache.layers[layer].values, atol=1e-5, rtol=0

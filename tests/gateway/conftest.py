@@ -1,4 +1,4 @@
-"""One gateway for the tests that leave it as they found it; others start their own."""
+"""Gateways of their own, for the tests that end them or need other settings."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.rig import Rig
-
-
-@pytest.fixture(scope="module")
-def rig(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Small limits, so that they can be reached."""
-    folder = tmp_path_factory.mktemp("gateway")
-    with Rig(
-        folder,
-        model_folder,
-        *("--max-inflight", 6, "--max-request-tokens", 400, "--max-request-bytes", 20_000),
-        *("--max-choices", 4, "--max-cartridge-tokens", 64, "--keep-versions", 3),
-    ) as running:
-        yield running
-
 
 StartRig = Callable[..., Rig]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,8 +34,17 @@ ROUTES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def stranger() -> Iterator[httpx.Client]:
+    """Without the token."""
+    with httpx.Client() as client:
+        yield client
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_everything_but_ping_needs_the_token(rig: Rig, method: str, path: str) -> None:
+def test_everything_but_ping_needs_the_token(
+    rig: Rig, stranger: httpx.Client, method: str, path: str
+) -> None:
     for headers in (
         {},
         {"Authorization": "Bearer wrong"},
@@ -42,10 +52,10 @@ def test_everything_but_ping_needs_the_token(rig: Rig, method: str, path: str) -
         {"Authorization": f"Bearer {TOKEN}x"},
         {"Authorization": TOKEN},
     ):
-        answer = httpx.request(method, rig.url + path, headers=headers)
+        answer = stranger.request(method, rig.url + path, headers=headers)
         assert answer.status_code == 401, (headers, answer.text)
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert httpx.get(rig.url + "/ping").json() == {"message": "pong"}
+    assert stranger.get(rig.url + "/ping").json() == {"message": "pong"}
     assert TOKEN not in rig.log and "wrong" not in rig.log
 
 
@@ -70,7 +80,7 @@ def test_a_cartridge_that_is_not_there_is_a_404_with_those_that_are(rig: Rig) ->
     assert rig.put("there", upload_bytes()).is_success
     answer = rig.complete("absent")
     assert answer.status_code == 404
-    assert "'absent' is not here; here are: there" in answer.json()["detail"]
+    assert re.search("'absent' is not here; here are: .*there", answer.json()["detail"])
     rig.http.delete("/cartridges/there")
 
 
@@ -130,9 +140,9 @@ def test_metrics_count_requests_and_tokens(rig: Rig) -> None:
     assert rig.metric('tokens_total{kind="completion"}') == before + 4
     assert rig.metric(f'requests_total{{route="{COMPLETIONS}",status="200"}}') >= 1
     assert rig.metric("server_up") == 1
-    assert rig.metric('requests_total{route="other",status="404"}') == 0
+    unknown = rig.metric('requests_total{route="other",status="404"}')
     rig.http.get("/some/unknown/path")
-    assert rig.metric('requests_total{route="other",status="404"}') == 1
+    assert rig.metric('requests_total{route="other",status="404"}') == unknown + 1
 
 
 def start(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ LIGHT = {
     "cartridge_distill",
     "cartridge_distill.disconnect",
     "cartridge_distill.errors",
+    "cartridge_distill.kv_shape",
     "cartridge_distill.memory",
     "cartridge_distill.snapshot",
     "cartridge_distill.transfer",

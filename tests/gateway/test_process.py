@@ -37,7 +37,7 @@ def in_flight(rig: Rig, count: int = 1) -> None:
     until(lambda: rig.metric("completions_in_flight") >= count, f"{count} requests in flight")
 
 
-async def test_a_killed_server_is_started_again_with_its_cartridges(
+async def test_a_killed_server_is_started_again_with_its_cartridges_and_sigterm_finishes(
     start_rig: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = start_rig()
@@ -59,12 +59,23 @@ async def test_a_killed_server_is_started_again_with_its_cartridges(
     assert rig.log.count("the server process died (exit code -9); starting it again") == 1
     assert rig.metric('server_restarts_total{reason="died"}') == 1
     assert rig.put("kept-step-000002", upload_bytes(seed=2)).status_code == 201
+    # SIGTERM: what is in flight is finished first
+    second = rig.child
+    thread, answers = in_background(lambda: long_request(rig))
+    in_flight(rig)
+    rig.process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 400
+    assert rig.process.wait(30) == 0
+    assert not second.is_running()
+    assert "Traceback" not in rig.log
 
 
-def test_ping_says_when_the_server_is_not_there(start_rig: Any) -> None:
-    rig = start_rig("--hold-s", 0.1)
+def test_a_server_that_is_not_there_or_hangs(start_rig: Any) -> None:
+    rig = start_rig("--hold-s", 0.1, "--stall-s", 2)
     rig.child.send_signal(signal.SIGKILL)
-    until(lambda: httpx.get(rig.url + "/ping").status_code == 503, "ping tells")
+    until(lambda: rig.http.get("/ping").status_code == 503, "ping tells")
     answer = rig.complete()
     assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
     # an upload that cannot be made to work is not there
@@ -73,10 +84,7 @@ def test_ping_says_when_the_server_is_not_there(start_rig: Any) -> None:
     assert rig.on_disk() == []
     rig.wait_up()
     assert rig.put("late-step-000001", upload_bytes()).status_code == 201
-
-
-def test_a_server_that_hangs_is_started_again(start_rig: Any) -> None:
-    rig = start_rig("--stall-s", 2)
+    # one that hangs is started again
     first = rig.child
     first.suspend()  # alive, and silent: as the real one with a dead model process
     assert long_request(rig).status_code == 503
@@ -85,20 +93,6 @@ def test_a_server_that_hangs_is_started_again(start_rig: Any) -> None:
     assert "has sent nothing for" in rig.log
     assert rig.metric('server_restarts_total{reason="stalled"}') == 1
     assert rig.complete().status_code == 200
-
-
-def test_sigterm_finishes_what_is_in_flight(start_rig: Any) -> None:
-    rig = start_rig()
-    child = rig.child
-    thread, answers = in_background(lambda: long_request(rig))
-    in_flight(rig)
-    rig.process.send_signal(signal.SIGTERM)
-    thread.join()
-    assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 400
-    assert rig.process.wait(30) == 0
-    assert not child.is_running()
-    assert "Traceback" not in rig.log
 
 
 def test_sigterm_does_not_wait_for_ever(start_rig: Any) -> None:
@@ -122,17 +116,6 @@ def _ignore_errors(http: httpx.Client, url: str) -> None:
         pass  # cut off, as it must be
 
 
-def test_the_server_does_not_outlive_a_gateway_that_was_killed(start_rig: Any) -> None:
-    rig = start_rig()
-    child = rig.child
-    rig.process.kill()
-    rig.process.wait()
-    until(
-        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE,
-        "the server ends, too",
-    )
-
-
 def test_a_server_that_cannot_start_ends_the_gateway_with_the_reason(start_rig: Any) -> None:
     rig = start_rig(wait=False, server=("--no-such-option",))
     assert rig.process.wait(60) == 1
@@ -140,11 +123,18 @@ def test_a_server_that_cannot_start_ends_the_gateway_with_the_reason(start_rig: 
     assert "did not come up 3 times" in rig.log
 
 
-def test_a_new_gateway_finds_the_versions_of_the_one_before(start_rig: Any) -> None:
+def test_a_killed_gateway_takes_its_server_along_and_the_next_one_finds_its_versions(
+    start_rig: Any,
+) -> None:
     rig = start_rig()
+    child = rig.child
     assert rig.put("old-step-000001", upload_bytes(seed=1)).status_code == 201
     rig.process.kill()  # it must not need a chance to tidy up
     rig.process.wait()
+    until(
+        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE,
+        "the server ends, too",
+    )
     (rig.cartridges / ".staging" / "half").write_bytes(b"x" * 100)
     (rig.cartridges / ".old-step-000002.abc").mkdir()
     foreign = rig.cartridges / "foreign"

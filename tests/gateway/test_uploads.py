@@ -255,12 +255,3 @@ def test_many_large_uploads_at_once_take_little_memory(start_rig: StartRig) -> N
     assert all("SHA-256" in answer.json()["detail"] for answer in answers)
     assert peak_bytes(rig.process.pid) - before < len(body)  # of three that came
     assert rig.on_disk() == []
-
-
-def test_what_does_not_fit_on_the_disk_is_refused_when_it_is_announced(start_rig: StartRig) -> None:
-    rig = start_rig("--max-disk-gb", 0.000015)  # 15 kB: one version of 8 kB
-    assert rig.put("first", upload_bytes(seed=1)).status_code == 201
-    before = rig.on_disk()
-    answer = rig.put("second", upload_bytes(seed=2))
-    assert answer.status_code == 507 and "do not fit" in answer.json()["detail"]
-    assert rig.on_disk() == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +81,7 @@ def test_example_query_names_what_is_wrong(
 def test_rollout_script_through_ray(
     way: str,
     server: BackgroundServer,
+    rig: Rig,
     model_folder: Path,
     run_python: Run,
     tmp_path: Path,
@@ -90,20 +90,17 @@ def test_rollout_script_through_ray(
     """A given cartridge is published to a running server; its log-probs are the trainer's."""
     meta = CartridgeMeta(base_model="tiny")
     mine = save_cartridge(random_cartridge(tiny_model()), tmp_path / "mine", meta)
-    with contextlib.ExitStack() as stack:
-        if way == "directory":
-            target: tuple[object, ...] = ("--url", server.url)
-            target += ("--cartridge-dir", tmp_path / "cartridges")
-        else:
-            rig = stack.enter_context(Rig(tmp_path / "rig", model_folder))
-            target = ("--url", rig.url, "--served-model", "tiny")
-        done = run_python(
-            *("-m", "verl_patches.rollout.tokasaurus_rollout.test_rollout"),
-            *("--model", model_folder, *target, "--cartridge", mine),
-            *("--compare", "--prompt", "What?", "--prompt", "x" * 40, "--max-tokens", 3),
-            verl=patched,
-            TOKASAURUS_API_KEY=TOKEN,
-        )
+    target: dict[str, tuple[object, ...]] = {
+        "directory": ("--url", server.url, "--cartridge-dir", tmp_path / "cartridges"),
+        "upload": ("--url", rig.url, "--served-model", "tiny"),
+    }
+    done = run_python(
+        *("-m", "verl_patches.rollout.tokasaurus_rollout.test_rollout"),
+        *("--model", model_folder, *target[way], "--cartridge", mine),
+        *("--compare", "--prompt", "What?", "--prompt", "x" * 40, "--max-tokens", 3),
+        verl=patched,
+        TOKASAURUS_API_KEY=TOKEN,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 rollouts are good" in done.stdout
     assert "active version: test-" in done.stdout

@@ -97,20 +97,17 @@ def test_refuses_when_new_versions_have_no_way_to_the_server(
     assert done.returncode == 2 and "SYNC_DIR=/no/such/place" in done.stderr
 
 
-def test_a_gateway_needs_its_token_and_no_directory(
-    patched: Path, model_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    with Rig(tmp_path / "rig", model_folder) as rig:
-        done = run_script(verl=patched, TOKASAURUS_URL=rig.url, DRY_RUN="1", DATA=str(data))
-        assert done.returncode == 2 and "set TOKASAURUS_API_KEY" in done.stderr
-        done = run_script(
-            verl=patched,
-            TOKASAURUS_URL=rig.url,
-            TOKASAURUS_API_KEY=TOKEN,
-            SERVED_MODEL="tiny",
-            DRY_RUN="1",
-            DATA=str(data),
-        )
+def test_a_gateway_needs_its_token_and_no_directory(patched: Path, rig: Rig, data: Path) -> None:
+    done = run_script(verl=patched, TOKASAURUS_URL=rig.url, DRY_RUN="1", DATA=str(data))
+    assert done.returncode == 2 and "set TOKASAURUS_API_KEY" in done.stderr
+    done = run_script(
+        verl=patched,
+        TOKASAURUS_URL=rig.url,
+        TOKASAURUS_API_KEY=TOKEN,
+        SERVED_MODEL="tiny",
+        DRY_RUN="1",
+        DATA=str(data),
+    )
     assert done.returncode == 0, done.stderr
     command = done.stdout.splitlines()[-1]
     assert "cartridge.transport=http" in command and "sync_base_model=tiny" in command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.prompts import render_document
+from cartridge_distill.versions import run_of, step_of, version_id
 from tests.tiny import byte_tokenizer
 from tests.verl.test_end_to_end import ROWS, STEPS, World, world  # noqa: F401  (a fixture)
 from tests.verl.test_resume_end_to_end import _as_it_was_after
@@ -39,6 +41,7 @@ class Asked:
         self.document = render_document(byte_tokenizer(), text)
         self.of_student: list[dict[str, Any]] = []
         self.of_teacher: list[dict[str, Any]] = []
+        self.stale_from = 10**6  # from this version on the server serves version 0 under its name
         self._lock = threading.Lock()
         world.proxy.spoil = self.note
 
@@ -48,6 +51,9 @@ class Asked:
                 self.of_teacher.append(body)
             elif body["max_tokens"] > 1:
                 self.of_student.append(body)
+                [cartridge] = body["cartridges"]
+                if step_of(cartridge["id"]) >= self.stale_from:
+                    cartridge["id"] = version_id(run_of(cartridge["id"]), 0)
         return None
 
 
@@ -72,10 +78,17 @@ def check_counts(step: dict[str, Any], before: dict[str, Any], by_student: int) 
         assert step[f"tokens/total_{name}"] == total
 
 
-def test_a_run_goes_from_off_to_on_policy(world: World, asked: Asked) -> None:  # noqa: F811
-    status, log = world.run(*SETTINGS)
-    assert status == 0, log[-4000:]
-    assert len(world.metrics) == TOTAL
+def test_a_run_goes_from_off_to_on_policy_until_the_server_serves_an_old_version(
+    world: World,  # noqa: F811
+    asked: Asked,
+) -> None:
+    asked.stale_from = TOTAL
+    status, log = world.run(*SETTINGS, f"trainer.total_training_steps={TOTAL + 1}")
+    assert status != 0
+    assert re.search("OffPolicyError.*server and trainer disagree", log), log[-4000:]
+    assert len(world.metrics) == TOTAL  # nothing was trained on it, and nothing saved
+    saved = [folder.name for folder in (world.folder / "checkpoints").glob("global_step_*")]
+    assert f"global_step_{TOTAL}" in saved and f"global_step_{TOTAL + 1}" not in saved
     before: dict[str, Any] = {}
     for step, by_student in zip(world.metrics, BY_STUDENT, strict=True):
         check_counts(step, before, by_student)
@@ -86,7 +99,7 @@ def test_a_run_goes_from_off_to_on_policy(world: World, asked: Asked) -> None:  
         before = step
     assert [step["actor/on_policy_fraction"] for step in world.metrics] == [0, 0.25, 0.75, 1]
     assert "by student 25%" in log
-    assert len(asked.of_student) == sum(BY_STUDENT)
+    assert len(asked.of_student) == sum(BY_STUDENT) + ROWS  # and those of the step that ended it
     assert len(asked.of_teacher) == TOTAL * ROWS - sum(BY_STUDENT)
     length = len(asked.document)
     assert all(body["prompt"][:length] == asked.document for body in asked.of_teacher)

@@ -32,6 +32,7 @@ from cartridge_distill.snapshot import Snapshot
 from cartridge_distill.sync import CartridgePublisher, SharedDirectoryPublisher
 from cartridge_distill.versions import new_run_id, version_id
 from verl_patches import run_folder
+from verl_patches.causes import in_words
 from verl_patches.hooks import cartridge_config_of
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
 
@@ -124,7 +125,7 @@ class ServerAdapter(BaseRollout):
             # older version; the few that are kept are for a person who wants to look.
             publisher.retire(self.settings.sync_keep)
         except BaseException as error:
-            ray.get([proxy.give_up.remote(version, _words(error)) for proxy in proxies])
+            ray.get([proxy.give_up.remote(version, in_words(error)) for proxy in proxies])
             raise
         seconds = time.monotonic() - start
         if seconds > 5:
@@ -144,9 +145,3 @@ class ServerAdapter(BaseRollout):
 
     async def release(self) -> None:
         """The server's memory is its own; nothing to release."""
-
-
-def _words(error: BaseException) -> str:
-    """Ray wraps an actor's error in its own, with a stack; the cause says enough."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {cause}"
