@@ -6,16 +6,19 @@ the optimizer's state stay in float32. Reading and writing files lives in ``chec
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.kv_shape import KvShape
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.snapshot import Snapshot
+
+if TYPE_CHECKING:  # importing it takes seconds, and files are read without any model
+    from transformers import PreTrainedModel
 
 
 class TrainableCache(nn.Module):

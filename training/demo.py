@@ -192,13 +192,16 @@ def start_server(options: argparse.Namespace, model: str, out: Path, supervisor:
     command += ["--threads", str(options.threads), "--seed", str(options.seed)]
     server = supervisor.start(command, log, environment(options, out))
 
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/ping", timeout=2).status_code == 200
-        except httpx.TransportError:
-            return False
+    # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
+    with httpx.Client(base_url=url, timeout=2) as http:
 
-    wait_for(answers, server, log, "server", timeout_s=180)
+        def answers() -> bool:
+            try:
+                return http.get("/ping").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(answers, server, log, "server", timeout_s=180)
     print(f"   {url} speaks Tokasaurus' protocol; cartridges from {out / 'cartridges'}", flush=True)
     return url
 

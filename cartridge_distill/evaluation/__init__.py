@@ -13,7 +13,9 @@
 ``results``     rows, files, summary
 ``table``       the summary as text
 ``validation``  the scores of a prefix in training
-``command``     ``cartridge-distill eval``
+``folder``      all of it, for a data folder, a model and a cartridge
+``command``     ``cartridge-distill eval``: its options
+``names``       of the table's lines
 ==============  =====================================================================
 
 docs/evaluation.md has the formulas, and the columns and keys of the files.

@@ -19,17 +19,11 @@ from typing import Any, Protocol
 import torch
 
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, NO_DOCUMENT, UNTRAINED
 from cartridge_distill.evaluation.retrieval import ChunkIndex
 from cartridge_distill.evaluation.scoring import device_of
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.teacher import Teacher
-
-NO_DOCUMENT = "no document"
-FULL_DOCUMENT = "full document"
-BEST_CHUNK = "best chunk"
-UNTRAINED = "untrained cartridge"
-TRAINED = "trained cartridge"
-CONDITIONS = (NO_DOCUMENT, BEST_CHUNK, UNTRAINED, TRAINED, FULL_DOCUMENT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,13 @@ from typing import Any
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.evaluation.answers import Answerer, chosen_option, lettered_prompt
-from cartridge_distill.evaluation.conditions import FULL_DOCUMENT, Condition, FullDocument, View
+from cartridge_distill.evaluation.conditions import Condition, FullDocument, View
 from cartridge_distill.evaluation.data import HeldOutPrompt, Numbered, in_chunks
 from cartridge_distill.evaluation.journal import Journal, prompt_key, question_key
+from cartridge_distill.evaluation.names import ANSWER_TOKENS, FULL_DOCUMENT
 from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult
 from cartridge_distill.evaluation.scoring import (
-    ANSWER_TOKENS,
     TeacherAnswers,
     best,
     kl_sums,

@@ -24,7 +24,7 @@ from cartridge_distill.evaluation.bootstrap import (
     estimate,
     estimate_difference,
 )
-from cartridge_distill.evaluation.conditions import TRAINED, UNTRAINED
+from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"

@@ -23,9 +23,6 @@ from cartridge_distill.forward import chosen_logprobs, packed_forward
 from cartridge_distill.packing import PackedBatch, pack
 from cartridge_distill.prefix import Prefix
 
-ANSWER_TOKENS = 12
-"""Tokens of the teacher's answer on which the KL is taken, at most."""
-
 
 def device_of(model: Any) -> torch.device:
     device: torch.device = next(model.parameters()).device

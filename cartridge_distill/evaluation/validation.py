@@ -19,9 +19,9 @@ import torch
 
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.evaluation.data import check_documents, in_chunks
+from cartridge_distill.evaluation.names import ANSWER_TOKENS
 from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
 from cartridge_distill.evaluation.scoring import (
-    ANSWER_TOKENS,
     TeacherAnswers,
     best,
     device_of,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cartridge_distill.report.reading import (
+from cartridge_distill.evaluation.names import (
+    BEST_CHUNK,
     FULL_DOCUMENT,
     NO_DOCUMENT,
-    RETRIEVED,
     TRAINED,
     UNTRAINED,
 )
@@ -36,7 +36,7 @@ class Style:
 CONDITIONS = {
     NO_DOCUMENT: Style(_GREY, "circle-open"),
     UNTRAINED: Style(_STONE, "square-open"),
-    RETRIEVED: Style(_VIOLET, "triangle-up"),
+    BEST_CHUNK: Style(_VIOLET, "triangle-up"),
     TRAINED: Style(_BLUE),
     FULL_DOCUMENT: Style(_GREEN, "diamond"),
 }

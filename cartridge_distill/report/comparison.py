@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.report.groups import Group, TokenAxis, value_at
-from cartridge_distill.report.reading import TRAINED, Interval, Run
+from cartridge_distill.report.reading import Interval, Run
 
 # Lower is better for both; the first that was measured decides.
 DECIDING = {

@@ -24,18 +24,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cartridge_distill.errors import ReportError
+from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
 from cartridge_distill.report import colours, figures, verdict
 from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
-from cartridge_distill.report.reading import (
-    TRAINED,
-    UNTRAINED,
-    Condition,
-    Interval,
-    Run,
-    condition_order,
-    read_run,
-)
+from cartridge_distill.report.reading import Condition, Interval, Run, condition_order, read_run
 
 # Columns of the table: metric, heading, unit or remark.
 _METRICS = (

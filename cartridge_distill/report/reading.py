@@ -15,19 +15,14 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cartridge_distill.errors import ReportError
+from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUMENT, TRAINED
 from cartridge_distill.report.questions import QUESTIONS_FILE, Questions, read_questions
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 
-NO_DOCUMENT = "no document"
-UNTRAINED = "untrained cartridge"
-RETRIEVED = "best chunk"
-TRAINED = "trained cartridge"
-FULL_DOCUMENT = "full document"
-CONDITIONS = (NO_DOCUMENT, RETRIEVED, UNTRAINED, TRAINED, FULL_DOCUMENT)
-_OTHER_NAMES = {"no cartridge": NO_DOCUMENT, "retrieved chunk": RETRIEVED}
+_OTHER_NAMES = {"no cartridge": NO_DOCUMENT, "retrieved chunk": BEST_CHUNK}
 
 # What the report draws from; veRL logs more, and a new release may log other things than numbers.
 _DRAWN = ("actor/", "perf/", "timing_s/", "tokens/", "training/", "val/")

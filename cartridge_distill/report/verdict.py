@@ -13,18 +13,11 @@ from statistics import NormalDist, mean
 
 import numpy as np
 
+from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, TRAINED, UNTRAINED
 from cartridge_distill.report.comparison import DECIDING, Comparison, Standing
 from cartridge_distill.report.groups import Group, TokenAxis
 from cartridge_distill.report.questions import Questions
-from cartridge_distill.report.reading import (
-    FULL_DOCUMENT,
-    RETRIEVED,
-    TRAINED,
-    UNTRAINED,
-    Evaluation,
-    Interval,
-    Run,
-)
+from cartridge_distill.report.reading import Evaluation, Interval, Run
 
 _ENDS = (UNTRAINED, TRAINED, FULL_DOCUMENT)
 
@@ -200,7 +193,7 @@ def _of_run(
 
 def _better_chunk(evaluation: Evaluation, metric: str, trained: Interval) -> str:
     """What a reader must not have to find in the table: plain retrieval has the lower mean."""
-    row = evaluation.get(RETRIEVED)
+    row = evaluation.get(BEST_CHUNK)
     found = row.get(metric) if row is not None else None
     if row is None or found is None or found.mean >= trained.mean:
         return ""

@@ -43,15 +43,18 @@ def client(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             command, env=child_environment(), stdout=log, stderr=subprocess.STDOUT
         )
 
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}")  # its TLS context is made once
+
     def up() -> bool:
         assert process.poll() is None, (folder / "log").read_text()
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/ping").status_code == 200
+            return http.get("/ping").status_code == 200
         except httpx.HTTPError:
             return False
 
     try:
-        until(up, "the server")
+        with http:
+            until(up, "the server")
         url = f"http://127.0.0.1:{port}/v1"
         yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill import chat
+from cartridge_distill import chat, conversation
 from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.evaluation.scoring import greedy_answers
@@ -33,7 +33,9 @@ def test_a_reply_equals_greedy_decoding_behind_the_prefix(
         prefix = cartridge.prefix() if cartridge else None
         end = frozenset([model.generation_config.eos_token_id])
         (expected,) = greedy_answers(packed, [prefix], [prompt], 8, end)
-        assert chat.reply(model, tokenizer, cartridge, messages, max_new_tokens=8) == expected
+        assert (
+            conversation.reply(model, tokenizer, cartridge, messages, max_new_tokens=8) == expected
+        )
 
 
 def test_a_cartridge_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -41,7 +43,7 @@ def test_a_cartridge_of_another_model_is_refused(tokenizer: PreTrainedTokenizerF
     cartridge = random_cartridge(model)
     model.config.num_hidden_layers = 3
     with pytest.raises(CartridgeFormatError, match="2 layers"):
-        chat.reply(model, tokenizer, cartridge, QUESTION)
+        conversation.reply(model, tokenizer, cartridge, QUESTION)
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_a_conversation_keeps_its_turns(
         return [65]
 
     monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(chat, "reply", reply)
+    monkeypatch.setattr(conversation, "reply", reply)
     assert chat.main(arguments) == 0
     assert turns == [1, 3]
 

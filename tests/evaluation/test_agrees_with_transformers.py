@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from cartridge_distill.evaluation.conditions import FULL_DOCUMENT, NO_DOCUMENT
+from cartridge_distill.evaluation.names import FULL_DOCUMENT, NO_DOCUMENT
 from cartridge_distill.models import load_model
 from cartridge_distill.records import Question
 from tests.evaluation import made

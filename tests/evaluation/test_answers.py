@@ -17,7 +17,8 @@ from cartridge_distill.evaluation.answers import (
     lettered,
     lettered_prompt,
 )
-from cartridge_distill.evaluation.conditions import TRAINED, BestChunk, Fixed, View
+from cartridge_distill.evaluation.conditions import BestChunk, Fixed, View
+from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.evaluation.scoring import sampled_answers
 from cartridge_distill.wire import CartridgeRef
 from tests.conftest import StartServer

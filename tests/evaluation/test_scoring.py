@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.attention import ATTENTION_NAME
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
-from cartridge_distill.evaluation.conditions import FULL_DOCUMENT, Fixed, no_document
+from cartridge_distill.evaluation.conditions import Fixed, no_document
 from cartridge_distill.evaluation.data import check_documents
+from cartridge_distill.evaluation.names import FULL_DOCUMENT
 from cartridge_distill.evaluation.prompts import AskedQuestion
 from cartridge_distill.evaluation.scoring import (
     TeacherAnswers,

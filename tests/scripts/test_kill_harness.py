@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.scripts.conftest import ROOT, Run, child_environment
+from tests.scripts.conftest import ROOT, child_environment
 from training.kill_harness import parse, same_settings
 from training.kill_judge import Ended, Kill, Verdict, judge, read_attempts, table
 from training.kill_phases import PHASES, Mark, phase_at, read_marks
@@ -32,11 +32,15 @@ STEPS = 6
 # ---------------------------------------------------------------- arguments and moments
 
 
-def test_the_help_says_what_is_killed_and_what_is_compared(run_python: Run) -> None:
-    done = run_python("training/kill_harness.py", "--help")
-    assert done.returncode == 0, done.stderr
+def test_the_help_says_what_is_killed_and_what_is_compared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
     for word in (*TARGETS, "--moments", "--seed", "resume_mode=auto", "weights"):
-        assert word in done.stdout
+        assert word in said
 
 
 @pytest.mark.parametrize(
