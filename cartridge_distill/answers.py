@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import DocumentError
 from cartridge_distill.records import Document
-from cartridge_distill.teacher import DocumentStore
 
 logger = logging.getLogger(__name__)
 

@@ -35,12 +35,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
+from cartridge_distill.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.forward import packed_forward, recomputing_layers  # noqa: E402
 from cartridge_distill.loss import get_loss  # noqa: E402
 from cartridge_distill.models import load_model, prepare_model  # noqa: E402
 from cartridge_distill.packing import pack  # noqa: E402
-from cartridge_distill.teacher import DocumentStore, Teacher  # noqa: E402
+from cartridge_distill.teacher import Teacher  # noqa: E402
 from training.benchmark import demo_model, make_sequences, processor  # noqa: E402
 from training.measure import PeakMemory, say, synchronize  # noqa: E402
 

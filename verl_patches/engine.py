@@ -26,6 +26,7 @@ from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, OffPolicyError
 from cartridge_distill.forward import (
     chosen_logprobs,
@@ -37,7 +38,7 @@ from cartridge_distill.loss import get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_document
-from cartridge_distill.teacher import DocumentStore, Teacher
+from cartridge_distill.teacher import Teacher
 from verl_patches import engine_state
 from verl_patches.agreement import differences
 from verl_patches.building import initial_cartridge, load_base, load_validation

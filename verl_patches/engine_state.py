@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from cartridge_distill.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.formats.files import replace_directory
 from cartridge_distill.records import Document
-from cartridge_distill.teacher import DocumentStore
 from cartridge_distill.training_state import (
     TrainingState,
     check_same_recipe,

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from cartridge_distill.answers import Answer, AnswerCache, TeacherWriter
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import OffPolicyError, RolloutError
 from cartridge_distill.mixing import (
     STUDENT,
@@ -27,7 +28,6 @@ from cartridge_distill.mixing import (
 )
 from cartridge_distill.models import model_identity
 from cartridge_distill.prompts import render_document
-from cartridge_distill.teacher import DocumentStore
 from verl_patches.samples import document_id_of
 
 PLAN, EPOCH = "student_writes", "epoch"

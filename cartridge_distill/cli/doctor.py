@@ -201,7 +201,7 @@ def _data(data: Path | None) -> Iterator[Finding]:
 
 
 def _describe_documents(path: Path) -> str:
-    from cartridge_distill.teacher import DocumentStore
+    from cartridge_distill.document_store import DocumentStore
 
     ids = DocumentStore.from_file(path).ids
     return f"{path}: {len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
@@ -210,8 +210,8 @@ def _describe_documents(path: Path) -> str:
 def _describe_rows(path: Path, documents: Path) -> str:
     import pandas as pd
 
+    from cartridge_distill.document_store import DocumentStore
     from cartridge_distill.errors import ConfigError
-    from cartridge_distill.teacher import DocumentStore
 
     rows = pd.read_parquet(path)
     missing = [name for name in ("prompt", "data_source", "extra_info") if name not in rows]

@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, DocumentError
 from cartridge_distill.prompts import Message, render_prompt
 from cartridge_distill.records import Question, load_questions
-from cartridge_distill.teacher import DocumentStore
 
 QUESTIONS = "eval.json"
 PROMPTS = "val.parquet"

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from cartridge_distill.answers import Answer, AnswerCache, TeacherWriter
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, DocumentError
 from cartridge_distill.models import model_identity
-from cartridge_distill.teacher import DocumentStore
+from tests.core.filling import fill
 
 ANSWER = Answer([5, 6, 7], [-0.1, -2.25, -1e-9], "length")
 KEY = {"base_model": "m", "seed": 3, "temperature": 0.7}
@@ -56,15 +57,6 @@ def test_a_damaged_entry_is_said_and_written_anew(
     assert f"{path} is damaged" in caplog.text
     cache.put(KEY, ANSWER)
     assert cache.get(KEY) == ANSWER
-
-
-def fill(directory: str, own: int) -> None:
-    cache = AnswerCache(directory)
-    for number in range(300):
-        key = {"number": number}
-        found = cache.get(key)
-        assert found is None or found.token_ids[0] == number, found
-        cache.put(key, Answer([number, own], [-1.0, -1.0], "stop"))
 
 
 def test_two_processes_share_a_directory(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.cartridge import TrainableCache
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import DocumentError
 from cartridge_distill.forward import packed_forward
 from cartridge_distill.loss import TeacherTopK, forward_kl_topk
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
-from cartridge_distill.teacher import DocumentStore, Teacher
+from cartridge_distill.teacher import Teacher
 from tests.tiny import VOCAB, tiny_model
 
 TEXTS = {"a": "first document " * 3, "b": "another one " * 5}

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartridge_distill.dataset import SCHEMA
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.prompts import render_document
 from cartridge_distill.records import load_questions
-from cartridge_distill.teacher import DocumentStore, Teacher
+from cartridge_distill.teacher import Teacher
 from tests.data.writer import CONTEXT, writing_model
 from tests.documents.made import prose, sentence, write_pdf
 from tests.tiny import byte_tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
 from cartridge_distill.records import (
     Document,
@@ -18,7 +19,6 @@ from cartridge_distill.records import (
     save_documents,
     save_questions,
 )
-from cartridge_distill.teacher import DocumentStore
 
 DATA = Path(__file__).parents[2] / "training" / "data"
 QUESTION = {

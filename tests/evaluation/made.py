@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.evaluation.conditions import Condition, FullDocument, no_document
 from cartridge_distill.evaluation.harness import Evaluation
 from cartridge_distill.evaluation.journal import Journal
@@ -18,7 +19,7 @@ from cartridge_distill.evaluation.results import Results
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.prompts import render_document
 from cartridge_distill.records import Document, Question, save_documents, save_questions
-from cartridge_distill.teacher import DocumentStore, Teacher
+from cartridge_distill.teacher import Teacher
 
 TEXTS = {
     "one": "Ann has a red hat. She lives by the sea with her dog.",

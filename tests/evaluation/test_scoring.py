@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.attention import ATTENTION_NAME
+from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
 from cartridge_distill.evaluation.conditions import Fixed, no_document
 from cartridge_distill.evaluation.data import check_documents
@@ -23,7 +24,6 @@ from cartridge_distill.evaluation.scoring import (
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 from cartridge_distill.prompts import render_document
 from cartridge_distill.records import Question
-from cartridge_distill.teacher import DocumentStore
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, evaluate, teacher
 from tests.tiny import plain_distributions, plain_logprobs, random_cartridge
 

@@ -30,6 +30,7 @@ from tests.verl.engine_rig import (
     step,
 )
 
+pytestmark = pytest.mark.integration
 RANKS = 2
 ROWS = (*SHAPES, (7, 3, "blue"), (11, 9, "red"))
 # "red" alone on rank 0, both documents on rank 1: the teacher's forwards must be evened out.
