@@ -13,8 +13,10 @@ import httpx
 import openai
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cli.main import app
 from cartridge_distill.prompts import render_prompt
 from tests.gateway.rig import until
 from tests.scripts.conftest import child_environment
@@ -150,14 +152,6 @@ def test_a_cartridge_of_another_model_is_refused(model_folder: Path, tmp_path: P
 
     three = [torch.zeros(1, 2, 16, 16)] * 3
     save_cartridge(TrainableCache(Prefix(three, three)), tmp_path / "c", CartridgeMeta("x"))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "cartridge_distill.cli.main", "serve", "--model"),
-            *(str(model_folder), "--cartridge", f"c={tmp_path / 'c'}", "--port", "0"),
-        ],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1 and "3 layers" in done.stderr
+    options = ["--model", str(model_folder), "--cartridge", f"c={tmp_path / 'c'}", "--port", "0"]
+    done = CliRunner().invoke(app, ["serve", *options])
+    assert done.exit_code == 1 and "3 layers" in done.output

@@ -41,12 +41,12 @@ def test_the_unrepaired_model_runs_dry_after_64_versions(tmp_path: Path) -> None
         server.start("s64", ["v64"])
 
 
-def test_a_thousand_versions_pass_through_the_repaired_model(tmp_path: Path) -> None:
+def test_hundreds_of_versions_pass_through_the_repaired_model(tmp_path: Path) -> None:
     """As training does it: each version gets one token, then prompts of several pages, some of
     which begin alike, with sequences of this version in flight while others finish."""
     rng = random.Random(0)
     server = ModelServer(CACHE, tmp_path)
-    for version in range(1_000):
+    for version in range(300):
         name = f"v{version}"
         server.publish(name, VERSION)
         server.start(f"{name}-first", [name], own=1)
@@ -63,7 +63,7 @@ def test_a_thousand_versions_pass_through_the_repaired_model(tmp_path: Path) -> 
             server.finish(seq_id)
         server.work()
         server.account()
-    assert server.loads == 1_000, "each version is loaded once"
+    assert server.loads == 300, "each version is loaded once"
 
 
 @pytest.mark.parametrize("seed", range(6))
