@@ -36,8 +36,8 @@ $(VENV)/.created:
 # lock is complete, and pip's resolver would work on it for more than ten minutes: --no-deps.
 $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 	@echo "== packages (some minutes the first time)"
-	$(PIP) install --quiet --progress-bar off "$$(grep '^torch==' $(LOCK))"
-	$(PIP) install --progress-bar off --no-deps -r $(LOCK) \
+	$(PIP) install --quiet --progress-bar off --no-compile "$$(grep '^torch==' $(LOCK))"
+	$(PIP) install --progress-bar off --no-compile --no-deps -r $(LOCK) \
 	  | awk '!/already satisfied|^  Using cached/ { print; fflush() }'
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
@@ -45,8 +45,10 @@ $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 # A tree that carries an older version of the patches cannot be patched over: take a fresh one.
 $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 	$(BIN)/python -m verl_patches apply || { \
-	  $(PIP) install --quiet --force-reinstall --no-deps "$$(grep '^verl==' $(LOCK))" \
+	  $(PIP) install --quiet --force-reinstall --no-compile --no-deps "$$(grep '^verl==' $(LOCK))" \
 	  && $(BIN)/python -m verl_patches apply; }
+	@echo "== byte code, on all cores (pip would use one; some packages carry files that are none)"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib cartridge_distill verl_patches training || true
 	@touch $@
 
 # DEMO passes options on: make demo DEMO="--seed 1 --steps 48"
