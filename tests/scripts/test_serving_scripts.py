@@ -114,7 +114,7 @@ def test_a_version_whose_request_failed_stays_for_its_next_attempt(
 def test_a_short_soak_finds_nothing(run_python: Run) -> None:
     done = run_python(
         "training/soak_gateway.py",
-        *("--seconds", 12, "--inflight", 8, "--upload-every", 1, "--kill-every", 5),
+        *("--seconds", 8, "--inflight", 8, "--upload-every", 1, "--kill-every", 5),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line[3:34].strip(): line[34:].strip() for line in done.stdout.splitlines()}

@@ -327,17 +327,34 @@ def test_a_version_that_the_gateway_refuses_ends_the_run(
     assert world.metrics == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path: Path) -> None:
-    """Ray's daemons too: whatever carries the supervisor's mark is gone."""
-    stay = "time.sleep(600)"  # both are alive until the signal; nothing waits for its end
-    child = f"import ray, time; ray.init(num_cpus=1); print('RAY IS UP', flush=True); {stay}"
+# The sleeps keep processes alive until the signal; nothing waits for their end.
+STAY = "time.sleep(600)"
+DAEMONS = {
+    "Ray": "import ray, time; ray.init(num_cpus=1); print('ALL UP', flush=True); " + STAY,
+    "a daemon": (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', 'import time; {STAY}'], start_new_session=True)\n"
+        f"print('ALL UP', flush=True); {STAY}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "started"),
+    [(signal.SIGINT, "Ray"), (signal.SIGTERM, "a daemon")],
+    ids=["Ctrl-C, Ray", "SIGTERM, a daemon"],
+)
+def test_nothing_outlives_a_supervisor_that_is_interrupted(
+    number: int, started: str, tmp_path: Path
+) -> None:
+    """What left its group too, as Ray's do: whatever carries the supervisor's mark is gone."""
+    child = DAEMONS[started]
     script = (
         "import sys, time; from pathlib import Path; from training.supervise import Supervisor\n"
         "with Supervisor() as s:\n"
-        f"    s.start([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'ray.log')!r}))\n"
+        f"    s.start([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))\n"
         "    print(s.mark, flush=True)\n"
-        f"    {stay}\n"
+        f"    {STAY}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
@@ -345,13 +362,9 @@ def test_nothing_outlives_a_supervisor_that_is_interrupted(number: int, tmp_path
     )
     assert parent.stdout is not None
     mark = parent.stdout.readline().strip()
-    log = tmp_path / "ray.log"
-    deadline = time.monotonic() + 60
-    while (
-        "RAY IS UP" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline
-    ):
-        time.sleep(0.2)
-    assert len(marked(mark)) > 2  # Ray's daemons beside the child
+    log = tmp_path / "log"
+    until(lambda: log.exists() and "ALL UP" in log.read_text(), "the child and its daemons")
+    assert len(marked(mark)) >= 2  # daemons beside the child
     parent.send_signal(number)
     assert parent.wait(timeout=60) != 0
     assert marked(mark) == []
