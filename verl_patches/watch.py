@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,18 +62,29 @@ class ActorWatch:
         if self._dead is not None:
             raise ProcessDied(self._dead)
 
-    def check_now(self, patience_s: float = 5.0) -> None:
+    def check_now(self, patience_s: float = _GRACE_SECONDS) -> None:
         """The same, after asking all of them once more: for an error that a death may explain.
+
+        Returns when all have answered, which takes milliseconds; Ray's word of a death takes a
+        second or two, and longer where every core is busy.
+
+        Args:
+            patience_s: the longest wait for one that neither answers nor is known to be dead.
 
         Raises:
             ProcessDied: one of them is dead.
         """
         self.check()
-        signs = {name: actor.__ray_ready__.remote() for name, actor in self._actors.items()}
-        ray.wait(list(signs.values()), num_returns=len(signs), timeout=patience_s)
-        for name, sign in signs.items():
-            if (words := _last_words(sign)) is not None:
-                raise ProcessDied(self._message(name, words))
+        asked = {actor.__ray_ready__.remote(): name for name, actor in self._actors.items()}
+        until = time.monotonic() + patience_s
+        while asked:
+            answers, _ = ray.wait(list(asked), timeout=max(0.0, until - time.monotonic()))
+            if not answers:
+                return
+            for sign in answers:
+                name = asked.pop(sign)
+                if (words := _last_words(sign)) is not None:
+                    raise ProcessDied(self._message(name, words))
 
     def _message(self, name: str, words: str) -> str:
         return f"the {name} died ({words}). {self._mend}"
