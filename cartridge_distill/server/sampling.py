@@ -24,11 +24,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from cartridge_distill.versions import run_of, step_of
 
 _BLOCK = 256
+_REQUESTS_KEPT = 2**16  # about 20 MB; a step of a run sends some hundreds
 
 
 @dataclass
@@ -36,11 +38,14 @@ class RequestSeeds:
     """Hands out one generator per choice; counts how often the same request came.
 
     Without the count, the same prompt sent twice with one cartridge would give the same text twice.
-    Runs are counted apart.
+    Runs are counted apart. A request that comes again after ``_REQUESTS_KEPT`` others is counted
+    from the start: the memory of a server that runs for months is bounded.
     """
 
     server_seed: int
-    _seen: dict[tuple[bytes, tuple[str, ...]], int] = field(default_factory=dict)
+    _seen: LRUCache[tuple[bytes, tuple[str, ...]], int] = field(
+        default_factory=lambda: LRUCache(_REQUESTS_KEPT)
+    )
 
     def generators(
         self,

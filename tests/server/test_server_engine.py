@@ -325,6 +325,24 @@ def test_a_run_that_is_started_again_draws_the_same() -> None:
     assert draw("by-hand") != draw("by-hand-too")
 
 
+def test_counts_of_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cartridge_distill.server.sampling._REQUESTS_KEPT", 3)
+    seeds = RequestSeeds(0)
+
+    def draw(token: int) -> float:
+        return seeds.generators([token], [], 1)[0].random()
+
+    first, *_ = [draw(token) for token in range(3)]
+    again = draw(0)
+    assert again != first
+    draw(3)  # takes the place of 1, which came longest ago
+    assert len(seeds._seen) == 3
+    assert draw(0) not in (first, again)
+    for token in range(1, 4):
+        draw(token)
+    assert draw(0) == first
+
+
 def test_idle_engine_gives_memory_back(llama: PreTrainedModel, engine_of: EngineOf) -> None:
     engine = engine_of(llama)
     engine.submit(row(prompt(5, 0), 2, None)).result(60)
