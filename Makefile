@@ -42,13 +42,17 @@ $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+# The large parts of packages that nothing here imports; Python compiles the rest of them at need.
+NOT_COMPILED := /(tests?|rllib|plotly|physics|pip)/|/models/(?!__init__|auto|llama|mistral|qwen|gemma)
+
 # A tree that carries an older version of the patches cannot be patched over: take a fresh one.
 $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 	$(BIN)/python -m verl_patches apply || { \
 	  $(PIP) install --quiet --force-reinstall --no-compile --no-deps "$$(grep '^verl==' $(LOCK))" \
 	  && $(BIN)/python -m verl_patches apply; }
 	@echo "== byte code, on all cores (pip would use one; some packages carry files that are none)"
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib cartridge_distill verl_patches training || true
+	@$(BIN)/python -m compileall -qq -j 0 -x '$(NOT_COMPILED)' \
+	  $(VENV)/lib cartridge_distill verl_patches training || true
 	@touch $@
 
 # DEMO passes options on: make demo DEMO="--seed 1 --steps 48"

@@ -1,19 +1,23 @@
-"""Fixtures for all tests: a tiny reference model, and embedded servers over copies of it."""
+"""Fixtures for all tests: a tiny reference model, and embedded servers over copies of it.
+
+What they need is imported where they need it: pytest's first process reads this file too, runs no
+test, and lets the others begin when it has.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.server.running import BackgroundServer
-from cartridge_distill.server.settings import ServerSettings
-from tests.gateway.rig import Rig
-from tests.tiny import byte_tokenizer, tiny_model
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cartridge_distill.server.running import BackgroundServer
+    from tests.gateway.rig import Rig
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` has left some out
@@ -34,15 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     """The reference model; servers get a copy, for they replace the attention."""
+    from tests.tiny import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
+    from tests.tiny import byte_tokenizer
+
     return byte_tokenizer()
 
 
-StartServer = Callable[..., BackgroundServer]
+StartServer = Callable[..., "BackgroundServer"]
 
 
 @pytest.fixture
@@ -50,6 +58,9 @@ def start_server(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> Iterator[StartServer]:
     """A function that starts a server over a copy of the tiny Llama; all are stopped at the end."""
+    from cartridge_distill.server.running import BackgroundServer
+    from cartridge_distill.server.settings import ServerSettings
+
     running: list[BackgroundServer] = []
 
     def start(**settings: Any) -> BackgroundServer:
@@ -66,6 +77,8 @@ def start_server(
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama and its byte tokenizer, as transformers saves them."""
+    from tests.tiny import byte_tokenizer, tiny_model
+
     folder = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -79,6 +92,8 @@ def rig(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     Its versions are shared, too: a test names its own, and looks at nobody else's. The limits are
     small, so that they can be reached.
     """
+    from tests.gateway.rig import Rig
+
     folder = tmp_path_factory.mktemp("gateway")
     with Rig(
         folder,
