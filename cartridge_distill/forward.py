@@ -62,6 +62,8 @@ def run_packed(
             f"over the model's context of {limit}; shorten the document, prompt or response"
         )
     # A cache that collects the row's KV wants every token of it.
+    if keep is not None and cache is None:
+        batch, keep = batch.up_to_last(keep.to(device))
     layout = PackedLayout(
         batch, prefix, resolve_backend(backend, device), share_beginnings=cache is None
     )
@@ -133,7 +135,8 @@ def packed_forward(
         model: frozen decoder from :func:`cartridge_distill.models.load_model`.
         prefix: P tokens visible to every token, or None for the bare model.
         batch: the packed sequences, T tokens.
-        keep: ``[T]`` bool; only these rows go through the vocabulary projection. All by default.
+        keep: ``[T]`` bool; only these rows go through the vocabulary projection, and what follows
+            a sequence's last one is not computed at all. All by default.
         backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.attention`.
 
     Returns:

@@ -69,6 +69,29 @@ class PackedBatch:
             )
         return torch.roll(wanted, -1, dims=0)
 
+    def up_to_last(self, keep: Tensor) -> tuple[PackedBatch, Tensor]:
+        """Leaves out what no kept row depends on: whatever follows a sequence's last one.
+
+        Of a prompt with a response that is its last token, whose own prediction nobody asks for.
+
+        Args:
+            keep: ``[T]`` bool, the rows whose logits are asked for.
+
+        Returns:
+            The shorter batch, without the sequences of which nothing is kept, and ``keep`` for it.
+        """
+        if not bool(keep.any()):
+            return self, keep
+        places = torch.where(keep, self.index, -1)
+        none = torch.full((len(self.lengths),), -1, device=keep.device)
+        last = none.scatter_reduce(0, self.seq_ids, places, reduce="amax")
+        needed = self.index <= last[self.seq_ids]
+        lengths = [place + 1 for place in last.tolist() if place >= 0]
+        counts = torch.tensor(lengths, device=keep.device)
+        seq_ids = torch.repeat_interleave(torch.arange(len(lengths), device=keep.device), counts)
+        batch = PackedBatch(self.input_ids[needed], seq_ids, self.index[needed], lengths)
+        return batch, keep[needed]
+
 
 def pack(sequences: Sequence[Tensor]) -> PackedBatch:
     """Packs 1-D token id tensors into one row.

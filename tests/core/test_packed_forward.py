@@ -210,3 +210,30 @@ def test_sequences_that_begin_alike_are_computed_once_and_equal_one_by_one(kind:
     got = torch.autograd.grad((logits * torch.cat(weights)).sum(), cartridge.trainable_parameters())
     for mine, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "dense"])
+def test_what_follows_the_last_kept_row_is_not_computed(backend: str) -> None:
+    """Neither are whole sequences of which nothing is kept; rows and gradients are the same."""
+    model = prepare_model(tiny_model())
+    cartridge, batch = random_cartridge(model, 32), pack(sequences())
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, args, __: seen.append(args[0].numel())
+    )
+    asked = {1: (15,), 3: (4, 9), 4: (0,), 5: (29,)}  # of LENGTHS = (1, 17, 5, 16, 1, 30)
+    keep = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    for number, places in asked.items():
+        keep[batch.offsets[number] + torch.tensor(places)] = True
+    whole = packed_forward(model, cartridge.prefix(), batch, backend=backend)[keep]
+    kept = packed_forward(model, cartridge.prefix(), batch, keep, backend)
+    assert seen == [batch.num_tokens, 16 + 10 + 1 + 30]
+    torch.testing.assert_close(kept, whole, atol=1e-5, rtol=0)
+    expected, got = (
+        torch.autograd.grad(rows.log_softmax(-1)[:, 7].mean(), cartridge.trainable_parameters())
+        for rows in (whole, kept)
+    )
+    for mine, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=0)
+    nothing = torch.zeros_like(keep)
+    assert packed_forward(model, cartridge.prefix(), batch, nothing, backend).shape == (0, VOCAB)
