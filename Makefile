@@ -43,7 +43,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 	@touch $@
 
 # The large parts of packages that nothing here imports; Python compiles the rest of them at need.
-NOT_COMPILED := /(tests?|rllib|plotly|physics|pip)/|/models/(?!__init__|auto|llama|mistral|qwen|gemma)
+NOT_COMPILED := /(tests?|rllib|plotly|physics|pip)/|/transformers/models/(?!__init__|auto|llama|mistral|qwen|gemma)
 
 # A tree that carries an older version of the patches cannot be patched over: take a fresh one.
 $(VENV)/.patched: $(PATCHES) $(VENV)/.installed

@@ -143,7 +143,7 @@ def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
         # that spin for long starve whatever else runs: a short spin is the best of both.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         # Activations come and go by the megabyte. glibc would give them back to the system each
-        # time and take clean pages again: two seconds of a step's twenty.
+        # time and take clean pages again: a tenth of the trainer's step.
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(2**30)),
         "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(2**32)),
         "TOKENIZERS_PARALLELISM": "false",
