@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -147,15 +146,3 @@ def packed_forward(
         CartridgeFormatError: the prefix does not fit the model.
     """
     return run_packed(model, prefix, batch, keep, backend)
-
-
-def chosen_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probs of given tokens, in float32.
-
-    Args:
-        logits: ``[N, V]``.
-        token_ids: ``[N]``.
-        temperature: logits are divided by it first; 0 (greedy) leaves them alone, as a server does.
-    """
-    scaled = logits.float() / (temperature or 1.0)
-    return torch.gather(scaled, 1, token_ids[:, None])[:, 0] - torch.logsumexp(scaled, dim=-1)

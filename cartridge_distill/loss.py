@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.logprobs import tempered
 
 # Rows of logits worked on at once, to bound the float32 copies of [rows, V].
 _ROWS = 512
@@ -40,7 +41,7 @@ class TeacherTopK:
         """Top-k of ``[N, V]`` logits divided by ``temperature``."""
         ids, logprobs = [], []
         for rows in logits.split(_ROWS):
-            scaled = rows.float() / temperature
+            scaled = tempered(rows, temperature)
             top, at = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
             ids.append(at)
             logprobs.append(top - torch.logsumexp(scaled, dim=-1, keepdim=True))
@@ -53,17 +54,20 @@ class TeacherTopK:
         return torch.log(-torch.expm1(mass)).float()
 
 
-def _student_topk(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _student_topk(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs ``[N, K]`` of the teacher's tokens and ``[N]`` of everything else.
 
     The tail is summed up from its own logits, not taken as 1 - sum(top): exact also when the
     student is nearly sure.
+
+    Returns:
+        Those two, and ``[N]`` the logsumexp of the logits divided by the temperature.
     """
-    scaled = logits.float() / temperature
+    scaled = tempered(logits, temperature)
     total = torch.logsumexp(scaled, dim=-1, keepdim=True)
     top = torch.gather(scaled, 1, ids) - total
     rest = torch.logsumexp(scaled.scatter(1, ids, float("-inf")), dim=-1, keepdim=True)
-    return top, (rest - total)[:, 0]
+    return top, (rest - total)[:, 0], total[:, 0]
 
 
 def _times_log(mass: Tensor, log_ratio: Tensor) -> Tensor:
@@ -87,11 +91,11 @@ class _ForwardKLTopK(torch.autograd.Function):
         for z, i, lp, lt in zip(
             *(x.split(_ROWS) for x in (logits, ids, logprobs, tail)), strict=True
         ):
-            top, rest = _student_topk(z, i, temperature)
+            top, rest, total = _student_topk(z, i, temperature)
             p, p_tail = lp.exp(), lt.exp()
             loss = _times_log(p, lp - top).sum(-1) + _times_log(p_tail, lt - rest)
             losses.append(loss)
-            totals.append(torch.logsumexp(z.float() / temperature, dim=-1))
+            totals.append(total)
             rests.append(rest)
         ctx.save_for_backward(logits, ids, logprobs, tail, torch.cat(totals), torch.cat(rests))
         ctx.temperature = temperature
@@ -104,13 +108,13 @@ class _ForwardKLTopK(torch.autograd.Function):
         out = torch.empty_like(logits)
         for at in range(0, logits.shape[0], _ROWS):
             rows = slice(at, at + _ROWS)
-            q = torch.exp(logits[rows].float() / tau - total[rows, None])
+            # In place: [rows, V] is far larger than a cache, and fresh memory costs page faults.
+            q = (tempered(logits[rows], tau) - total[rows, None]).exp_()
             # p_t / q_t; where the teacher has no tail the ratio is 0 whatever the student has.
             ratio = torch.where(torch.isneginf(tail[rows]), 0.0, torch.exp(tail[rows] - rest[rows]))
-            grad = q * (1.0 - ratio[:, None])
-            inside = torch.gather(q, 1, ids[rows]) - logprobs[rows].exp()
-            grad.scatter_(1, ids[rows], inside)
-            out[rows] = (grad * (grads[0][rows, None] / tau)).to(out.dtype)
+            scale = grads[0][rows, None] / tau
+            inside = (torch.gather(q, 1, ids[rows]) - logprobs[rows].exp()) * scale
+            out[rows] = q.mul_((1.0 - ratio[:, None]) * scale).scatter_(1, ids[rows], inside)
         return out, None, None, None, None
 
 
@@ -133,14 +137,14 @@ def forward_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1
 
 def topk_cross_entropy(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
     """-sum p log q over the teacher's top k, as in the Cartridges paper (arXiv 2506.06266)."""
-    scaled = logits.float() / temperature
+    scaled = tempered(logits, temperature)
     top = torch.gather(scaled, 1, teacher.ids) - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return -(teacher.logprobs.exp() * top).sum(-1)
 
 
 def reverse_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
     """KL(student || teacher) over the teacher's top k and the tail, in nats, ``[N]``."""
-    top, tail = _student_topk(logits, teacher.ids, temperature)
+    top, tail, _ = _student_topk(logits, teacher.ids, temperature)
     inside = (top.exp() * (top - teacher.logprobs)).sum(-1)
     if teacher.ids.shape[1] == logits.shape[1]:
         return inside  # all of V: there is no tail

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from cartridge_distill.attention import ATTENTION_NAME, register
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.frozen_linear import onednn_is_faster, use_frozen_linear
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -65,6 +66,8 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)
     model.eval()
+    if onednn_is_faster():
+        use_frozen_linear(model)
     return model
 
 

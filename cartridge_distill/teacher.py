@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import DocumentError
-from cartridge_distill.forward import chosen_logprobs, decoder_config, packed_forward
+from cartridge_distill.forward import decoder_config, packed_forward
+from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import TeacherTopK
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens

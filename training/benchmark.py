@@ -43,7 +43,8 @@ sys.path.insert(0, str(HERE.parent))
 from cartridge_distill.attention import ATTENTION_NAME  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
-from cartridge_distill.forward import chosen_logprobs, packed_forward  # noqa: E402
+from cartridge_distill.forward import packed_forward  # noqa: E402
+from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
 from cartridge_distill.models import load_model  # noqa: E402
 from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
 from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+from cartridge_distill.openmp import SPINNING  # noqa: E402
 from cartridge_distill.report.page import write_report  # noqa: E402
 from cartridge_distill.report.recipe import write_recipe  # noqa: E402
 from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
@@ -139,9 +140,7 @@ def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
         "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(options.threads),
-        # Server and trainer take turns. Threads that never spin cost 60 % more per step, threads
-        # that spin for long starve whatever else runs: a short spin is the best of both.
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        **({} if SPINNING.keys() & os.environ.keys() else SPINNING),
         # Activations come and go by the megabyte. glibc would give them back to the system each
         # time and take clean pages again: a tenth of the trainer's step.
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(2**30)),

@@ -17,12 +17,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cartridge_distill.openmp import SPINNING
 from cartridge_distill.retrying import CREDENTIAL_VARIABLES
 
 FORWARDED = (
     *("PYTHONPATH", "VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES"),
     *("VERL_FILE_LOGGER_PATH", "VERL_LOGGING_LEVEL"),
-    *("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM"),
+    *("OMP_NUM_THREADS", *SPINNING, "TOKENIZERS_PARALLELISM"),
     *("HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN"),
     *CREDENTIAL_VARIABLES,
 )

@@ -28,12 +28,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, OffPolicyError
-from cartridge_distill.forward import (
-    chosen_logprobs,
-    packed_forward,
-    recomputing_layers,
-)
+from cartridge_distill.forward import packed_forward, recomputing_layers
 from cartridge_distill.integrity import weights_checksum
+from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import pack

@@ -19,7 +19,8 @@ from torch import Tensor
 from cartridge_distill.attention import ATTENTION_NAME
 from cartridge_distill.errors import CartridgeDistillError
 from cartridge_distill.evaluation.prompts import AskedQuestion
-from cartridge_distill.forward import chosen_logprobs, packed_forward
+from cartridge_distill.forward import packed_forward
+from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.packing import PackedBatch, pack
 from cartridge_distill.prefix import Prefix
 

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from cartridge_distill.openmp import set_spinning
+
 EXAMPLES = """\
 examples:
   # serve a model from a folder (or a hub id), cartridges from ./cartridges/{id}/
@@ -101,9 +103,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # Before torch is imported: threads that spin for long starve a trainer on the same cores, and
-    # threads that never spin are slow.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    set_spinning(os.environ)  # before torch is imported
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -80,7 +80,7 @@ def test_a_bounded_score_buffer_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         whole = packed_forward(model, cartridge.prefix(), pack(sequences()))
         monkeypatch.setattr("cartridge_distill.attention._SCORE_BUDGET", 700)
         pieces = packed_forward(model, cartridge.prefix(), pack(sequences()))
-    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pieces, whole, atol=5e-6, rtol=0)
 
 
 def test_keep_takes_rows_by_mask() -> None:

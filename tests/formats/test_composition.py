@@ -16,7 +16,8 @@ from cartridge_distill.client import Completion, TokasaurusClient
 from cartridge_distill.composition import compose
 from cartridge_distill.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.formats.stored import StoredCartridge
-from cartridge_distill.forward import chosen_logprobs, packed_forward
+from cartridge_distill.forward import packed_forward
+from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import Prefix

@@ -32,8 +32,9 @@ from verl.workers.rollout.replica import TokenOutput, get_rollout_replica_class
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import load_cartridge
 from cartridge_distill.errors import CartridgeDistillError, ConfigError, SyncError
-from cartridge_distill.forward import chosen_logprobs, packed_forward
+from cartridge_distill.forward import packed_forward
 from cartridge_distill.http_sync import HttpPublisher
+from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.models import load_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_prompt
