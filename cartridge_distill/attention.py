@@ -55,7 +55,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    # Scaled before the product: the query is far smaller than the scores.
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return scores
