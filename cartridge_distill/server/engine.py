@@ -41,11 +41,9 @@ from cartridge_distill.server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 # When idle, the first request waits for company until none has come for this long, and at most so
-# often: a burst takes a while to send and to parse, and prompts in one forward share what they have
-# in common. veRL's agent loop sends a rollout every 3 to 10 ms: with 5 ms of patience the first
-# forwards took one prompt, then a third of them, and a batch of 48 on a CPU took half as long again.
-_GATHER_SECONDS = 0.02
-_GATHER_TIMES = 20
+# often: a burst takes a while to parse, and prompts in one forward share what they have in common.
+_GATHER_SECONDS = 0.005
+_GATHER_TIMES = 40
 
 
 @dataclass
