@@ -13,6 +13,7 @@ not suit (a GPU, another dtype, weights that are trained, Intel) goes torch's ow
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ class FrozenLinear(nn.Linear):
 
 def use_frozen_linear(model: nn.Module) -> None:
     """Turns a model's plain linear layers into :class:`FrozenLinear`, in place."""
+    # oneDNN and torch's wrapper of it each keep the kernels of the last 1,024 shapes, 0.9 GB. Here
+    # nearly every batch has a new number of tokens: what one step uses again is enough. Both read
+    # their variable at the first product of the process.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear

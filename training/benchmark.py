@@ -7,7 +7,8 @@
 
 (a) student: forward and backward of a batch behind a cartridge. The packed row against one sequence
     at a time and against a padded batch, both by transformers' own SDPA attention with the
-    cartridge in its cache, at equal and at ragged lengths.
+    cartridge in its cache, at equal and at ragged lengths. All with this project's linear layers;
+    on a CPU where those differ from torch's, the packed row also with torch's.
 (b) teacher: forward of samples behind a document's cached KV, against reading the document again
     with each sample.
 (c) with --metrics: seconds per stage of a real step, from the file that a run of veRL wrote.
@@ -44,6 +45,11 @@ from cartridge_distill.attention import ATTENTION_NAME  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.forward import packed_forward  # noqa: E402
+from cartridge_distill.frozen_linear import (  # noqa: E402
+    onednn_is_faster,
+    use_frozen_linear,
+    use_torch_linear,
+)
 from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
 from cartridge_distill.models import load_model  # noqa: E402
 from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
@@ -110,6 +116,7 @@ class Way:
     forward: Forward
     attention: str = ATTENTION_NAME
     alone: bool = False  # sequence after sequence, each with its own forward and backward
+    torch_linear: bool = False  # linear layers as torch computes them, where oneDNN is faster
 
 
 def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> list[Way]:
@@ -131,6 +138,8 @@ def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> lis
             say(f"   left out: packed, {name} (would keep {gib:.0f} GiB of attention weights)")
         else:
             ours.append(Way(f"packed, {name}", packed(name)))
+    if not on_gpu and onednn_is_faster():
+        ours.append(Way("packed, MKL linear", packed("grouped"), torch_linear=True))
     return [
         *ours,
         Way("one by one, SDPA", padded, "sdpa", alone=True),
@@ -143,6 +152,8 @@ def step(
 ) -> tuple[Tensor, list[Tensor]]:
     """Forward and backward; log-probs ``[N]`` and the gradients of the cartridge's 2L tensors."""
     model.set_attn_implementation(way.attention)
+    if onednn_is_faster():
+        (use_torch_linear if way.torch_linear else use_frozen_linear)(model)
     parameters = cartridge.trainable_parameters()
     for parameter in parameters:
         parameter.grad = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +123,39 @@ def test_chosen_by_the_vendor(
     onednn_is_faster.cache_clear()
     assert onednn_is_faster(cpuinfo) is False
     onednn_is_faster.cache_clear()
+
+
+_EVER_NEW_SHAPES = """
+import torch
+from cartridge_distill.frozen_linear import use_frozen_linear
+
+torch.set_num_threads(1)
+layers = [torch.nn.Linear(64, n).requires_grad_(False) for n in (32, 64, 96)]
+for layer in layers:
+    use_frozen_linear(layer)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+for layer in layers:
+    layer(torch.randn(1, 64))
+before = resident()
+for rows in range(2, 400):
+    for layer in layers:
+        layer(torch.randn(rows, 64))
+print(resident() - before)
+"""
+
+
+@has_onednn
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' /proc")
+def test_kernels_of_shapes_that_never_come_again_are_forgotten() -> None:
+    """Kept, the kernels of these 1,194 shapes take 0.5 GB."""
+    limits = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    clean = {name: value for name, value in os.environ.items() if name not in limits}
+    command = [sys.executable, "-c", _EVER_NEW_SHAPES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean)
+    assert int(done.stdout) < 250e6
