@@ -80,9 +80,9 @@ class FrozenLinear(nn.Linear):
 
 def use_frozen_linear(model: nn.Module) -> None:
     """Turns a model's plain linear layers into :class:`FrozenLinear`, in place."""
-    # oneDNN and torch's wrapper of it each keep the kernels of the last 1,024 shapes, 0.9 GB. Here
-    # nearly every batch has a new number of tokens: what one step uses again is enough. Both read
-    # their variable at the first product of the process.
+    # oneDNN and torch's wrapper of it each keep the kernels of the last 1,024 shapes, over half a
+    # gigabyte (tests/core/test_frozen_linear.py). Here nearly every batch has a new number of
+    # tokens: what one step uses again is enough. Both read their variable at the first product.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
     for module in model.modules():

@@ -10,12 +10,11 @@ to 1,000 rounds, ``GOMP_SPINCOUNT`` holds all other waiting down.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 
 SPINNING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000"}
 
 
-def set_spinning(environment: MutableMapping[str, str]) -> None:
-    """Puts :data:`SPINNING` into an environment, unless it says one of them itself."""
-    if not SPINNING.keys() & environment.keys():
-        environment.update(SPINNING)
+def spinning(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to an environment: :data:`SPINNING`, or nothing where it says one of them."""
+    return {} if SPINNING.keys() & environment.keys() else dict(SPINNING)

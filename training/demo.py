@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from cartridge_distill.openmp import SPINNING  # noqa: E402
+from cartridge_distill.openmp import spinning  # noqa: E402
 from cartridge_distill.report.page import write_report  # noqa: E402
 from cartridge_distill.report.recipe import write_recipe  # noqa: E402
 from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
@@ -140,7 +140,7 @@ def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
         "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "ERROR"),
         "OMP_NUM_THREADS": str(options.threads),
-        **({} if SPINNING.keys() & os.environ.keys() else SPINNING),
+        **spinning(os.environ),
         # Activations come and go by the megabyte. glibc would give them back to the system each
         # time and take clean pages again: a tenth of the trainer's step.
         "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_", str(2**30)),
@@ -290,6 +290,7 @@ def print_proof(out: Path, steps: int) -> None:
         f"(the initial one and one for each of {steps} steps)"
     )
     print(f"   largest server/trainer log-prob difference of {len(metrics)} steps: {worst:.1e}")
+    # The engine does not save a cartridge over a base that changed, and this one was saved.
     print(f"   steps in which a frozen token changed: {changed:.0f}; base weights: unchanged")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from cartridge_distill.errors import ConfigError
-from cartridge_distill.openmp import set_spinning
+from cartridge_distill.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -64,7 +64,7 @@ def run(options: ServeOptions) -> None:
             "here (the gateway has one)",
             err=True,
         )
-    set_spinning(os.environ)  # before torch is imported
+    os.environ.update(spinning(os.environ))  # before torch is imported
     import torch
     import uvicorn
     from transformers import AutoConfig, AutoTokenizer

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from cartridge_distill.openmp import set_spinning
+from cartridge_distill.openmp import spinning
 
 EXAMPLES = """\
 examples:
@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    set_spinning(os.environ)  # before torch is imported
+    os.environ.update(spinning(os.environ))  # before torch is imported
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from cartridge_distill.openmp import SPINNING, set_spinning
+from cartridge_distill.openmp import SPINNING, spinning
 
 
 def test_set_where_nothing_is() -> None:
-    environment: dict[str, str] = {"PATH": "/bin"}
-    set_spinning(environment)
-    assert environment == {"PATH": "/bin", **SPINNING}
+    assert spinning({"PATH": "/bin"}) == SPINNING
 
 
 def test_what_a_user_says_stays_alone() -> None:
     # Half of ours beside half of theirs would be neither.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
-    set_spinning(environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert spinning({"OMP_WAIT_POLICY": "PASSIVE"}) == {}
