@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 from cartridge_distill.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.forward import packed_forward, recomputing_layers
-from cartridge_distill.frozen_linear import use_torch_linear
 from cartridge_distill.models import prepare_model
 from cartridge_distill.packing import pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
@@ -75,8 +74,8 @@ def test_without_a_prefix_it_is_the_bare_model() -> None:
 
 def test_a_bounded_score_buffer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long documents are worked on in pieces; the pieces must not show."""
-    model = prepare_model(tiny_model("mistral_window"))
-    use_torch_linear(model)  # oneDNN's sums come in another order, and this is about attention
+    # In float32 the order of the sums, which differs between processors, makes up to 1.1e-6.
+    model = prepare_model(tiny_model("mistral_window").double())
     cartridge = random_cartridge(model, 32)
     with torch.no_grad():
         whole = packed_forward(model, cartridge.prefix(), pack(sequences()))
