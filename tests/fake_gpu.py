@@ -71,13 +71,15 @@ class SeenAsCuda(TorchFunctionMode):
             if on_gpu:
                 return CUDA if func == _DEVICE_OF else True
             return func(*args)
+        if func is torch.device:
+            return func(*args, **given)
         if func is Tensor.pin_memory:
             pinned = args[0].clone()
             self._pinned.append(pinned)
             return pinned
         args, given = (tree_map(fake_device, value) for value in (args, given))
-        if func is Tensor.tolist and isinstance(args[0], OnGpu):
-            return args[0].to(CPU).tolist()
+        if func in (Tensor.tolist, Tensor.numpy) and isinstance(args[0], OnGpu):
+            return func(args[0].to(CPU), *args[1:], **given)
         if func is Tensor.cuda:
             return args[0].to(META, *args[2:], **given)
         if func in _FROM_HOST and given.get("device") == META:
@@ -129,8 +131,9 @@ class Wait:
     """One operation for which the host would wait.
 
     Attributes:
-        what: ``read`` (a value comes to the host), ``shape`` (a size depends on values) or
-            ``upload`` (from memory that is not pinned, or without ``non_blocking``).
+        what: ``read`` (a value comes to the host), ``shape`` (a size depends on values),
+            ``upload`` (blocking: ``non_blocking=True`` was not asked for) or ``staged`` (it was, but
+            the memory is not pinned: CUDA copies it aside first, and may wait when it is large).
         operation: as torch calls it.
         line: ``file:line`` of the innermost frame in this project, and its code.
         within: the project's functions that led there, outermost first.
@@ -170,11 +173,11 @@ class FakeGpu(TorchDispatchMode):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """In here nothing is noted: loading, preparing, looking at results."""
-        self._quiet = True
+        before, self._quiet = self._quiet, True
         try:
             yield
         finally:
-            self._quiet = False
+            self._quiet = before
 
     def put(self, module: nn.Module) -> nn.Module:
         """A module's parameters and buffers to the fake GPU, in place; not noted."""
@@ -216,26 +219,28 @@ class FakeGpu(TorchDispatchMode):
             to_gpu = torch.device(target).type == "meta"
             if on_gpu and not to_gpu:
                 what = "read"
-            elif to_gpu and not on_gpu and not self._flows(args[0], given.get("non_blocking")):
-                what = "upload"
+            elif to_gpu and not on_gpu:
+                what = self._upload(args[0], given.get("non_blocking"))
         elif func is aten.copy_.default:
             to_gpu, from_gpu = (isinstance(tensor, OnGpu) for tensor in args[:2])
             non_blocking = given.get("non_blocking", len(args) > 2 and args[2])
             if from_gpu and not to_gpu:
                 what = "read"
-            elif to_gpu and not from_gpu and not self._flows(args[1], non_blocking):
-                what = "upload"
+            elif to_gpu and not from_gpu:
+                what = self._upload(args[1], non_blocking)
         elif on_gpu:
             what = _waits_by_nature(func, args, given)
         if what is not None and not self._quiet:
             line, within = _where()
             self.waits.append(Wait(what, str(func).removeprefix("aten."), line, within))
 
-    def _flows(self, source: Tensor, non_blocking: Any) -> bool:
-        """Whether an upload is queued like a kernel; one number travels with the launch."""
+    def _upload(self, source: Tensor, non_blocking: Any) -> str | None:
+        """What an upload is; one number travels with the launch of a kernel."""
         if source.dim() == 0 or source.numel() == 0:
-            return True
-        return bool(non_blocking) and self.seen_as.is_pinned(source)
+            return None
+        if not non_blocking:
+            return "upload"
+        return None if self.seen_as.is_pinned(source) else "staged"
 
 
 def _waits_by_nature(func: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> str | None:
@@ -305,3 +310,24 @@ def _where() -> tuple[str, str]:
     last = frames[-1]
     file = Path(last.filename).relative_to(PROJECT)
     return f"{file}:{last.lineno} {last.line}", " > ".join(frame.name for frame in frames)
+
+
+def dense_behind_a_block_mask(
+    layout: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor] | None,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """In the place of compiled FlexAttention: its mask is built, the product is the dense one."""
+    from cartridge_distill.attention import _dense
+
+    layout.block_mask(window)
+    gpu = torch.utils._python_dispatch._get_current_dispatch_mode()
+    assert isinstance(gpu, FakeGpu)
+    with gpu.quiet():  # the dense mask's own uploads are none of FlexAttention's
+        layout.allowed(window)
+    return _dense(layout, query, key, value, past, scaling, softcap, window)

@@ -31,7 +31,7 @@ MASK = [True, False, True]
         (lambda x, m: torch.tensor(VALUES, device="cuda"), ["upload"]),
         (lambda x, m: torch.tensor(VALUES).to("cuda"), ["upload"]),
         (lambda x, m: x.copy_(torch.tensor(VALUES)), ["upload"]),
-        (lambda x, m: torch.tensor(VALUES).to("cuda", non_blocking=True), ["upload"]),
+        (lambda x, m: torch.tensor(VALUES).to("cuda", non_blocking=True), ["staged"]),
         (lambda x, m: torch.tensor(VALUES).pin_memory().to("cuda", non_blocking=True), []),
         (lambda x, m: torch.repeat_interleave(x, x, output_size=6), []),
         (lambda x, m: torch.where(m, x, -1).scatter_reduce(0, x % 3, x, "amax"), []),
