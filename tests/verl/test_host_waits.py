@@ -10,8 +10,8 @@ import pytest
 import torch
 from verl.utils.tensordict_utils import assign_non_tensor
 
-from cartridge_distill import attention
-from tests.fake_gpu import FakeGpu, dense_behind_a_block_mask
+from cartridge_distill import flex
+from tests.fake_gpu import FakeGpu, dense_of_a_block_mask
 from tests.verl.engine_rig import DOCUMENTS, rollouts
 from verl_patches import engine as engine_module
 from verl_patches.hooks import distill_loss
@@ -20,7 +20,7 @@ from verl_patches.hooks import distill_loss
 def test_the_host_waits_once_a_micro_batch(
     build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(attention._IMPLEMENTATIONS, "flex", dense_behind_a_block_mask)
+    monkeypatch.setattr(flex, "compile_and_call", dense_of_a_block_mask)
     engine = build(attention="dense")
     data = rollouts(engine)
     # As veRL's forward_backward_batch does for each micro-batch.
