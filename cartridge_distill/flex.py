@@ -150,7 +150,7 @@ def compile_and_call(*arguments: Any, backend: Callable[..., Any] | None = None)
     Raises:
         AttentionCompileError: it cannot be compiled, or the process has :data:`MOST_GRAPHS`.
     """
-    # Imported here: dynamo takes a second. Their `patch` is made at import, unseen by type checkers.
+    # Imported here: dynamo takes a second. Type checkers do not see their `patch`.
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     symbols: Any = importlib.import_module("torch.fx.experimental._config")
     settings: dict[str, Any] = {
