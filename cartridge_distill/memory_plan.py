@@ -21,7 +21,7 @@ no input then):
 - MLP: what gate and up put out and the activation, ``1.5 * bTm`` (``bTm`` without a gate).
 - attention, ``flex``: queries and result ``2bTHqd``, keys and values of prefix and row
   ``2b(P+T)Hd``, one float32 a query and head. ``grouped`` and ``dense`` keep the attention weights
-  besides, for each head, query and visible key a float32 and a copy in the model's dtype.
+  besides, for each head, query and visible key a float32, and a copy where the model is not float32.
 - with gradient checkpointing a layer keeps its input alone, ``bTh``; one layer's worth of the above
   comes back in the backward, and the joined float32 cartridge stays until then.
 
@@ -42,13 +42,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cartridge_distill.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.logprobs import ROWS_AT_ONCE
 from cartridge_distill.model_shape import ModelShape
+from cartridge_distill.prefix import PREFILL_TOKENS
 
 _GIB = 1024**3
-_BLOCK, _LEAST_ROW = 128, 256  # a row on a GPU is filled up to whole blocks, see `blocks`
-_PIECE = 8192  # tokens of a document computed at once
-_ROWS = 512  # rows of logits in float32 at once
 _FLOAT = 4
 
 _NAMES = {
@@ -70,7 +70,7 @@ class StepShape:
         document_tokens: of the longest document.
         documents: how many there are.
         documents_kept: of how many the teacher keeps the KV.
-        sequence_tokens: of the longest sequence; what a token attends to in its row at most.
+        sequence_tokens: of the longest sequence: what a token attends to in its row at most.
         dtype: of the model.
         backend: "flex", "grouped" or "dense", see :mod:`cartridge_distill.attention`.
         gradient_checkpointing: a layer keeps its input alone.
@@ -183,7 +183,9 @@ class MemoryPlan:
             trained = None if step.trained_tokens is None else min(half, step.trained_tokens)
             if trained is not None:
                 trained = max(1, trained * half // step.row_tokens)
-            tries.append(("row_tokens", half, replace(step, row_tokens=half, trained_tokens=trained)))
+            tries.append(
+                ("row_tokens", half, replace(step, row_tokens=half, trained_tokens=trained))
+            )
         if min(step.documents_kept, step.documents) > 1:
             tries.append(("documents_kept", 1, replace(step, documents_kept=1)))
         if step.cartridge_tokens > 1:
@@ -204,7 +206,8 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
     row = _row(step, step.row_tokens)
     held = _held(model, step)
     logits = size * step.trained * model.vocabulary
-    float_rows = _FLOAT * min(_ROWS, step.trained) * model.vocabulary
+    float_rows = _FLOAT * min(ROWS_AT_ONCE, step.trained) * model.vocabulary
+    made = 0 if size == _FLOAT else float_rows  # what is float32 already is not copied
     joined = _FLOAT * model.kv_numbers * step.cartridge_tokens
     gradient = joined
     early_gradient = gradient if step.micro_batches > 1 else 0
@@ -213,8 +216,12 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
     top = step.trained * step.topk * (8 + _FLOAT)
     layer = _kept_by_layer(model, step, row)
     kept = _kept(model, step, row, layer)
-    piece = min(_PIECE, step.document_tokens)
+    piece = min(PREFILL_TOKENS, step.document_tokens)
     before = step.document_tokens - piece
+
+    # A document that is new is there before the oldest goes.
+    more = step.documents > step.documents_kept
+    new_document = size * model.kv_numbers * step.document_tokens if more else 0
 
     def stage(**terms: int) -> Terms:
         return {**held, **{name.replace("_", " "): value for name, value in terms.items()}}
@@ -232,6 +239,7 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
                 ),
             ),
             "document": stage(
+                new_document_KV=new_document,
                 **_without_passing(kept, step, joined),
                 cartridge_gradient=early_gradient,
                 student_logits=of_student,
@@ -243,7 +251,8 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
                 cartridge_gradient=early_gradient,
                 student_logits=of_student,
                 teacher_logits_or_a_layer=max(
-                    of_student + 2 * float_rows,
+                    of_student,
+                    logits + float_rows + made,
                     _passing(model, step, row, step.document_tokens, True),
                 ),
             ),
@@ -252,12 +261,14 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
                 cartridge_gradient=early_gradient,
                 student_logits=of_student,
                 teacher_top_k=top,
-                loss_rows_in_float32=3 * float_rows,
+                loss_rows_in_float32=2 * float_rows + made,
             ),
             "backward": stage(
                 **_without_passing(kept, step, joined),
                 cartridge_gradient=gradient,
-                **_backward(model, step, row, layer, of_student, logits, float_rows, top),
+                **_backward(
+                    model, step, row, layer, of_student, logits, 2 * float_rows + made, top
+                ),
             ),
             "optimizer": stage(cartridge_gradient=gradient, AdamW_passing=2 * gradient),
         },
@@ -271,8 +282,7 @@ def _held(model: ModelShape, step: StepShape) -> Terms:
     if ranks > 1:
         outside = model.parameters - model.layers * model.layer_parameters
         weights = -(-model.parameters // ranks) + 2 * model.layer_parameters + outside
-    # A document that is new is there before the oldest goes.
-    documents = min(step.documents, step.documents_kept + 1)
+    documents = min(step.documents, step.documents_kept)
     cartridge = _FLOAT * model.kv_numbers * step.cartridge_tokens
     return {
         "weights": size * weights,
@@ -286,7 +296,7 @@ def _row(step: StepShape, tokens: int) -> int:
     """Tokens that are really computed."""
     if step.backend != "flex":
         return tokens
-    return max(_LEAST_ROW, -(-tokens // _BLOCK) * _BLOCK)
+    return max(LEAST_ROW, -(-tokens // BLOCK) * BLOCK)
 
 
 def _seen(step: StepShape, row: int, prefix: int) -> int:
@@ -309,9 +319,9 @@ def _kept_by_layer(model: ModelShape, step: StepShape, row: int) -> Terms:
         keys = _row(step, step.cartridge_tokens) + row
         attention += _FLOAT * row * model.heads
     else:
-        # Softmax' float32 result, and what the product with the values was given.
+        # Softmax' float32 result, and the copy that the product with the values is given.
         seen = model.heads * _seen(step, row, step.cartridge_tokens)
-        attention += (_FLOAT + size) * seen
+        attention += (_FLOAT if size == _FLOAT else _FLOAT + size) * seen
     attention += 2 * size * keys * kv
     return {"norms": norms, "MLP": mlp, "attention": attention}
 
@@ -341,8 +351,10 @@ def _passing(model: ModelShape, step: StepShape, row: int, prefix: int, frozen: 
     keys = 2 * size * (prefix + row) * kv
     attention = size * row * 2 * (queries + kv) + keys
     if step.backend != "flex":
-        attention += (2 * _FLOAT + size) * model.heads * min(
-            _seen(step, row, prefix), 32 * 1024 * 1024 // model.heads if frozen else 2**62
+        attention += (
+            (2 * _FLOAT + size)
+            * model.heads
+            * min(_seen(step, row, prefix), 32 * 1024 * 1024 // model.heads if frozen else 2**62)
         )
     norm = 2 * _FLOAT * row * model.hidden
     if not frozen:
@@ -366,19 +378,17 @@ def _backward(
     in_layer = size * row * (2 * model.hidden + model.mlp * 3 // 2)
     if step.gradient_checkpointing:
         in_layer += sum(layer.values())
-    if of_student + logits + 3 * float_rows + top >= in_layer:
+    if of_student + logits + float_rows + top >= in_layer:
         return {
             "student_logits": of_student,
             "gradient_of_the_logits": logits,
-            "loss_rows_in_float32": 3 * float_rows,
+            "loss_rows_in_float32": float_rows,
             "teacher_top_k": top,
         }
     return {"a_layer's_gradients": in_layer}
 
 
-def check_fits(
-    plan: MemoryPlan, free_bytes: int, names: Mapping[str, str] | None = None
-) -> None:
+def check_fits(plan: MemoryPlan, free_bytes: int, names: Mapping[str, str] | None = None) -> None:
     """Refuses a step that cannot fit.
 
     Args:

@@ -48,7 +48,10 @@ def fake_device(value: Any) -> Any:
 
 
 class SeenAsCuda(TorchFunctionMode):
-    """The project's modules see ``cuda:0`` instead of ``meta``, and may ask for it."""
+    """The project's modules see ``cuda:0`` instead of ``meta``, and may ask for it.
+
+    Not in a backward: torch runs it without such modes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
