@@ -1,8 +1,8 @@
 """Whether server and trainer hold the same weights, where both round.
 
 In float32 their log-probs of a chosen token agree to 1e-4, and a bound on the largest difference
-says enough. In bfloat16 each rounds its own way, healthy differences reach 0.5, and a cartridge that
-is one step old may differ by less than that. What separates the two is known about the rounding:
+says enough. In bfloat16 each rounds its own way, healthy differences reach 0.5, and a cartridge
+that is one step old may differ by less. What separates the two is known about the rounding:
 
 **Rounding has one size.** It moves logits by about the same everywhere, and a token's log-prob by
 ``1 - p`` of that: nothing for a token that is nearly sure. Divided by ``1 - p``, differences of all
@@ -46,6 +46,11 @@ QUANTILE = 0.95
 DECIDED = 5.0
 """Standard errors at which the evidence for a version is taken as decided."""
 
+MIXED = 0.2
+"""A stale coefficient that is surely above this is an alarm, too: several replicas, one behind."""
+
+_MOST_SIGMAS = 1e6
+_NORMAL_HIGH = 1.96  # 95 % of a normal distribution lie within so many standard deviations
 _CERTAIN = 0.02  # below this, 1 - p is itself made of rounding
 _ONE_IN = 61  # a prime: the nudged numbers fall on every head and feature in turn
 _FEWEST = 16  # tokens below which a regression's standard error means nothing
@@ -87,10 +92,10 @@ def rounding_figures(own: Tensor, repeat: Tensor) -> Tensor:
         repeat: ``[N]`` the same tokens behind the :func:`nudged` cartridge.
 
     Returns:
-        ``[3]`` float64: mean, 95th percentile and mean square of the scaled differences.
+        ``[2]`` float64: mean and 95th percentile of the scaled differences.
     """
     size = scaled(repeat - own, own).abs()
-    return torch.stack([size.mean(), size.quantile(QUANTILE), (size * size).mean()])
+    return torch.stack([size.mean(), size.quantile(QUANTILE)])
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,12 @@ class Rounding:
 
     Attributes:
         tokens: how many were measured.
-        mean, high, squares: mean, 95th percentile and mean square of the scaled differences.
+        mean, high: mean and 95th percentile of the scaled differences.
     """
 
     tokens: int
     mean: float
     high: float
-    squares: float
 
     @classmethod
     def of(cls, tokens: int, figures: Sequence[float], dtype: torch.dtype) -> Rounding:
@@ -113,7 +117,7 @@ class Rounding:
 
         Args:
             tokens: how many went into the figures.
-            figures: three numbers.
+            figures: two numbers.
             dtype: that the model computes in; its precision is the least that rounding can be.
 
         Raises:
@@ -122,8 +126,8 @@ class Rounding:
         if not all(map(math.isfinite, figures)):
             raise ValueError(f"the trainer's own log-probs are not finite: rounding {figures}")
         least = torch.finfo(dtype).eps
-        mean, high, squares = figures
-        return cls(tokens, max(mean, least), max(high, least), max(squares, least**2))
+        mean, high = figures
+        return cls(tokens, max(mean, least), max(high, least))
 
     def mean_bound(self, tokens: float) -> float:
         """The most that the mean over so many tokens (at least 1) may be."""
@@ -142,12 +146,12 @@ class Rounding:
         """
         if not temperature_ratio > 0:
             raise ValueError(f"temperature ratio {temperature_ratio}: must be above 0")
-        return Rounding(
-            self.tokens,
-            self.mean / temperature_ratio,
-            self.high / temperature_ratio,
-            self.squares / temperature_ratio**2,
-        )
+        return Rounding(self.tokens, self.mean / temperature_ratio, self.high / temperature_ratio)
+
+    @property
+    def variance(self) -> float:
+        """Of scaled differences. From the percentile: a mean square follows single outliers."""
+        return (self.high / _NORMAL_HIGH) ** 2
 
 
 LEVEL_FIGURES = ("tokens", "sum", "max", "scaled_sum", "scaled_high", "over", "not_finite")
@@ -296,14 +300,17 @@ class VersionEvidence:
     def sigmas(self) -> float:
         """Standard errors in favour of the previous version; negative for the current one."""
         error = self._error
-        if error == 0.0:  # the server is one of the two, to the last bit
-            return math.copysign(math.inf, self.xy) if self.xy else 0.0
-        return self.xy / self.xx / error if error < math.inf else 0.0
+        if error == math.inf or self.xy == 0.0:
+            return 0.0
+        # No error: the server is one of the two to the last bit. A log takes no infinity.
+        found = self.xy / self.xx / error if error else math.copysign(math.inf, self.xy)
+        return max(-_MOST_SIGMAS, min(_MOST_SIGMAS, found))
 
-    @property
-    def stale(self) -> bool:
-        """The server is nearer to the previous version, beyond doubt."""
-        return self.sigmas >= DECIDED
+    def stale(self, rounding: Rounding) -> bool:
+        """The server has the previous version, or a part of its tokens has, beyond doubt."""
+        coefficient, error = self.coefficient(rounding)
+        # Comparisons with NaN are false.
+        return self.sigmas >= DECIDED or coefficient - DECIDED * error > MIXED
 
     @property
     def decided(self) -> bool:
@@ -319,7 +326,7 @@ class VersionEvidence:
             The coefficient and its standard error; (NaN, inf) when the versions differ by less
             than the rounding.
         """
-        moved = self.xx - self.tokens * rounding.squares
+        moved = self.xx - self.tokens * rounding.variance
         if moved < self.xx / 2 or self._error == math.inf:
             return math.nan, math.inf
         return 0.5 + self.xy / moved, self._error * self.xx / moved

@@ -2,15 +2,32 @@
 
 The student's tokens are compared with the student's forward, the teacher's with the teacher's. A
 stale cartridge shows in the one, an answer that was written without the document in the other.
+
+With ``max_logprob_diff`` a number, that bounds the largest difference (:func:`differences`). With
+null, :class:`RoundingCheck` runs the test of ``cartridge_distill.agreement``, which holds where
+server and trainer round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from cartridge_distill.agreement import (
+    LEVEL_FIGURES,
+    Rounding,
+    StepLevel,
+    VersionEvidence,
+    level_figures,
+    nudged,
+    rounding_figures,
+    version_figures,
+)
 from cartridge_distill.errors import OffPolicyError
 from cartridge_distill.mixing import STUDENT, TEACHER
+from cartridge_distill.prefix import Prefix
 
 _CAUSES = {
     STUDENT: "the server does not serve this cartridge version, or not this base model, dtype or "
@@ -18,6 +35,11 @@ _CAUSES = {
     TEACHER: "the server wrote without the document, or with another base model, dtype or "
     "temperature, or teacher_cache keeps the answers of such a server",
 }
+
+ROUNDING_EVERY = 64
+"""Versions after which the rounding is measured again; a cartridge that grows rounds more."""
+
+_PACKED_TOKENS = 2048
 
 
 def differences(
@@ -47,6 +69,161 @@ def differences(
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
             f"(server {server[worst]:.4f}, trainer {own[worst]:.4f}, token {int(tokens[worst])}, "
             f"written by the {author}), bound {limit:g}: {_CAUSES[author]}. "
-            "Raise actor.cartridge.max_logprob_diff only for a bfloat16 server"
+            "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
+            "the rounding instead"
         )
     return difference
+
+
+def leading(sequences: Sequence[Tensor]) -> int:
+    """How many sequences, from the first on, an extra forward takes: 2,048 tokens, at least one."""
+    taken, tokens = 0, 0
+    for sequence in sequences:
+        tokens += int(sequence.numel())
+        if taken and tokens > _PACKED_TOKENS:
+            break
+        taken += 1
+    return taken
+
+
+class RoundingCheck:
+    """The test where both round, of one engine: what it measured, and the evidence so far.
+
+    Ranks of a sharded model must run it equally often, and do: the extra forwards belong to a
+    rank's first micro-batch of a step, whatever is in it.
+
+    Args:
+        dtype: that the model computes in, and the server.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounding: Rounding | None = None
+        self._measured_at = 0
+        self._previous: Prefix | None = None
+        self._levels: dict[str, StepLevel] = {}
+        self._evidence = VersionEvidence()
+        self._first = True
+
+    def begin_batch(self) -> None:
+        """Before the first micro-batch of a batch."""
+        self._levels = {}
+        self._first = True
+
+    def remember(self, prefix: Prefix) -> None:
+        """Keeps the cartridge that the next version is compared with: a copy, in what is served.
+
+        Called before the optimizer moves it.
+        """
+        served = prefix.to(dtype=self._dtype)
+        self._previous = Prefix(
+            [key.detach().clone() for key in served.keys],
+            [value.detach().clone() for value in served.values],
+        )
+
+    def student(
+        self,
+        version: int,
+        own: Tensor,
+        server: Tensor,
+        counted: Tensor,
+        current: Prefix,
+        behind: Callable[[Prefix], Tensor],
+    ) -> dict[str, float]:
+        """Checks a micro-batch of the student's tokens before anything is trained on it.
+
+        Args:
+            version: that the tokens should be of.
+            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            server: ``[N]`` the log-probs that came with them.
+            counted: ``[N]`` bool, those that the student wrote.
+            current: the cartridge.
+            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge.
+
+        Returns:
+            Metrics.
+
+        Raises:
+            OffPolicyError: another base, cartridge or temperature, or the version before.
+        """
+        first, self._first = self._first, False
+        if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
+            self._measure(version, own, behind(nudged(current, self._dtype)))
+        metrics: dict[str, float] = {}
+        if first and self._previous is not None:
+            before = behind(self._previous)
+            some = slice(len(before))
+            figures = version_figures(own[some], before, server[some], counted[some])
+            # First of the two: it names the cause.
+            metrics = self._version(version, figures.tolist())
+        return metrics | self._level(STUDENT, own, server, counted, 1.0)
+
+    def teacher(
+        self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> None:
+        """Checks a micro-batch of the teacher's tokens, of which ``counted`` are true.
+
+        Args:
+            chosen, server, counted: as for the student.
+            temperature_ratio: the teacher's over the student's.
+
+        Raises:
+            OffPolicyError: the teacher's forward does not agree with them.
+        """
+        self._level(TEACHER, chosen, server, counted, temperature_ratio)
+
+    def _measure(self, version: int, own: Tensor, repeat: Tensor) -> None:
+        count = int(repeat.shape[0])
+        figures = rounding_figures(own[:count], repeat).tolist()
+        self._rounding = Rounding.of(count, figures, self._dtype)
+        self._measured_at = version
+
+    def _level(
+        self, author: str, own: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> dict[str, float]:
+        if self._rounding is None:
+            raise RuntimeError("the rounding was not measured: student() comes before teacher()")
+        if author not in self._levels:
+            self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
+        level = self._levels[author]
+        bound = torch.tensor(level.rounding.high_bound, dtype=torch.float64, device=own.device)
+        figures = level_figures(own, server, counted, bound).tolist()
+        if problem := level.add(figures):
+            raise OffPolicyError(
+                f"server and trainer disagree on the log-probs of tokens written by the {author}: "
+                f"{problem}: {_CAUSES[author]}. If the server is right and only rounds more than "
+                "the trainer, bound the largest difference instead, with "
+                "actor.cartridge.max_logprob_diff (0.5 suits bfloat16)"
+            )
+        found = dict(zip(LEVEL_FIGURES, figures, strict=True))
+        if not found["tokens"]:
+            return {}
+        return {
+            "logprob_diff/scaled_mean": level.mean,
+            "logprob_diff/scaled_mean_bound": level.rounding.mean_bound(level.tokens),
+            "logprob_diff/scaled_q95": found["scaled_high"],
+            "logprob_diff/scaled_q95_bound": level.rounding.high_bound,
+        }
+
+    def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
+        assert self._rounding is not None
+        evidence = self._evidence
+        evidence.add(figures)
+        coefficient, error = evidence.coefficient(self._rounding)
+        told = error < float("inf")
+        if evidence.stale(self._rounding):
+            share = f"{coefficient:.2f} +- {error:.2f}, " if told else ""
+            raise OffPolicyError(
+                f"rollouts stamped step {version} were made, all or some, by the version before: "
+                f"stale coefficient {share}{evidence.sigmas:.1f} standard errors towards it over "
+                f"{evidence.tokens:.0f} tokens of {evidence.steps} step(s): the server does not "
+                "serve the version it names. The rollout proxy or the sync is out of order"
+            )
+        metrics = {
+            "logprob_diff/stale_sigmas": evidence.sigmas,
+            "logprob_diff/version_decided": float(evidence.decided),
+        }
+        if told:  # else the versions differ by less than the rounding
+            metrics["logprob_diff/stale_coefficient"] = coefficient
+            metrics["logprob_diff/stale_coefficient_error"] = error
+        return metrics

@@ -34,10 +34,11 @@ from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import pack
+from cartridge_distill.prefix import Prefix
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import Teacher
 from verl_patches import engine_state
-from verl_patches.agreement import differences
+from verl_patches.agreement import RoundingCheck, differences, leading
 from verl_patches.building import initial_cartridge, load_base, load_validation
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
@@ -102,6 +103,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         cartridge = initial_cartridge(self.settings, module, self.teacher)
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
+        # With a bound on the largest difference, nothing else is measured.
+        self.rounding_check = None
+        if self.settings.max_logprob_diff is None:
+            self.rounding_check = RoundingCheck(next(module.parameters()).dtype)
         if several:
             make_equal(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)
@@ -147,6 +152,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
         self._check_staleness()
         staleness = self.staleness
+        if self.rounding_check is not None:
+            self.rounding_check.begin_batch()
         self._seconds.clear()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -272,13 +279,35 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         own = chosen_logprobs(logits, tokens, samples.temperature)
         mine = ~samples.by_teacher
+        by_rounding = {}
+        if self.rounding_check is not None and not self.staleness:
+            # Also when the teacher wrote all of it: every rank runs the model equally often.
+            by_rounding = self.rounding_check.student(
+                self.version,
+                own,
+                samples.rollout_logprobs,
+                mine,
+                self.cartridge.prefix(),
+                partial(self._logprobs_behind, samples),
+            )
         if not bool(mine.any()):
             return {"student_logprob": own.mean().item()}, []
         bound = None if self.staleness else self.settings.max_logprob_diff
         found = differences(STUDENT, own[mine], samples.rollout_logprobs[mine], tokens[mine], bound)
         if self.staleness:
             return {"stale_logprob_diff/max": found.max().item()}, []
-        return {"student_logprob": own.mean().item()}, [found]
+        return {"student_logprob": own.mean().item(), **by_rounding}, [found]
+
+    @torch.no_grad()
+    def _logprobs_behind(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Log-probs of the first samples' wanted tokens behind another cartridge."""
+        count = leading(samples.sequences)
+        batch = pack(samples.sequences[:count])
+        wanted = torch.cat(samples.wanted[:count])
+        with self._timed("version_check"):
+            keep = batch.predicts(wanted)
+            logits = packed_forward(self.module, prefix, batch, keep, self.settings.attention)
+            return chosen_logprobs(logits, batch.input_ids[wanted], samples.temperature)
 
     def _check_answers(
         self, samples: Samples, chosen: Tensor | None, tokens: Tensor, so_far: list[Tensor]
@@ -287,6 +316,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         metrics = {}
         if chosen is not None:
             theirs = samples.by_teacher
+            if self.rounding_check is not None:
+                at = self._answer_temperature(samples) or 1.0  # greedy leaves the logits alone
+                ratio = at / (samples.temperature or 1.0)
+                self.rounding_check.teacher(chosen, samples.rollout_logprobs, theirs, ratio)
             found = differences(
                 TEACHER,
                 chosen[theirs],
@@ -300,7 +333,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             difference = torch.cat(so_far)
             metrics["logprob_diff/max"] = difference.max().item()
             metrics["logprob_diff/mean"] = difference.mean().item()
-            metrics["logprob_diff/bound"] = self.settings.max_logprob_diff  # the report draws it
+            if self.settings.max_logprob_diff is not None:  # the report draws it
+                metrics["logprob_diff/bound"] = self.settings.max_logprob_diff
         return metrics
 
     def _answer_temperature(self, samples: Samples) -> float | None:
@@ -327,6 +361,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             raise FloatingPointError(
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
+        if self.rounding_check is not None and not self.staleness:
+            self.rounding_check.remember(self.cartridge.prefix())
         self.optimizer.step()
         self.step += 1
         return float(norm)
