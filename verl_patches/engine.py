@@ -36,11 +36,12 @@ from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import TeacherTopK, get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import on_device, pack
+from cartridge_distill.prefix import Prefix
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import Teacher, not_finite
 from cartridge_distill.warm_up import compile_attention
 from verl_patches import engine_state
-from verl_patches.agreement import Agreement
+from verl_patches.agreement import Agreement, RoundingCheck, leading
 from verl_patches.building import initial_cartridge, load_base, load_validation
 from verl_patches.device import StageSeconds, fetch
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
@@ -113,6 +114,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         cartridge = initial_cartridge(self.settings, module, self.teacher)
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
+        # With a bound on the largest difference, nothing else is measured.
+        self.rounding_check = None
+        if self.settings.max_logprob_diff is None:
+            self.rounding_check = RoundingCheck(next(module.parameters()).dtype)
         if several:
             make_equal(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)
@@ -148,6 +153,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
         self._check_staleness()
         staleness = self.staleness
+        if self.rounding_check is not None:
+            self.rounding_check.begin_batch()
         self._stage.take()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -270,14 +277,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         own = chosen_logprobs(logits, tokens, samples.temperature)
         server = on_device(samples.rollout_logprobs, own.device, own.dtype)
-        compared = {}
-        for author, numbers in ((STUDENT, own), (TEACHER, teacher.chosen)):
-            mine = samples.by_teacher == (author == TEACHER)
-            if not mine.any():
-                continue
-            assert numbers is not None
-            rows = on_device(np.flatnonzero(mine), own.device, torch.long)
-            compared[author] = Agreement(author, numbers[rows], server[rows], tokens[rows])
+        compared = self._compared(samples, own, server, teacher.chosen, tokens)
         # A stale student's differences are no agreement of server and trainer.
         counted = [
             found.difference
@@ -290,12 +290,17 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         values["teacher_tail_mass"] = teacher.tail_logprob.exp().mean()
         if counted:
             values["logprob_diff/mean"] = torch.cat(counted).mean()
-        got = fetch(values)  # the one time that the host waits for student and teacher
+        if self.rounding_check is not None:
+            values |= self._rounding_figures(samples, own, server, teacher.chosen)
+        fetched = fetch(values)  # the one time that the host waits for student and teacher
 
+        got = {name: figures[0] for name, figures in fetched.items() if len(figures) == 1}
         bound = self.settings.max_logprob_diff
         for author, found in compared.items():
             stale = author == STUDENT and self.staleness
             found.check(got[f"largest/{author}"], None if stale else bound)
+        if self.rounding_check is not None:
+            got |= self.rounding_check.judge(self.version, fetched)
         if not got.pop("finite"):
             raise not_finite(samples.document_ids)
         if not math.isfinite(got["loss"]):
@@ -309,8 +314,57 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             got["stale_logprob_diff/max"] = largest.pop(STUDENT)
         if largest:
             got["logprob_diff/max"] = max(largest.values())
-            got["logprob_diff/bound"] = bound  # the report draws it
+            if bound is not None:
+                got["logprob_diff/bound"] = bound  # the report draws it
         return got
+
+    def _compared(
+        self, samples: Samples, own: Tensor, server: Tensor, chosen: Tensor | None, tokens: Tensor
+    ) -> dict[str, Agreement]:
+        """The tokens of each author against the forward of whoever wrote them."""
+        found = {}
+        for author, numbers in ((STUDENT, own), (TEACHER, chosen)):
+            mine = samples.by_teacher == (author == TEACHER)
+            if not mine.any():
+                continue
+            assert numbers is not None
+            rows = on_device(np.flatnonzero(mine), own.device, torch.long)
+            found[author] = Agreement(author, numbers[rows], server[rows], tokens[rows])
+        return found
+
+    def _rounding_figures(
+        self, samples: Samples, own: Tensor, server: Tensor, chosen: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the test in units of the rounding wants to know of this micro-batch."""
+        assert self.rounding_check is not None
+        theirs = on_device(samples.by_teacher, own.device)
+        figures = {}
+        if not self.staleness:
+            # Also when the teacher wrote all of it: every rank runs the model equally often.
+            figures = self.rounding_check.student_figures(
+                self.version,
+                own,
+                server,
+                ~theirs,
+                self.cartridge.prefix(),
+                partial(self._logprobs_behind, samples),
+            )
+        if chosen is not None:
+            at = self._answer_temperature(samples) or 1.0  # greedy leaves the logits alone
+            ratio = at / (samples.temperature or 1.0)
+            figures |= self.rounding_check.teacher_figures(chosen, server, theirs, ratio)
+        return figures
+
+    @torch.no_grad()
+    def _logprobs_behind(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Log-probs of the first samples' wanted tokens behind another cartridge."""
+        count = leading(samples.sequences)
+        batch = pack(samples.sequences[:count]).to(self.teacher.device)
+        wanted = np.concatenate(samples.wanted[:count])
+        with self._stage("version_check"):
+            keep = batch.predicts(wanted)
+            logits = packed_forward(self.module, prefix, batch, keep, self.settings.attention)
+            return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
 
     def _answer_temperature(self, samples: Samples) -> float | None:
         """At which the teacher's answers were sampled; None when there are none."""
@@ -336,6 +390,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             raise FloatingPointError(
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
+        if self.rounding_check is not None and not self.staleness:
+            self.rounding_check.remember(self.cartridge.prefix())
         self.optimizer.step()
         self.step += 1
         return norm
