@@ -44,7 +44,7 @@ def packed(backend: str) -> Forward:
         batch = pack(sequences)
         wanted = batch.index > 0
         logits = packed_forward(model, prefix, batch, batch.predicts(wanted), backend)
-        return chosen_logprobs(logits, batch.input_ids[wanted])
+        return chosen_logprobs(logits, batch.tokens(wanted))
 
     return forward
 

@@ -5,8 +5,8 @@ forked. A :class:`~cartridge_distill.layout.PackedLayout` travels with the model
 function which tokens belong together. Three backends give the same result:
 
 ``flex``
-    FlexAttention with a ``BlockMask``, compiled; the default on a GPU. No backward on CPU
-    (torch 2.13).
+    FlexAttention with a ``BlockMask``, compiled (:mod:`cartridge_distill.flex`); the default on a
+    GPU. No backward on CPU (torch 2.13).
 ``grouped``
     Plain matmuls. The prefix is one large product for all tokens; a sequence's own part is computed
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
@@ -22,8 +22,6 @@ layer did not come through here: nothing falls back to full attention. Dropout i
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cartridge_distill.errors import ConfigError
+from cartridge_distill.flex import flex_attention_of
 from cartridge_distill.layout import PackedLayout
 
 ATTENTION_NAME = "cartridge_packed"
@@ -157,48 +156,7 @@ def _grouped(
     return torch.cat(pieces, dim=1)[:, layout.restore(asked)]
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex(
-    layout: PackedLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if past is not None:
-        key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
-    score_mod = None
-    if softcap is not None:
-
-        def score_mod(score: Tensor, *_: Tensor) -> Tensor:
-            return softcap * torch.tanh(score / softcap)
-
-    # Uncompiled FlexAttention is only for comparing results on a CPU.
-    attend = _compiled_flex() if query.is_cuda else cast(Callable[..., Any], flex_attention)
-    out = attend(
-        query[None],
-        key[None],
-        value[None],
-        score_mod=score_mod,
-        block_mask=layout.block_mask(window),
-        scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return cast(Tensor, out)[0]
-
-
-_IMPLEMENTATIONS = {"flex": _flex, "grouped": _grouped, "dense": _dense}
+_IMPLEMENTATIONS = {"flex": flex_attention_of, "grouped": _grouped, "dense": _dense}
 
 
 def packed_attention(

@@ -51,3 +51,7 @@ class ProcessDied(CartridgeDistillError, RuntimeError):
 
 class ReportError(CartridgeDistillError, ValueError):
     """A run's files do not give a report; the message names the file and the line."""
+
+
+class AttentionCompileError(CartridgeDistillError, RuntimeError):
+    """FlexAttention could not be compiled for a shape, and is not computed unfused instead."""

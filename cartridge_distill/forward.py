@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cartridge_distill.attention import ATTENTION_NAME, resolve_backend
+from cartridge_distill.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.kv_shape import check_fits
 from cartridge_distill.layout import PackedLayout
-from cartridge_distill.packing import PackedBatch
+from cartridge_distill.packing import HostMask, PackedBatch, host_mask, on_device
 from cartridge_distill.prefix import Prefix
 
 
@@ -32,7 +35,7 @@ def run_packed(
     model: nn.Module,
     prefix: Prefix | None,
     batch: PackedBatch,
-    keep: Tensor | None = None,
+    keep: Tensor | HostMask | None = None,
     backend: str = "auto",
     cache: Any = None,
 ) -> Tensor:
@@ -49,7 +52,6 @@ def run_packed(
             "transformers' gradient checkpointing throws away the cache that collects the KV; "
             "collect it outside of recomputing_layers() and in eval mode"
         )
-    device = batch.input_ids.device
     if prefix is not None:
         check_fits(prefix.kv_shape, config)
     prefix_tokens = prefix.num_tokens if prefix is not None else 0
@@ -61,19 +63,27 @@ def run_packed(
             f"over the model's context of {limit}; shorten the document, prompt or response"
         )
     # A cache that collects the row's KV wants every token of it.
-    if keep is not None and cache is None:
-        batch, keep = batch.up_to_last(keep.to(device))
-    layout = PackedLayout(
-        batch, prefix, resolve_backend(backend, device), share_beginnings=cache is None
-    )
-    rows = layout.of_token if keep is None else layout.of_token[keep.to(device)]
+    wanted = None if keep is None else host_mask(keep)
+    if wanted is not None and cache is None:
+        batch, wanted = batch.up_to_last(wanted)
+    if wanted is None:
+        wanted = np.ones(batch.num_tokens, dtype=bool)
+    backend = resolve_backend(backend, batch.device)
+    if backend == "flex":
+        batch = batch.filled_up(BLOCK, LEAST_ROW)
+    layout = PackedLayout(batch, prefix, backend, share_beginnings=cache is None)
+    rows = layout.of_token[np.flatnonzero(wanted)]
+    ids = batch.input_ids
+    if len(layout.computed) < batch.num_tokens:
+        ids = ids[on_device(layout.computed, batch.device, torch.long)]
+    positions = prefix_tokens + batch.index[layout.computed]
     output = model(
-        input_ids=batch.input_ids[layout.computed][None],
-        position_ids=(prefix_tokens + batch.index[layout.computed])[None],
+        input_ids=ids[None],
+        position_ids=on_device(positions, batch.device, torch.long)[None],
         past_key_values=cache,
         use_cache=cache is not None,
         packed_layout=layout,
-        logits_to_keep=rows,
+        logits_to_keep=on_device(rows, batch.device, torch.long),
     )
     layout.check_used_by_all(config.num_hidden_layers)
     logits: Tensor = output.logits[0]
@@ -125,7 +135,7 @@ def packed_forward(
     model: nn.Module,
     prefix: Prefix | None,
     batch: PackedBatch,
-    keep: Tensor | None = None,
+    keep: Tensor | HostMask | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Logits of a packed batch behind a shared prefix.
@@ -135,7 +145,8 @@ def packed_forward(
         prefix: P tokens visible to every token, or None for the bare model.
         batch: the packed sequences, T tokens.
         keep: ``[T]`` bool; only these rows go through the vocabulary projection, and what follows
-            a sequence's last one is not computed at all. All by default.
+            a sequence's last one is not computed at all. All by default. A mask on a GPU is
+            fetched, for which the host waits; :meth:`PackedBatch.predicts` gives one on the host.
         backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.attention`.
 
     Returns:

@@ -7,15 +7,15 @@ all layers. Nothing here computes attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cartridge_distill.errors import ConfigError
-from cartridge_distill.packing import PackedBatch
+from cartridge_distill.packing import HostIndex, PackedBatch, on_device
 from cartridge_distill.prefix import Prefix
 
 # Sequences share a group while the shortest is at least this part of the longest: bounds the
@@ -46,6 +46,10 @@ class PackedLayout:
     ``share_beginnings`` a token whose whole past equals another's is computed once: its hidden
     states are the same. ``computed`` says which tokens of the row are, ``of_token`` where each
     token's result is found. Only the grouped backend can do this.
+
+    Attributes:
+        computed: ``[U]`` places in the row, on the host.
+        of_token: ``[T]`` for each token its place among the computed ones, on the host.
     """
 
     def __init__(
@@ -63,13 +67,10 @@ class PackedLayout:
         self._masks: dict[tuple[str, int | None], Any] = {}
         self._groups: list[Group] | None = None
         self._restore: Tensor | None = None
-        device = batch.input_ids.device
         if share_beginnings and backend == "grouped":
-            computed, of_token = _shared_beginnings(batch)
-            self.computed = torch.tensor(computed, device=device)
-            self.of_token = torch.tensor(of_token, device=device)
+            self.computed, self.of_token = _shared_beginnings(batch)
         else:
-            self.computed = self.of_token = torch.arange(batch.num_tokens, device=device)
+            self.computed = self.of_token = np.arange(batch.num_tokens)
 
     def note_layer(self, layer: int) -> None:
         self._layers_seen.add(layer)
@@ -87,7 +88,10 @@ class PackedLayout:
         """``[T, P + T]`` bool: may query i see key j (the prefix first)?"""
         key = ("dense", window)
         if key not in self._masks:
-            seq, index = self.batch.seq_ids, self.batch.index
+            seq, index = (
+                on_device(values, self.batch.device, torch.long)
+                for values in (self.batch.seq_ids, self.batch.index)
+            )
             own = (seq[:, None] == seq[None, :]) & (index[:, None] >= index[None, :])
             if window is not None:
                 own &= (index[:, None] - index[None, :]) < window
@@ -104,41 +108,22 @@ class PackedLayout:
         return self.prefix_tokens + place[..., None] - prefix < window
 
     def block_mask(self, window: int | None) -> Any:
-        """The same rule as a FlexAttention ``BlockMask``."""
+        """The same rule as a FlexAttention ``BlockMask``, see :mod:`cartridge_distill.blocks`."""
         key = ("flex", window)
         if key not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from cartridge_distill.blocks import make_block_mask
 
-            seq, index, prefix = self.batch.seq_ids, self.batch.index, self.prefix_tokens
-            none = torch.full((prefix,), -1, dtype=seq.dtype, device=seq.device)
-            key_seq = torch.cat([none, seq])  # prefix tokens carry seq_id -1: open to all
-            key_pos = torch.cat([torch.arange(prefix, device=seq.device), prefix + index])
-            query_pos = prefix + index
-
-            def rule(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                visible = (key_seq[k] == -1) | (
-                    (key_seq[k] == seq[q]) & (key_pos[k] <= query_pos[q])
-                )
-                if window is not None:
-                    visible = visible & (query_pos[q] - key_pos[k] < window)
-                return visible
-
-            tokens = seq.shape[0]
-            self._masks[key] = create_block_mask(
-                rule, None, None, tokens, prefix + tokens, device=seq.device
-            )
+            self._masks[key] = make_block_mask(self.batch, self.prefix_tokens, window)
         return self._masks[key]
 
     def groups(self) -> list[Group]:
         """Every computed token once as a query, with the keys of its sequence."""
         if self._groups is None:
-            starts, lengths = self.batch.offsets, self.batch.lengths
-            own = [0] * len(lengths)  # how many tokens each sequence computes itself: its last ones
-            for token in self.computed.tolist():
-                own[int(self.batch.seq_ids[token])] += 1
+            starts, lengths = self.batch.offsets, np.array(self.batch.lengths)
+            # How many tokens each sequence computes itself: its last ones.
+            own = np.bincount(self.batch.seq_ids[self.computed], minlength=len(lengths))
             order = [b for b in range(len(lengths)) if own[b]]
             order.sort(key=lambda b: (-lengths[b], -own[b]))
-            where = self.of_token.tolist()
             self._groups = []
             while order:
                 head = order[0]
@@ -149,27 +134,13 @@ class PackedLayout:
                     and own[head] >= own[b] >= _GROUP_RATIO * own[head]
                 ]
                 order = [b for b in order if b not in set(members)]
-                longest, queries = lengths[head], own[head]
-
-                def rows(b: int, places: Sequence[int]) -> list[int]:
-                    return [where[starts[b] + place] for place in places]
-
-                asked = [
-                    [min(lengths[b] - own[b] + i, lengths[b] - 1) for i in range(queries)]
-                    for b in members
-                ]
-                read = [[min(i, lengths[b] - 1) for i in range(longest)] for b in members]
-                device = self.batch.input_ids.device
+                first, last = starts[members][:, None], lengths[members][:, None] - 1
+                skipped = (lengths - own)[members][:, None]
+                asked = np.minimum(skipped + np.arange(own[head]), last)
+                read = np.minimum(np.arange(lengths[head]), last)
+                parts = (self.of_token[first + asked], asked, self.of_token[first + read])
                 self._groups.append(
-                    Group(
-                        torch.tensor(
-                            [rows(*p) for p in zip(members, asked, strict=True)], device=device
-                        ),
-                        torch.tensor(asked, device=device),
-                        torch.tensor(
-                            [rows(*p) for p in zip(members, read, strict=True)], device=device
-                        ),
-                    )
+                    Group(*(on_device(part, self.batch.device, torch.long) for part in parts))
                 )
         return self._groups
 
@@ -178,12 +149,12 @@ class PackedLayout:
         if self._restore is None:
             token = torch.cat(queries)
             slots = torch.arange(token.shape[0], device=token.device)
-            first = torch.full_like(self.computed, token.shape[0])
+            first = token.new_full((len(self.computed),), token.shape[0])
             self._restore = first.scatter_reduce(0, token, slots, reduce="amin")
         return self._restore
 
 
-def _shared_beginnings(batch: PackedBatch) -> tuple[list[int], list[int]]:
+def _shared_beginnings(batch: PackedBatch) -> tuple[HostIndex, HostIndex]:
     """A trie over the sequences.
 
     Returns:
@@ -193,14 +164,16 @@ def _shared_beginnings(batch: PackedBatch) -> tuple[list[int], list[int]]:
     known: dict[tuple[int, int], int] = {}
     computed: list[int] = []
     of_token: list[int] = []
-    ids = batch.input_ids.tolist()
-    for start, length in zip(batch.offsets, batch.lengths, strict=False):
+    ids = batch.input_ids.tolist()  # the one fetch; a batch on a GPU seldom takes this backend
+    token = 0
+    for length in batch.lengths:
         node = -1
-        for token in range(start, start + length):
+        for _ in range(length):
             key = (node, ids[token])
             if key not in known:
                 known[key] = len(computed)
                 computed.append(token)
             node = known[key]
             of_token.append(node)
-    return computed, of_token
+            token += 1
+    return np.array(computed), np.array(of_token)

@@ -11,6 +11,10 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
+ROWS_AT_ONCE = 512
+"""Rows of ``[N, V]`` logits worked on at once: bounds their float32 copies."""
+
+
 def chosen_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of given tokens, in float32.
 
@@ -19,5 +23,9 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0)
         token_ids: ``[N]``.
         temperature: logits are divided by it first; 0 (greedy) leaves them alone, as a server does.
     """
-    scaled = tempered(logits, temperature or 1.0)
-    return torch.gather(scaled, 1, token_ids[:, None])[:, 0] - torch.logsumexp(scaled, dim=-1)
+    found = []
+    for rows, ids in zip(logits.split(ROWS_AT_ONCE), token_ids.split(ROWS_AT_ONCE), strict=True):
+        scaled = tempered(rows, temperature or 1.0)
+        chosen = torch.gather(scaled, 1, ids[:, None])[:, 0]
+        found.append(chosen - torch.logsumexp(scaled, dim=-1))
+    return torch.cat(found)

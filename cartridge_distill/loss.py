@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.errors import ConfigError
-from cartridge_distill.logprobs import tempered
-
-# Rows of logits worked on at once, to bound the float32 copies of [rows, V].
-_ROWS = 512
+from cartridge_distill.logprobs import ROWS_AT_ONCE, tempered
 
 
 @dataclass(frozen=True)
@@ -30,22 +27,28 @@ class TeacherTopK:
         ids: ``[N, K]`` token ids, most likely first.
         logprobs: ``[N, K]`` float32 log-probs under the full softmax.
         chosen: ``[N]`` log-probs of the tokens that stand there, where they were asked for.
+        finite: a bool on the device: no logit was NaN or +inf. Nobody has looked at it yet.
     """
 
     ids: Tensor
     logprobs: Tensor
     chosen: Tensor | None = None
+    finite: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> TeacherTopK:
         """Top-k of ``[N, V]`` logits divided by ``temperature``."""
-        ids, logprobs = [], []
-        for rows in logits.split(_ROWS):
+        ids, logprobs, totals = [], [], []
+        for rows in logits.split(ROWS_AT_ONCE):
             scaled = tempered(rows, temperature)
             top, at = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
+            total = torch.logsumexp(scaled, dim=-1, keepdim=True)
             ids.append(at)
-            logprobs.append(top - torch.logsumexp(scaled, dim=-1, keepdim=True))
-        return cls(torch.cat(ids), torch.cat(logprobs))
+            logprobs.append(top - total)
+            totals.append(total)
+        # NaN or +inf anywhere in a row makes its sum so; a token that is ruled out, -inf, does not.
+        finite = torch.isfinite(torch.cat(totals)).all()
+        return cls(torch.cat(ids), torch.cat(logprobs), finite=finite)
 
     @property
     def tail_logprob(self) -> Tensor:
@@ -89,7 +92,7 @@ class _ForwardKLTopK(torch.autograd.Function):
     ) -> Tensor:
         losses, totals, rests = [], [], []
         for z, i, lp, lt in zip(
-            *(x.split(_ROWS) for x in (logits, ids, logprobs, tail)), strict=True
+            *(x.split(ROWS_AT_ONCE) for x in (logits, ids, logprobs, tail)), strict=True
         ):
             top, rest, total = _student_topk(z, i, temperature)
             p, p_tail = lp.exp(), lt.exp()
@@ -106,8 +109,8 @@ class _ForwardKLTopK(torch.autograd.Function):
         logits, ids, logprobs, tail, total, rest = ctx.saved_tensors
         tau = ctx.temperature
         out = torch.empty_like(logits)
-        for at in range(0, logits.shape[0], _ROWS):
-            rows = slice(at, at + _ROWS)
+        for at in range(0, logits.shape[0], ROWS_AT_ONCE):
+            rows = slice(at, at + ROWS_AT_ONCE)
             # In place: [rows, V] is far larger than a cache, and fresh memory costs page faults.
             q = (tempered(logits[rows], tau) - total[rows, None]).exp_()
             # p_t / q_t; where the teacher has no tail the ratio is 0 whatever the student has.

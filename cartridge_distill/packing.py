@@ -3,15 +3,46 @@
 Nothing is padded: a batch of B sequences is a row of T = sum(lengths) tokens. Whether token i may
 see token j is decided by ``seq_ids`` (same sequence) and ``index`` (not later); prefix tokens carry
 ``seq_id = -1`` and are open to all. Tokens are taken by mask, never by ``[:length]``.
+
+Token ids live on the device. Which token is which is known from the lengths alone, so it lives on
+the host, in numpy arrays: no step of a packed forward has to wait for a GPU to tell where a
+sequence ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+HostMask = NDArray[np.bool_]
+HostIndex = NDArray[np.int64]
+
+
+def host_mask(mask: Tensor | HostMask) -> HostMask:
+    """A bool mask as numpy. A tensor on a GPU is fetched, for which the host waits."""
+    found = mask.numpy(force=True) if isinstance(mask, Tensor) else mask
+    if found.dtype != np.bool_ or found.ndim != 1:
+        raise ValueError(f"a mask is 1-D and bool; got {found.dtype} of shape {found.shape}")
+    return found
+
+
+def on_device(
+    values: Tensor | NDArray[np.generic] | Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What the host holds, on a device; the host does not wait for the copy."""
+    host = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    host = host.to(dtype=dtype or host.dtype)
+    if device.type == "cuda" and host.device.type == "cpu":
+        host = host.pin_memory()  # from other memory the driver may wait for the device first
+    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -19,35 +50,49 @@ class PackedBatch:
     """B sequences in one row.
 
     Attributes:
-        input_ids: ``[T]`` long, the sequences one after the other.
-        seq_ids: ``[T]`` long, 0..B-1.
-        index: ``[T]`` long, the place of a token within its sequence, from 0.
+        input_ids: ``[T]`` long, the sequences one after the other, on any device.
         lengths: B lengths, each at least 1.
     """
 
     input_ids: Tensor
-    seq_ids: Tensor
-    index: Tensor
-    lengths: list[int]
+    lengths: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[0])
 
     @property
-    def offsets(self) -> list[int]:
-        """Where each sequence begins; the last entry is T."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return starts
+    def device(self) -> torch.device:
+        return self.input_ids.device
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        return PackedBatch(
-            self.input_ids.to(device), self.seq_ids.to(device), self.index.to(device), self.lengths
-        )
+    @cached_property
+    def seq_ids(self) -> HostIndex:
+        """``[T]``, 0..B-1."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
-    def predicts(self, wanted: Tensor) -> Tensor:
+    @cached_property
+    def index(self) -> HostIndex:
+        """``[T]``, the place of a token within its sequence, from 0."""
+        return np.arange(self.num_tokens) - self.offsets[self.seq_ids]
+
+    @cached_property
+    def offsets(self) -> HostIndex:
+        """``[B + 1]``, where each sequence begins; the last entry is T."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch elsewhere; the host does not wait for the copy."""
+        return PackedBatch(on_device(self.input_ids, device), self.lengths)
+
+    def tokens(self, mask: Tensor | HostMask) -> Tensor:
+        """``[n]`` ids of the tokens that a ``[T]`` mask names, on the batch's device."""
+        return self.input_ids[self.places(mask)]
+
+    def places(self, mask: Tensor | HostMask) -> Tensor:
+        """``[n]`` long, the places of the true entries of a ``[T]`` mask, on the device."""
+        return on_device(np.flatnonzero(host_mask(mask)), self.device, torch.long)
+
+    def predicts(self, wanted: Tensor | HostMask) -> HostMask:
         """Which rows of the logits predict the ``wanted`` tokens.
 
         The logits at token i are the distribution of token i + 1 of the same sequence.
@@ -61,15 +106,16 @@ class PackedBatch:
         Raises:
             ValueError: the first token of a sequence is wanted; nothing precedes it.
         """
-        if bool((wanted & (self.index == 0)).any()):
-            bad = self.seq_ids[wanted & (self.index == 0)].tolist()
+        wanted = host_mask(wanted)
+        first = wanted & (self.index == 0)
+        if first.any():
             raise ValueError(
-                f"sequences {bad}: the first token has no predecessor to predict it; "
-                "a prompt needs at least one token"
+                f"sequences {self.seq_ids[first].tolist()}: the first token has no predecessor to "
+                "predict it; a prompt needs at least one token"
             )
-        return torch.roll(wanted, -1, dims=0)
+        return np.roll(wanted, -1)
 
-    def up_to_last(self, keep: Tensor) -> tuple[PackedBatch, Tensor]:
+    def up_to_last(self, keep: Tensor | HostMask) -> tuple[PackedBatch, HostMask]:
         """Leaves out what no kept row depends on: whatever follows a sequence's last one.
 
         Of a prompt with a response that is its last token, whose own prediction nobody asks for.
@@ -80,17 +126,29 @@ class PackedBatch:
         Returns:
             The shorter batch, without the sequences of which nothing is kept, and ``keep`` for it.
         """
-        if not bool(keep.any()):
+        keep = host_mask(keep)
+        if not keep.any():
             return self, keep
-        places = torch.where(keep, self.index, -1)
-        none = torch.full((len(self.lengths),), -1, device=keep.device)
-        last = none.scatter_reduce(0, self.seq_ids, places, reduce="amax")
+        last = np.full(len(self.lengths), -1)
+        np.maximum.at(last, self.seq_ids[keep], self.index[keep])
         needed = self.index <= last[self.seq_ids]
-        lengths = [place + 1 for place in last.tolist() if place >= 0]
-        counts = torch.tensor(lengths, device=keep.device)
-        seq_ids = torch.repeat_interleave(torch.arange(len(lengths), device=keep.device), counts)
-        batch = PackedBatch(self.input_ids[needed], seq_ids, self.index[needed], lengths)
-        return batch, keep[needed]
+        if needed.all():
+            return self, keep
+        lengths = tuple(int(place) + 1 for place in last if place >= 0)
+        return PackedBatch(self.input_ids[self.places(needed)], lengths), keep[needed]
+
+    def filled_up(self, multiple: int, at_least: int) -> PackedBatch:
+        """With one more sequence of zeros behind the others, to a multiple of tokens.
+
+        The other sequences do not see it. Kernels that are compiled for whole blocks then meet
+        whole blocks only.
+        """
+        most = max(at_least, -(-self.num_tokens // multiple) * multiple)
+        missing = most - self.num_tokens
+        if not missing:
+            return self
+        zeros = self.input_ids.new_zeros(missing)
+        return PackedBatch(torch.cat([self.input_ids, zeros]), (*self.lengths, missing))
 
 
 def pack(sequences: Sequence[Tensor]) -> PackedBatch:
@@ -106,10 +164,5 @@ def pack(sequences: Sequence[Tensor]) -> PackedBatch:
             raise ValueError(
                 f"sequence {number} has shape {tuple(sequence.shape)}; expected [length >= 1]"
             )
-    lengths = [int(sequence.numel()) for sequence in sequences]
-    device = sequences[0].device
-    counts = torch.tensor(lengths, device=device)
-    seq_ids = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)
-    starts = torch.cumsum(counts, 0) - counts
-    index = torch.arange(sum(lengths), device=device) - starts[seq_ids]
-    return PackedBatch(torch.cat(list(sequences)).long(), seq_ids, index, lengths)
+    lengths = tuple(int(sequence.numel()) for sequence in sequences)
+    return PackedBatch(torch.cat(list(sequences)).long(), lengths)

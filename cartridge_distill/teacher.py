@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,10 +19,8 @@ from cartridge_distill.errors import DocumentError
 from cartridge_distill.forward import decoder_config, packed_forward
 from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import TeacherTopK
-from cartridge_distill.packing import pack
+from cartridge_distill.packing import HostMask, host_mask, on_device, pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
-
-_ROWS = 512  # rows of logits worked on at once
 
 
 class Teacher:
@@ -53,6 +52,10 @@ class Teacher:
         self._cache: OrderedDict[str, Prefix] = OrderedDict()
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def context(self) -> int | None:
         return getattr(decoder_config(self.model), "max_position_embeddings", None)
 
@@ -76,12 +79,8 @@ class Teacher:
             self._cache.move_to_end(document_id)
             return self._cache[document_id]
         ids = self.document_ids(document_id)
-        device = next(self.model.parameters()).device
-        prefix = prefix_from_tokens(
-            self.model,
-            torch.tensor(ids, device=device),
-            self.backend,
-        )
+        tokens = on_device(ids, self.device, torch.long)
+        prefix = prefix_from_tokens(self.model, tokens, self.backend)
         self.prefills += 1
         self._cache[document_id] = prefix
         while len(self._cache) > self.max_cached:
@@ -92,29 +91,55 @@ class Teacher:
     def topk(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        wanted: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
         chosen_at: float | None = None,
     ) -> TeacherTopK:
-        """The teacher's distributions over the wanted tokens.
+        """The teacher's distributions over the wanted tokens, looked at.
+
+        As :meth:`score`, and the host waits for the result.
+
+        Raises:
+            DocumentError: as :meth:`score`, or the logits are not finite.
+        """
+        found = self.score(sequences, wanted, document_ids, k, temperature, chosen_at)
+        if not bool(found.finite):
+            raise not_finite(document_ids)
+        return found
+
+    @torch.no_grad()
+    def score(
+        self,
+        sequences: Sequence[Tensor],
+        wanted: Sequence[Tensor | HostMask],
+        document_ids: Sequence[str],
+        k: int,
+        temperature: float = 1.0,
+        chosen_at: float | None = None,
+    ) -> TeacherTopK:
+        """The teacher's distributions over the wanted tokens; the host waits for nothing.
 
         Args:
             sequences: B ``[length]`` id tensors (prompt + response), without the document.
-            wanted: B ``[length]`` bool masks, the tokens whose distribution is asked for.
+            wanted: B ``[length]`` bool masks, the tokens whose distribution is asked for; on the
+                host, or the host waits for them.
             document_ids: B ids.
             k, temperature: of the top-k.
             chosen_at: a temperature; when given, the log-probs of the wanted tokens themselves are
                 taken at it, too (``chosen``).
 
         Returns:
-            N = total wanted tokens rows, in the order of the sequences.
+            N = total wanted tokens rows, in the order of the sequences. Whether they are finite
+            stands in it and is for the caller to look at.
 
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
         """
         results: list[list[Tensor]] = [[]] * len(sequences)
+        masks = [host_mask(mask) for mask in wanted]
+        finite = []
         for document_id in dict.fromkeys(document_ids):
             members = [b for b, other in enumerate(document_ids) if other == document_id]
             prefix = self.prefix(document_id)
@@ -124,24 +149,24 @@ class Teacher:
                     f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
                     f"{longest} tokens exceed the model's context of {self.context}"
                 )
-            batch = pack([sequences[b] for b in members])
-            mask = torch.cat([wanted[b] for b in members])
+            batch = pack([sequences[b] for b in members]).to(self.device)
+            mask = np.concatenate([masks[b] for b in members])
             logits = packed_forward(self.model, prefix, batch, batch.predicts(mask), self.backend)
-            if not bool(torch.isfinite(logits).all()):
-                raise DocumentError(
-                    f"the teacher's logits for document {document_id!r} are not finite"
-                )
             top = TeacherTopK.from_logits(logits, k, temperature)
+            assert top.finite is not None
+            finite.append(top.finite)
             parts = [top.ids, top.logprobs]
             if chosen_at is not None:
-                parts.append(_chosen(logits, batch.input_ids[mask], chosen_at))
-            counts = [int(wanted[b].sum()) for b in members]
+                parts.append(chosen_logprobs(logits, batch.tokens(mask), chosen_at))
+            counts = [int(masks[b].sum()) for b in members]
             for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
                 results[b] = own
-        return TeacherTopK(*(torch.cat(part) for part in zip(*results, strict=True)))
+        ids, logprobs, *rest = (torch.cat(part) for part in zip(*results, strict=True))
+        chosen = rest[0] if rest else None
+        return TeacherTopK(ids, logprobs, chosen, torch.stack(finite).all())
 
 
-def _chosen(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
-    """Log-probs ``[N]`` of given tokens; some rows at once, to bound the float32 copies."""
-    pairs = zip(logits.split(_ROWS), token_ids.split(_ROWS), strict=True)
-    return torch.cat([chosen_logprobs(rows, ids, temperature) for rows, ids in pairs])
+def not_finite(document_ids: Sequence[str]) -> DocumentError:
+    """What to raise when the teacher's logits are not finite."""
+    names = ", ".join(repr(name) for name in list(dict.fromkeys(document_ids))[:3])
+    return DocumentError(f"the teacher's logits are not finite for a document among {names}")

@@ -6,6 +6,8 @@ stale cartridge shows in the one, an answer that was written without the documen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,33 +22,45 @@ _CAUSES = {
 }
 
 
-def differences(
-    author: str, own: Tensor, server: Tensor, tokens: Tensor, bound: float | None
-) -> Tensor:
-    """How far the log-probs of chosen tokens are apart.
+@dataclass(frozen=True)
+class Agreement:
+    """How far the log-probs of one author's tokens are apart. Nothing here waits for the device.
 
-    Args:
+    Attributes:
         author: who wrote the tokens.
-        own: ``[N]`` the trainer's log-probs.
+        own: ``[N]`` the trainer's log-probs, N at least 1.
         server: ``[N]`` the server's.
         tokens: ``[N]`` their ids.
-        bound: None only wants finite numbers.
-
-    Returns:
-        ``[N]`` absolute differences.
-
-    Raises:
-        OffPolicyError: one is over the bound, or not finite.
     """
-    difference = (own - server.to(own)).abs()
-    largest = difference.max().item()
-    limit = torch.finfo(torch.float32).max if bound is None else bound
-    if not largest <= limit:
-        worst = int(difference.nan_to_num(float("inf")).argmax())
+
+    author: str
+    own: Tensor
+    server: Tensor
+    tokens: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """``[N]``, absolute; NaN where either is."""
+        return (self.own - self.server).abs()
+
+    def check(self, largest: float, bound: float | None) -> None:
+        """Refuses the tokens when the numbers differ.
+
+        Args:
+            largest: the largest difference, fetched.
+            bound: None only wants finite numbers.
+
+        Raises:
+            OffPolicyError: it is over the bound, or not finite.
+        """
+        limit = torch.finfo(torch.float32).max if bound is None else bound
+        if largest <= limit:
+            return
+        worst = int(self.difference.nan_to_num(float("inf")).argmax())
         raise OffPolicyError(
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
-            f"(server {server[worst]:.4f}, trainer {own[worst]:.4f}, token {int(tokens[worst])}, "
-            f"written by the {author}), bound {limit:g}: {_CAUSES[author]}. "
+            f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
+            f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
+            f"{_CAUSES[self.author]}. "
             "Raise actor.cartridge.max_logprob_diff only for a bfloat16 server"
         )
-    return difference

@@ -9,14 +9,15 @@ by the teacher with the document.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from tensordict import TensorDict
@@ -28,20 +29,29 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, OffPolicyError
+from cartridge_distill.flex import graphs
 from cartridge_distill.forward import packed_forward, recomputing_layers
 from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.logprobs import chosen_logprobs
-from cartridge_distill.loss import get_loss
+from cartridge_distill.loss import TeacherTopK, get_loss
 from cartridge_distill.mixing import STUDENT, TEACHER
-from cartridge_distill.packing import pack
+from cartridge_distill.packing import on_device, pack
 from cartridge_distill.prompts import render_document
-from cartridge_distill.teacher import Teacher
+from cartridge_distill.teacher import Teacher, not_finite
+from cartridge_distill.warm_up import compile_attention
 from verl_patches import engine_state
-from verl_patches.agreement import differences
+from verl_patches.agreement import Agreement
 from verl_patches.building import initial_cartridge, load_base, load_validation
+from verl_patches.device import StageSeconds, fetch
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
+
+
+def _say(line: str) -> None:
+    """A line that a person who waits for the run sees."""
+    if torch.distributed.get_rank() == 0:
+        print(f"[cartridge] {line}", flush=True)
 
 
 class _ModeCtx(BaseEngineCtx):
@@ -74,7 +84,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self.step = 0
         self.version = 0
         self._step_of_version = 0
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._stage = StageSeconds()
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         if self._is_offload_param or self._is_offload_optimizer:
             raise ConfigError(
@@ -88,6 +98,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
         start = time.perf_counter()
         module = load_base(self.model_config, self.engine_config)
+        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
@@ -115,12 +126,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._remember_frozen_tokens()
         self._base_before = weights_checksum(module)
         self.validation = load_validation(self.settings, self.model_config.tokenizer, self.teacher)
-        if torch.distributed.get_rank() == 0:
-            print(
-                f"[cartridge] model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
-                f"from {self.settings.init}, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+        _say(
+            f"model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
+            f"from {self.settings.init}, {time.perf_counter() - start:.0f} s"
+        )
 
     def _remember_frozen_tokens(self) -> None:
         self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
@@ -136,35 +145,29 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def eval_mode(self, **kwargs: Any) -> BaseEngineCtx:
         return _ModeCtx(self, "eval", **kwargs)
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # kernels are queued; without this the next stage pays
-        self._seconds[stage] += time.perf_counter() - start
-
     def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
         self._check_staleness()
         staleness = self.staleness
-        self._seconds.clear()
+        self._stage.take()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
-        measured = sum(self._seconds.values())
-        self._seconds["student_backward"] = time.perf_counter() - start - measured
-        changed = any(
-            not torch.equal(a, b)
-            for a, b in zip(self._frozen_before, self._frozen_tokens(), strict=True)
-        )
+        # The gradient's norm has been fetched, so the device is done: nothing waits here.
+        whole, seconds = time.perf_counter() - start, self._stage.take()
+        seconds["student_backward"] = whole - sum(seconds.values())
         own = {
-            "frozen_tokens_changed": float(changed),
+            "frozen_tokens_changed": float(self._frozen_changed()),
             "staleness_max": float(staleness),
             "teacher_prefills": float(self.teacher.prefills),
-            **{f"seconds/{stage}": seconds for stage, seconds in self._seconds.items()},
+            "attention_graphs": float(len(graphs())),
+            **{f"seconds/{stage}": value for stage, value in seconds.items()},
         }
         # veRL expects a list a metric: one value a micro-batch, gathered over the ranks.
         output["metrics"].update({name: [value] for name, value in own.items()})
         return output
+
+    def _frozen_changed(self) -> bool:
+        pairs = zip(self._frozen_before, self._frozen_tokens(), strict=True)
+        return bool(torch.stack([(before != now).any() for before, now in pairs]).any())
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Any, forward_only: bool
@@ -176,14 +179,12 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 from those of whoever wrote the tokens.
             DocumentError: a sample's document is missing or too long.
         """
-        samples = Samples.from_micro_batch(
-            micro_batch.to(get_device_id()), self.settings.document_key
-        )
+        samples = Samples.from_micro_batch(micro_batch, self.settings.document_key)
         self._check_versions(samples)
         cfg = self.settings
-        batch = pack(samples.sequences)
-        wanted = torch.cat(samples.wanted)
-        with self._timed("student_forward"), self._recomputing():
+        batch = pack(samples.sequences).to(self.teacher.device)
+        wanted = np.concatenate(samples.wanted)
+        with self._stage("student_forward"), self._around(self.module):
             logits = packed_forward(
                 self.module,
                 self.cartridge.prefix(),
@@ -191,10 +192,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 keep=batch.predicts(wanted),
                 backend=cfg.attention,
             )
-        tokens = batch.input_ids[wanted]
-        metrics, found = self._check_logprobs(samples, logits.detach(), tokens)
-        with self._timed("teacher_forward"):
-            teacher = self.teacher.topk(
+        with self._stage("teacher_forward"):
+            teacher = self.teacher.score(
                 samples.sequences,
                 samples.wanted,
                 samples.document_ids,
@@ -202,22 +201,21 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 cfg.kl_temperature,
                 chosen_at=self._answer_temperature(samples),
             )
-        metrics |= self._check_answers(samples, teacher.chosen, tokens, found)
-        with self._timed("loss"):
+        with self._stage("loss"):
             token_loss = self.compute_loss(logits, teacher, cfg.kl_temperature)
             loss, _ = loss_function(
                 model_output={"token_loss": token_loss},
                 data=micro_batch,
                 dp_group=self.get_data_parallel_group(),
             )
-        metrics["teacher_tail_mass"] = teacher.tail_logprob.exp().mean().item()
+        metrics = self._check(samples, batch.tokens(wanted), logits.detach(), teacher, loss)
         metrics["response_tokens"] = float(token_loss.numel())
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+        return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
 
-    def _recomputing(self) -> AbstractContextManager[None]:
+    def _around(self, module: Any) -> AbstractContextManager[None]:
         """Around the student's forward alone: the teacher's keeps nothing for a backward."""
         if self.model_config.enable_gradient_checkpointing:
-            return recomputing_layers(self.module)
+            return recomputing_layers(module)
         return nullcontext()
 
     @property
@@ -259,49 +257,60 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 f"{self.version} only. The rollout proxy or the sync is out of order"
             )
 
-    def _check_logprobs(
-        self, samples: Samples, logits: Tensor, tokens: Tensor
-    ) -> tuple[dict[str, Any], list[Tensor]]:
-        """The student's tokens: the best staleness alarm there is.
+    def _check(
+        self, samples: Samples, tokens: Tensor, logits: Tensor, teacher: TeacherTopK, loss: Tensor
+    ) -> dict[str, Any]:
+        """Everything that must hold before a micro-batch is trained on, fetched in one transfer.
 
         Later optimizer steps on one batch (``max_staleness``) move away from the server by intent;
         there the difference is a metric of its own.
 
         Returns:
-            Metrics, and the differences that count as server against trainer.
+            Metrics, and the loss.
         """
         own = chosen_logprobs(logits, tokens, samples.temperature)
-        mine = ~samples.by_teacher
-        if not bool(mine.any()):
-            return {"student_logprob": own.mean().item()}, []
-        bound = None if self.staleness else self.settings.max_logprob_diff
-        found = differences(STUDENT, own[mine], samples.rollout_logprobs[mine], tokens[mine], bound)
-        if self.staleness:
-            return {"stale_logprob_diff/max": found.max().item()}, []
-        return {"student_logprob": own.mean().item()}, [found]
+        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
+        compared = {}
+        for author, numbers in ((STUDENT, own), (TEACHER, teacher.chosen)):
+            mine = samples.by_teacher == (author == TEACHER)
+            if not mine.any():
+                continue
+            assert numbers is not None
+            rows = on_device(np.flatnonzero(mine), own.device, torch.long)
+            compared[author] = Agreement(author, numbers[rows], server[rows], tokens[rows])
+        # A stale student's differences are no agreement of server and trainer.
+        counted = [
+            found.difference
+            for author, found in compared.items()
+            if not (author == STUDENT and self.staleness)
+        ]
+        assert teacher.finite is not None
+        values = {f"largest/{a}": found.difference.max() for a, found in compared.items()}
+        values |= {"loss": loss, "finite": teacher.finite, "student_logprob": own.mean()}
+        values["teacher_tail_mass"] = teacher.tail_logprob.exp().mean()
+        if counted:
+            values["logprob_diff/mean"] = torch.cat(counted).mean()
+        got = fetch(values)  # the one time that the host waits for student and teacher
 
-    def _check_answers(
-        self, samples: Samples, chosen: Tensor | None, tokens: Tensor, so_far: list[Tensor]
-    ) -> dict[str, Any]:
-        """The teacher's tokens against the teacher's forward, and the metrics of all together."""
-        metrics = {}
-        if chosen is not None:
-            theirs = samples.by_teacher
-            found = differences(
-                TEACHER,
-                chosen[theirs],
-                samples.rollout_logprobs[theirs],
-                tokens[theirs],
-                self.settings.max_logprob_diff,
+        bound = self.settings.max_logprob_diff
+        for author, found in compared.items():
+            stale = author == STUDENT and self.staleness
+            found.check(got[f"largest/{author}"], None if stale else bound)
+        if not got.pop("finite"):
+            raise not_finite(samples.document_ids)
+        if not math.isfinite(got["loss"]):
+            raise FloatingPointError(
+                f"the distillation loss is {got['loss']}; nothing was trained on it"
             )
-            metrics["logprob_diff/teacher_max"] = found.max().item()
-            so_far = [*so_far, found]
-        if so_far:
-            difference = torch.cat(so_far)
-            metrics["logprob_diff/max"] = difference.max().item()
-            metrics["logprob_diff/mean"] = difference.mean().item()
-            metrics["logprob_diff/bound"] = self.settings.max_logprob_diff  # the report draws it
-        return metrics
+        largest = {author: got.pop(f"largest/{author}") for author in compared}
+        if TEACHER in largest:
+            got["logprob_diff/teacher_max"] = largest[TEACHER]
+        if self.staleness and STUDENT in largest:
+            got["stale_logprob_diff/max"] = largest.pop(STUDENT)
+        if largest:
+            got["logprob_diff/max"] = max(largest.values())
+            got["logprob_diff/bound"] = bound  # the report draws it
+        return got
 
     def _answer_temperature(self, samples: Samples) -> float | None:
         """At which the teacher's answers were sampled; None when there are none."""
@@ -322,14 +331,14 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         parameters = self.cartridge.trainable_parameters()
         if torch.distributed.get_world_size() > 1:
             average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_grad)
-        if not bool(torch.isfinite(norm)):
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optimizer_config.clip_grad))
+        if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
         self.optimizer.step()
         self.step += 1
-        return float(norm)
+        return norm
 
     def validate(self) -> dict[str, float]:
         """KL, log-loss and accuracy of the cartridge on the held-out questions.

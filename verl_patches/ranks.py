@@ -19,7 +19,7 @@ from verl.utils.fsdp_utils import apply_fsdp2
 
 from cartridge_distill.forward import packed_forward
 from cartridge_distill.loss import TeacherTopK
-from cartridge_distill.packing import pack
+from cartridge_distill.packing import HostMask, pack
 from cartridge_distill.teacher import Teacher
 
 
@@ -64,23 +64,23 @@ class RanksTeacher(Teacher):
     """A teacher that runs the model equally often on every rank."""
 
     @torch.no_grad()
-    def topk(
+    def score(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor],
+        wanted: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
         chosen_at: float | None = None,
     ) -> TeacherTopK:
-        """As :meth:`Teacher.topk`; all ranks call it together."""
+        """As :meth:`Teacher.score`; all ranks call it together, and wait for each other."""
         own = self._forwards(document_ids)
-        device = sequences[0].device
-        most = torch.tensor(own, device=device)
+        most = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        result = super().topk(sequences, wanted, document_ids, k, temperature, chosen_at)
+        result = super().score(sequences, wanted, document_ids, k, temperature, chosen_at)
         for _ in range(int(most) - own):
-            packed_forward(self.model, None, pack([sequences[0][:1]]), backend=self.backend)
+            batch = pack([sequences[0][:1]]).to(self.device)
+            packed_forward(self.model, None, batch, backend=self.backend)
         return result
 
     def _forwards(self, document_ids: Sequence[str]) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from cartridge_distill.errors import DocumentError, RolloutError
 from cartridge_distill.mixing import STUDENT, TEACHER
+from cartridge_distill.packing import HostMask, host_mask
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Samples:
     """B rollouts.
 
     Attributes:
-        sequences: B ``[prompt + response]`` token ids.
+        sequences: B ``[prompt + response]`` token ids, on the host.
         wanted: B bool masks over them, true at the response tokens that are trained on.
-        rollout_logprobs: ``[N]`` the server's log-probs of the wanted tokens, in order.
+        rollout_logprobs: ``[N]`` the server's log-probs of the wanted tokens, in order, on the
+            host.
         document_ids: B ids.
         steps: B cartridge steps that made the rollouts; None where a rollout has no stamp.
         sources: B authors; a sample without a label is held against the student.
@@ -32,7 +35,7 @@ class Samples:
     """
 
     sequences: list[Tensor]
-    wanted: list[Tensor]
+    wanted: list[HostMask]
     rollout_logprobs: Tensor
     document_ids: list[str]
     steps: list[int | None]
@@ -41,7 +44,7 @@ class Samples:
 
     @classmethod
     def from_micro_batch(cls, data: TensorDict, document_key: str) -> Samples:
-        """Reads veRL's fields.
+        """Reads veRL's fields, which are on the host: nothing here waits for a device.
 
         Raises:
             DocumentError: a sample names no document.
@@ -49,7 +52,7 @@ class Samples:
         """
         sequences = [ids.contiguous() for ids in data["input_ids"].unbind()]
         prompts = [int(ids.numel()) for ids in data["prompts"].unbind()]
-        masks = [mask.bool() for mask in data["response_mask"].unbind()]
+        masks = [host_mask(mask.bool()) for mask in data["response_mask"].unbind()]
         if "rollout_log_probs" not in data:
             raise RolloutError(
                 "the rollouts carry no log-probs; "
@@ -58,18 +61,20 @@ class Samples:
         logprobs = list(data["rollout_log_probs"].unbind())
         wanted = []
         for row, (ids, prompt, mask) in enumerate(zip(sequences, prompts, masks, strict=True)):
-            if prompt + mask.numel() != ids.numel() or logprobs[row].numel() != mask.numel():
+            if prompt + mask.size != ids.numel() or logprobs[row].numel() != mask.size:
                 raise RolloutError(
-                    f"sample {row}: prompt {prompt} + response {mask.numel()} tokens, "
+                    f"sample {row}: prompt {prompt} + response {mask.size} tokens, "
                     f"{ids.numel()} ids, {logprobs[row].numel()} log-probs do not fit together"
                 )
-            wanted.append(torch.cat([mask.new_zeros(prompt), mask]))
+            wanted.append(np.concatenate([np.zeros(prompt, dtype=bool), mask]))
         info = column(data, "extra_info", len(sequences))
         stamps = column(data, "extra_fields", len(sequences))
         return cls(
             sequences=sequences,
             wanted=wanted,
-            rollout_logprobs=torch.cat([lp[m] for lp, m in zip(logprobs, masks, strict=True)]),
+            rollout_logprobs=torch.cat(
+                [values[torch.from_numpy(m)] for values, m in zip(logprobs, masks, strict=True)]
+            ),
             document_ids=[document_id_of(item, document_key, row) for row, item in enumerate(info)],
             steps=[(stamp or {}).get("global_steps") for stamp in stamps],
             sources=[(stamp or {}).get("source", STUDENT) for stamp in stamps],
@@ -77,11 +82,10 @@ class Samples:
         )
 
     @property
-    def by_teacher(self) -> Tensor:
+    def by_teacher(self) -> HostMask:
         """``[N]`` bool: the wanted tokens that the teacher wrote."""
-        counts = torch.stack([mask.sum() for mask in self.wanted])
-        teacher = torch.tensor([source == TEACHER for source in self.sources], device=counts.device)
-        return torch.repeat_interleave(teacher, counts)
+        teacher = [source == TEACHER for source in self.sources]
+        return np.repeat(teacher, [int(mask.sum()) for mask in self.wanted])
 
 
 def column(data: TensorDict, key: str, rows: int) -> list[Any]:

@@ -17,6 +17,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -102,14 +103,11 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     batch = pack(sequences)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=options.device)
-    wanted = batch.index >= torch.repeat_interleave(
-        lengths, torch.tensor(batch.lengths, device=options.device)
-    )
+    wanted = batch.index >= np.repeat([len(prompt) for prompt in prompts], batch.lengths)
 
     def apart(by: Prefix) -> dict[str, float]:
         logits = packed_forward(model, by, batch, batch.predicts(wanted))
-        own = chosen_logprobs(logits, batch.input_ids[wanted], _TEMPERATURE)
+        own = chosen_logprobs(logits, batch.tokens(wanted), _TEMPERATURE)
         return summary((own.cpu() - server).abs())
 
     return {

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cartridge_distill import flex
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.forward import packed_forward
 from cartridge_distill.models import prepare_model
@@ -74,8 +75,6 @@ def is_good(figure: dict[str, Any]) -> bool:
 
 def figures(kind: str, device: str, batches: list[list[int]]) -> Iterator[dict[str, Any]]:
     """One for every dtype and batch; what a batch raises is its figure."""
-    from torch._dynamo.utils import counters
-
     by = backend_for(device)
     for name in BOUNDS:
         model = prepare_model(tiny_model(kind).to(device, getattr(torch, name)))
@@ -101,7 +100,7 @@ def figures(kind: str, device: str, batches: list[list[int]]) -> Iterator[dict[s
                     pairs = zip(MEASURED, found, reference, strict=True)
                     figure |= {what: relative(one, other) for what, one, other in pairs}
             figure["unfused"] = any("without torch.compile" in str(w.message) for w in said)
-            figure["graphs"] = counters["stats"].get("unique_graphs", 0)
+            figure["graphs"] = len(flex.graphs())
             figure["seconds"] = round(time.perf_counter() - start, 2)
             yield figure
 

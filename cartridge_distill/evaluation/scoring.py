@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,7 +212,7 @@ def response_logits(
         for flag in [False] * len(prompt) + [True] * len(response)
     ]
     batch = _pack(model, [[*prompt, *response] for prompt, response in pairs])
-    keep = batch.predicts(torch.tensor(wanted, device=device_of(model)))
+    keep = batch.predicts(np.array(wanted))
     return packed_forward(model, prefix, batch, keep)
 
 

@@ -256,7 +256,7 @@ def differences(
         ]
     )
     logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(wanted))
-    own = chosen_logprobs(logits, batch.input_ids[wanted], temperature)
+    own = chosen_logprobs(logits, batch.tokens(wanted), temperature)
     counts = [len(rollout.output.token_ids) for rollout in rollouts]
     return [
         (mine - torch.tensor(rollout.output.log_probs)).abs().max().item()
