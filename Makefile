@@ -3,6 +3,7 @@
 # make test    setup, linters, types, tests: no GPU, no network beyond the package registry
 # make test-long   the same with a few whole training runs more
 # make test-versions   core, engine and server tests with another torch and transformers
+# make gpu-check   on a GPU machine, ten minutes: is it right, how fast; ends in a table
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
 # make clean   throw away the environment and the caches
@@ -18,9 +19,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long test-versions lint format clean
+.PHONY: help setup demo test test-long test-versions gpu-check lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -8
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -9
 
 setup: $(VENV)/.patched
 
@@ -59,6 +60,10 @@ $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 # DEMO passes options on: make demo DEMO="--seed 1 --steps 48"
 demo: setup
 	@exec $(BIN)/python training/demo.py $(DEMO)
+
+# GPU_CHECK passes options on: make gpu-check GPU_CHECK="--only kernels student"
+gpu-check: setup
+	@exec $(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,12 +18,7 @@ import httpx
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import (  # type: ignore[import-untyped]
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu_check.differences --model FOLDER --device cuda --json differences.jsonl
 
-The embedded server's engine writes short answers behind a cartridge, and the trainer's forward reads
-them: |difference of the chosen tokens' log-probs|, mean, median, 90 %, 99 % and largest. Then the
-same with a cartridge whose every number has moved by one learning rate, which is what one step of
-AdamW does at most. A bound between the two catches a stale server without false alarms.
+The embedded server's engine writes short answers behind a cartridge, and the trainer's forward
+reads them: |difference of the chosen tokens' log-probs|, mean, median, 90 %, 99 % and largest. Then
+the same with a cartridge whose every number has moved by one learning rate, about what one step of
+AdamW does. A bound between the two catches a stale server without false alarms.
 """
 
 from __future__ import annotations

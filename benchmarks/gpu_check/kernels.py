@@ -4,8 +4,8 @@
 
 Eight architectures of two layers (tests/tiny.py), float32 and bfloat16, batches of several lengths:
 the student's logits and the cartridge's gradients, and the teacher's logits behind a document. An
-architecture runs in a process of its own, all side by side, for compiling is most of the time. One
-figure a batch: relative errors (norm of the difference by the norm of the reference), how many
+architecture has a process of its own on a GPU, all side by side, for compiling is most of the time.
+One figure a batch: relative errors (norm of the difference by the norm of the reference), how many
 graphs were compiled so far, and whether attention fell back to the unfused implementation.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,13 +106,10 @@ def figures(kind: str, device: str, batches: list[list[int]]) -> Iterator[dict[s
             yield figure
 
 
-def side_by_side(kinds: list[str], arguments: list[str]) -> int:
-    """This script once for each architecture; 0 if all were good."""
-    command = [sys.executable, "-m", "benchmarks.gpu_check.kernels", *arguments]
-    children = [
-        subprocess.Popen([*command, "--only", kind], stdout=sys.stdout, stderr=sys.stderr)
-        for kind in kinds
-    ]
+def side_by_side(groups: list[list[str]], arguments: list[str]) -> int:
+    """This script once for each group of architectures; 0 if all were good."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check.kernels", *arguments, "--only"]
+    children = [subprocess.Popen([*command, *group]) for group in groups]
     return int(any([child.wait() for child in children]))
 
 
@@ -123,14 +121,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     option = parser.add_argument
     option("--device", default="cuda", help="cpu or cuda (%(default)s)")
-    option("--only", choices=ARCHITECTURES, help="one architecture, in this process")
+    option("--only", nargs="+", choices=ARCHITECTURES, help="architectures, in this process")
     option("--batches", type=int, default=len(BATCHES), help="the first so many (%(default)s)")
     option("--json", type=Path, required=True, help="a figure a line goes to its end")
     options = parser.parse_args(given)
     if options.only is None:
-        return side_by_side(ARCHITECTURES, given)
+        # On a CPU nothing is compiled, and processes are most of the time: as many as cores.
+        count = len(ARCHITECTURES) if options.device != "cpu" else min(4, os.cpu_count() or 1)
+        return side_by_side([ARCHITECTURES[number::count] for number in range(count)], given)
     good = True
-    for figure in figures(options.only, options.device, BATCHES[: options.batches]):
+    batches = BATCHES[: options.batches]
+    for figure in (f for kind in options.only for f in figures(kind, options.device, batches)):
         good = is_good(figure) and good
         with options.json.open("a") as file:  # one write, shorter than a page: lines stay whole
             file.write(json.dumps(figure) + "\n")
