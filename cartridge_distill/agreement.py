@@ -49,6 +49,7 @@ DECIDED = 5.0
 MIXED = 0.2
 """A stale coefficient that is surely above this is an alarm, too: several replicas, one behind."""
 
+_CLIPPED = 2.0  # of the bound: one outlier at a token that is nearly sure must not be the mean
 _MOST_SIGMAS = 1e6
 _NORMAL_HIGH = 1.96  # 95 % of a normal distribution lie within so many standard deviations
 _CERTAIN = 0.02  # below this, 1 - p is itself made of rounding
@@ -167,7 +168,8 @@ def level_figures(own: Tensor, server: Tensor, counted: Tensor, high_bound: floa
         high_bound: :meth:`Rounding.high_bound`; infinite where there is none.
 
     Returns:
-        ``[7]`` float64, :data:`LEVEL_FIGURES`; the 95th percentile is NaN when nothing counts.
+        ``[7]`` float64, :data:`LEVEL_FIGURES`. The 95th percentile is NaN when nothing counts; what
+        is over twice the bound counts as twice the bound in the scaled sum.
     """
     difference = (server.to(own) - own).double()
     finite = difference.isfinite()
@@ -181,7 +183,7 @@ def level_figures(own: Tensor, server: Tensor, counted: Tensor, high_bound: floa
             good.sum().double(),
             size.sum(),
             size.max(),
-            by_rounding.sum(),
+            by_rounding.clamp(max=_CLIPPED * high_bound).sum(),
             seen.nanquantile(QUANTILE),
             (by_rounding > high_bound).sum().double(),
             (counted & ~finite).sum().double(),
