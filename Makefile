@@ -52,7 +52,7 @@ $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 	  && $(BIN)/python -m verl_patches apply; }
 	@echo "== byte code, on all cores (pip would use one; some packages carry files that are none)"
 	@$(BIN)/python -m compileall -qq -j 0 -x '$(NOT_COMPILED)' \
-	  $(VENV)/lib cartridge_distill verl_patches training || true
+	  $(VENV)/lib cartridge_distill verl_patches training benchmarks || true
 	@touch $@
 
 # DEMO passes options on: make demo DEMO="--seed 1 --steps 48"

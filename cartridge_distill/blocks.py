@@ -37,9 +37,7 @@ def filled_prefix(prefix_tokens: int) -> int:
     return -(-prefix_tokens // BLOCK) * BLOCK
 
 
-def classify(
-    batch: PackedBatch, prefix_tokens: int, window: int | None
-) -> tuple[Blocks, Blocks, Blocks]:
+def classify(batch: PackedBatch, prefix_tokens: int, window: int | None) -> tuple[Blocks, Blocks]:
     """What the blocks of a row's mask are.
 
     Args:
@@ -48,8 +46,8 @@ def classify(
         window: how far a query sees, itself included; None is without a bound.
 
     Returns:
-        ``partial``, ``full`` of the prefix's and the row's keys, each
-        ``[T / BLOCK, (filled P + T) / BLOCK]`` bool: some, or all, queries see some, or all, keys.
+        ``partial`` and ``full``, each ``[T / BLOCK, (filled P + T) / BLOCK]`` bool: some queries of
+        the block see some of its keys, or all see all.
 
     Raises:
         ValueError: T is not a multiple of the block.

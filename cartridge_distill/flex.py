@@ -18,6 +18,7 @@ On a CPU FlexAttention runs uncompiled and only forward: enough to compare masks
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 MOST_GRAPHS = 32
 """Graphs that one process compiles at most. A run of one model needs four, see `warm_up`."""
 
-_KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+_KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,18 @@ class Graph:
 
 
 _graphs: list[Graph] = []
+_all_expected = False
 
 
 def graphs() -> list[Graph]:
     """What this process has compiled so far."""
     return list(_graphs)
+
+
+def no_more_expected() -> None:
+    """From here on a new graph is a warning that names its shape."""
+    global _all_expected
+    _all_expected = True
 
 
 def fused(
@@ -81,7 +89,7 @@ def fused(
         def score_mod(score: Tensor, *_: Tensor) -> Tensor:
             return softcap * torch.tanh(score / softcap)
 
-    out = flex_attention(
+    out: Tensor = flex_attention(
         query,
         key,
         value,
@@ -91,7 +99,7 @@ def fused(
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=_KERNEL_OPTIONS,
     )
-    return cast(Tensor, out)
+    return out
 
 
 def inductor(graph: Any, inputs: list[Any]) -> Any:
@@ -107,10 +115,21 @@ def inductor(graph: Any, inputs: list[Any]) -> Any:
     start = time.perf_counter()
     compiled = compile_fx(graph, inputs)
     _graphs.append(Graph(shapes, time.perf_counter() - start))
-    logger.info(
-        "attention graph %d, %.1f s: %s", len(_graphs), _graphs[-1].seconds, _graphs[-1].shapes
+    level = logging.WARNING if _all_expected else logging.INFO
+    logger.log(
+        level,
+        "attention graph %d%s, %.1f s: %s",
+        len(_graphs),
+        " (after the warm-up)" if _all_expected else "",
+        _graphs[-1].seconds,
+        _graphs[-1].shapes,
     )
     return compiled
+
+
+def compiles_on(device: torch.device) -> bool:
+    """Whether attention is compiled there. Elsewhere it is only for comparing masks."""
+    return device.type == "cuda"
 
 
 @functools.cache
@@ -121,38 +140,39 @@ def _compiled(backend: Callable[..., Any]) -> Callable[..., Tensor]:
     )
 
 
-def compile_and_call(*arguments: Any, backend: Callable[..., Any] = inductor) -> Tensor:
+def compile_and_call(*arguments: Any, backend: Callable[..., Any] | None = None) -> Tensor:
     """:func:`fused`, compiled.
 
     Args:
         arguments: as :func:`fused` has them.
-        backend: a compiler in dynamo's sense.
+        backend: a compiler in dynamo's sense; :func:`inductor` by default.
 
     Raises:
         AttentionCompileError: it cannot be compiled, or the process has :data:`MOST_GRAPHS`.
     """
-    import torch._dynamo.config as dynamo
-    import torch.fx.experimental._config as symbols
-
-    settings = {
+    # Imported here: dynamo takes a second. Type checkers do not see their `patch`.
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    symbols: Any = importlib.import_module("torch.fx.experimental._config")
+    settings: dict[str, Any] = {
         "recompile_limit": MOST_GRAPHS,
         "fail_on_recompile_limit_hit": True,
         "specialize_float": True,
     }
     # Two sizes that happen to be equal are not one size.
-    with dynamo.patch(**settings), symbols.patch(use_duck_shape=False):
+    with dynamo.patch(settings), symbols.patch({"use_duck_shape": False}):
         try:
-            return _compiled(backend)(*arguments)
+            return _compiled(backend or inductor)(*arguments)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             query, key = arguments[:2]
+            cause = " ".join(str(error).split("\n\n")[0].split())  # without torch's advice
             raise AttentionCompileError(
                 f"attention of {tuple(query.shape)} queries and {tuple(key.shape)} keys in "
                 f"{str(query.dtype).removeprefix('torch.')} cannot be compiled after "
-                f"{len(_graphs)} graphs (at most {MOST_GRAPHS}): {error}. "
+                f"{len(_graphs)} graphs (at most {MOST_GRAPHS}): {cause}. "
                 "Nothing was computed unfused; attention=dense computes the same without "
                 "compiling, for much more memory"
             ) from error
@@ -185,6 +205,5 @@ def flex_attention_of(
         scaling,
         softcap,
     )
-    # Uncompiled FlexAttention is only for comparing results on a CPU.
-    out = compile_and_call(*arguments) if query.is_cuda else fused(*arguments)
+    out = compile_and_call(*arguments) if compiles_on(query.device) else fused(*arguments)
     return out[0]

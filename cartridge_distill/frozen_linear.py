@@ -4,7 +4,7 @@ torch gives a float32 ``nn.Linear`` on x86 to MKL. MKL chooses its kernels by th
 and takes a general AVX2 path on any but Intel's. oneDNN, in the same torch, generates kernels for
 the instructions that are there: on an AMD EPYC with AVX-512 more than twice as fast, forward and
 backward, and nearly three times for a few rows against a vocabulary
-(``training/benchmark_linear.py`` prints both). Same float32, same result up to the order of the
+(``benchmarks/linear.py`` prints both). Same float32, same result up to the order of the
 sums.
 
 The layers stay ``nn.Linear`` with their own weights: only how they multiply changes. What this does

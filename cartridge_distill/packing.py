@@ -33,11 +33,16 @@ def host_mask(mask: Tensor | HostMask) -> HostMask:
 
 
 def on_device(
-    values: NDArray[np.generic] | Sequence[int], device: torch.device, dtype: torch.dtype
+    values: Tensor | NDArray[np.generic] | Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A host array on a device; the host does not wait for the copy."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    return host.to(dtype=dtype).to(device, non_blocking=True)
+    """What the host holds, on a device; the host does not wait for the copy."""
+    host = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    host = host.to(dtype=dtype or host.dtype)
+    if device.type == "cuda" and host.device.type == "cpu":
+        host = host.pin_memory()  # from other memory the driver may wait for the device first
+    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ class PackedBatch:
         """``[B + 1]``, where each sequence begins; the last entry is T."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def to(self, device: torch.device | str) -> PackedBatch:
+    def to(self, device: torch.device) -> PackedBatch:
         """The same batch elsewhere; the host does not wait for the copy."""
-        return PackedBatch(self.input_ids.to(device, non_blocking=True), self.lengths)
+        return PackedBatch(on_device(self.input_ids, device), self.lengths)
 
     def tokens(self, mask: Tensor | HostMask) -> Tensor:
         """``[n]`` ids of the tokens that a ``[T]`` mask names, on the batch's device."""

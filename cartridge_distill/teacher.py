@@ -19,7 +19,7 @@ from cartridge_distill.errors import DocumentError
 from cartridge_distill.forward import decoder_config, packed_forward
 from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import TeacherTopK
-from cartridge_distill.packing import HostMask, host_mask, pack
+from cartridge_distill.packing import HostMask, host_mask, on_device, pack
 from cartridge_distill.prefix import Prefix, prefix_from_tokens
 
 
@@ -79,8 +79,8 @@ class Teacher:
             self._cache.move_to_end(document_id)
             return self._cache[document_id]
         ids = self.document_ids(document_id)
-        # Waits for the copy, once a document.
-        prefix = prefix_from_tokens(self.model, torch.tensor(ids, device=self.device), self.backend)
+        tokens = on_device(ids, self.device, torch.long)
+        prefix = prefix_from_tokens(self.model, tokens, self.backend)
         self.prefills += 1
         self._cache[document_id] = prefix
         while len(self._cache) > self.max_cached:
@@ -161,8 +161,9 @@ class Teacher:
             counts = [int(masks[b].sum()) for b in members]
             for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
                 results[b] = own
-        ids, logprobs, *chosen = (torch.cat(part) for part in zip(*results, strict=True))
-        return TeacherTopK(ids, logprobs, *chosen, finite=torch.stack(finite).all())
+        ids, logprobs, *rest = (torch.cat(part) for part in zip(*results, strict=True))
+        chosen = rest[0] if rest else None
+        return TeacherTopK(ids, logprobs, chosen, torch.stack(finite).all())
 
 
 def not_finite(document_ids: Sequence[str]) -> DocumentError:

@@ -1,4 +1,4 @@
-"""Imports point one way: core <- verl_patches <- training and modal.
+"""Imports point one way: core <- verl_patches <- training and modal; benchmarks stand above all.
 
 Held twice: by reading every import statement, inside functions too, and by importing the core in
 a process where veRL, Ray and Modal cannot be imported.
@@ -17,8 +17,17 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # layer -> top-level packages it must not import, at any depth of any function
 FORBIDDEN = {
-    "cartridge_distill": {"verl", "ray", "modal", "verl_patches", "training", "transfer_queue"},
-    "verl_patches": {"modal", "training"},
+    "cartridge_distill": {
+        "verl",
+        "ray",
+        "modal",
+        "verl_patches",
+        "training",
+        "benchmarks",
+        "transfer_queue",
+    },
+    "verl_patches": {"modal", "training", "benchmarks"},
+    "training": {"modal", "benchmarks"},
 }
 
 _DYNAMIC = {"import_module", "__import__", "find_spec"}
@@ -29,7 +38,7 @@ import importlib, pkgutil, sys
 
 class Forbid:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"verl", "ray", "modal", "verl_patches", "training"}:
+        if name.split(".")[0] in {"verl", "ray", "modal", "verl_patches", "training", "benchmarks"}:
             raise ImportError("the core must not import " + name)
 
 sys.meta_path.insert(0, Forbid())

@@ -1,11 +1,12 @@
-"""The whole loop on a CPU: `make demo`.
+"""The whole loop on a CPU or one GPU: `make demo`.
 
 A real pretrained model (SmolLM2-135M-Instruct) distils a fictional patient record into a cartridge,
 on-policy: an embedded server that speaks Tokasaurus' protocol writes the rollouts, veRL trains, a
 new cartridge version reaches the server after every step. At the end a table says what the
 cartridge is worth. Everything started here is stopped here, also on Ctrl-C and on failure.
 
-The GPU run is the same command with other numbers: see run_cartridge_distill.sh.
+`make demo DEMO="--device cuda"` puts server and trainer on the one GPU, in bfloat16. A run of your
+own is the same command with other numbers: see run_cartridge_distill.sh.
 """
 
 from __future__ import annotations
@@ -26,11 +27,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+from cartridge_distill.node import missing_settings  # noqa: E402
 from cartridge_distill.openmp import spinning  # noqa: E402
 from cartridge_distill.report.page import write_report  # noqa: E402
 from cartridge_distill.report.recipe import write_recipe  # noqa: E402
 from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
 
+# A bfloat16 server and trainer round differently, and platform=cuda has the bound for that. In
+# float32 they differ by the order of their sums, on a GPU more than on a CPU: by 1e-3 at most.
+_CUDA_FLOAT32_BOUND = 1e-2
+# Counted by Ray, not used: TransferQueue's actors take a CPU each, and wait for ever without.
+_CUDA_RAY_CPUS = 16
 _ERROR = re.compile(r"(?:cartridge_distill\.errors\.)?\w*(?:Error|Unreachable)\b.*: \S")
 
 
@@ -68,6 +75,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     option("--name", default="demo", help="of this recipe in a report of several (%(default)s)")
     option("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads (%(default)s)")
+    option("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
+    option(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of the model in server and trainer (bfloat16 on cuda; float32 alone on a CPU)",
+    )
     option(
         "override",
         nargs="*",
@@ -75,6 +88,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     typed = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(typed)
+    if options.device == "cuda":
+        import torch  # seconds, which a demo on a CPU need not wait for
+
+        if not torch.cuda.is_available():
+            parser.error(
+                f"--device cuda: torch {torch.__version__} sees no GPU here (nvidia-smi shows "
+                "whether there is one); use --device cpu"
+            )
+    elif options.dtype == "bfloat16":
+        parser.error("--dtype bfloat16 needs --device cuda; on a CPU the demo is in float32")
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.arguments = typed
     return options
 
@@ -133,9 +157,10 @@ def python() -> str:
 
 
 def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
+    gpu = options.device == "cuda"
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "VERL_PLATFORM": "cpu",
+        "VERL_PLATFORM": "" if gpu else "cpu",  # empty: veRL looks which card there is
         "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
         "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
         "VERL_LOGGING_LEVEL": os.environ.get("VERL_LOGGING_LEVEL", "ERROR"),
@@ -147,6 +172,7 @@ def environment(options: argparse.Namespace, out: Path) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": os.environ.get("MALLOC_TRIM_THRESHOLD_", str(2**32)),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_DEDUP_LOGS": "0",
+        **{setting.name: setting.value for setting in missing_settings(os.environ, gpu)},
     }
 
 
@@ -193,6 +219,7 @@ def start_server(options: argparse.Namespace, model: str, out: Path, supervisor:
     command = [sys.executable, "-m", "cartridge_distill.server", "--model", model]
     command += ["--port", str(port), "--cartridge-dir", str(out / "cartridges")]
     command += ["--threads", str(options.threads), "--seed", str(options.seed)]
+    command += ["--device", options.device, "--dtype", options.dtype]
     server = supervisor.start(command, log, environment(options, out))
 
     # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
@@ -213,7 +240,7 @@ def overrides(options: argparse.Namespace, model: str, url: str, out: Path) -> l
     """The run in Hydra's words: what differs from training/config/cartridge_distill.yaml."""
     data, actor = out / "data", "actor_rollout_ref.actor"
     return [
-        "platform=cpu",
+        *platform_overrides(options),
         f"data.train_files={data}/train.parquet",
         f"data.val_files={data}/val.parquet",
         f"data.train_batch_size={options.prompts}",
@@ -239,6 +266,19 @@ def overrides(options: argparse.Namespace, model: str, url: str, out: Path) -> l
         f"trainer.default_local_dir={out}/checkpoints",
         *options.override,
     ]
+
+
+def platform_overrides(options: argparse.Namespace) -> list[str]:
+    """What device and dtype change."""
+    found = [f"platform={options.device}"]
+    if options.device == "cuda":
+        found.append(f"actor_rollout_ref.actor.fsdp_config.model_dtype={options.dtype}")
+        cpus = max(_CUDA_RAY_CPUS, os.cpu_count() or 1)
+        found.append(f"ray_kwargs.ray_init.num_cpus={cpus}")
+        if options.dtype == "float32":
+            bound = f"actor_rollout_ref.actor.cartridge.max_logprob_diff={_CUDA_FLOAT32_BOUND}"
+            found.append(bound)
+    return found
 
 
 def train(

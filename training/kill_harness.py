@@ -49,8 +49,7 @@ from training.kill_judge import Ended, Kill, Verdict, judge, read_attempts, tabl
 from training.kill_phases import BEFORE, phase_at  # noqa: E402
 from training.kill_plan import TARGETS, Moment, Usual, plan  # noqa: E402
 from training.kill_run import ACTORS, Attempt, KeptGateway, Victim, write_inputs  # noqa: E402
-from training.measure import say  # noqa: E402
-from training.supervise import ChildFailed, Supervisor  # noqa: E402
+from training.supervise import ChildFailed, Supervisor, say  # noqa: E402
 from verl_patches.run_folder import last_complete, step_of_folder  # noqa: E402
 
 _LOOK_SECONDS = 0.004

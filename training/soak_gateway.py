@@ -32,10 +32,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from training.gateway_rig import RunningGateway, machine, make_model, save_model  # noqa: E402
-from training.measure import say  # noqa: E402
 from training.soak_check import FAR, TOLERANCE, Checker, since_kill  # noqa: E402
 from training.soak_load import SHAPE, Soak  # noqa: E402
-from training.supervise import ChildFailed, Supervisor, tail  # noqa: E402
+from training.supervise import (  # noqa: E402
+    ChildFailed,
+    Supervisor,
+    say,  # noqa: E402
+    tail,
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -28,9 +28,8 @@ from training.gateway_rig import (
     megabytes,
     random_version,
 )
-from training.measure import say
 from training.soak_check import Answer, Checker, DiskWatch, RetryLog, unexplained
-from training.supervise import ChildFailed, tail
+from training.supervise import ChildFailed, say, tail
 
 SHAPE = Shape()
 _REPORT_SECONDS = 5.0

@@ -97,6 +97,11 @@ class Supervisor:
                     yield process
 
 
+def say(line: str) -> None:
+    """Prints at once, also into a pipe."""
+    print(line, flush=True)
+
+
 def _as_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

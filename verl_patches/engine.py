@@ -38,6 +38,7 @@ from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import on_device, pack
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import Teacher, not_finite
+from cartridge_distill.warm_up import compile_attention
 from verl_patches import engine_state
 from verl_patches.agreement import Agreement
 from verl_patches.building import initial_cartridge, load_base, load_validation
@@ -45,6 +46,12 @@ from verl_patches.device import StageSeconds, fetch
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
+
+
+def _say(line: str) -> None:
+    """A line that a person who waits for the run sees."""
+    if torch.distributed.get_rank() == 0:
+        print(f"[cartridge] {line}", flush=True)
 
 
 class _ModeCtx(BaseEngineCtx):
@@ -91,6 +98,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
         start = time.perf_counter()
         module = load_base(self.model_config, self.engine_config)
+        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
@@ -118,12 +126,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._remember_frozen_tokens()
         self._base_before = weights_checksum(module)
         self.validation = load_validation(self.settings, self.model_config.tokenizer, self.teacher)
-        if torch.distributed.get_rank() == 0:
-            print(
-                f"[cartridge] model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
-                f"from {self.settings.init}, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+        _say(
+            f"model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
+            f"from {self.settings.init}, {time.perf_counter() - start:.0f} s"
+        )
 
     def _remember_frozen_tokens(self) -> None:
         self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
@@ -176,9 +182,9 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         samples = Samples.from_micro_batch(micro_batch, self.settings.document_key)
         self._check_versions(samples)
         cfg = self.settings
-        batch = pack(samples.sequences).to(get_device_id())
+        batch = pack(samples.sequences).to(self.teacher.device)
         wanted = np.concatenate(samples.wanted)
-        with self._stage("student_forward"), self._recomputing():
+        with self._stage("student_forward"), self._around(self.module):
             logits = packed_forward(
                 self.module,
                 self.cartridge.prefix(),
@@ -206,10 +212,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         metrics["response_tokens"] = float(token_loss.numel())
         return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
 
-    def _recomputing(self) -> AbstractContextManager[None]:
+    def _around(self, module: Any) -> AbstractContextManager[None]:
         """Around the student's forward alone: the teacher's keeps nothing for a backward."""
         if self.model_config.enable_gradient_checkpointing:
-            return recomputing_layers(self.module)
+            return recomputing_layers(module)
         return nullcontext()
 
     @property
@@ -263,7 +269,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             Metrics, and the loss.
         """
         own = chosen_logprobs(logits, tokens, samples.temperature)
-        server = samples.rollout_logprobs.to(own.device, own.dtype, non_blocking=True)
+        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
         compared = {}
         for author, numbers in ((STUDENT, own), (TEACHER, teacher.chosen)):
             mine = samples.by_teacher == (author == TEACHER)

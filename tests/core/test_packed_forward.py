@@ -110,6 +110,22 @@ def test_prefix_from_tokens_is_the_models_own_kv() -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("backend", ["grouped", "dense", "flex"])
+def test_a_document_in_pieces_has_the_same_kv(kind: str, backend: str) -> None:
+    """Pieces shorter and longer than the windows of 24, and a last one of a single token."""
+    model = prepare_model(tiny_model(kind))
+    ids = torch.randint(3, VOCAB, (61,), generator=torch.Generator().manual_seed(3))
+    whole = prefix_from_tokens(model, ids, "dense")
+    for at_once in (20, 30, 61):
+        pieces = prefix_from_tokens(model, ids, backend, at_once)
+        assert pieces.num_tokens == 61
+        for mine, reference in zip(
+            (*pieces.keys, *pieces.values), (*whole.keys, *whole.values), strict=True
+        ):
+            torch.testing.assert_close(mine, reference, atol=1e-5, rtol=0)
+
+
 def test_another_attention_implementation_is_refused() -> None:
     model = tiny_model()  # eager: packed sequences would see each other
     with pytest.raises(ConfigError, match="'eager'.*see each other"):

@@ -62,6 +62,45 @@ def test_what_a_person_adds_wins(patched: Path, model_folder: Path, out: Path) -
     assert config.trainer.total_training_steps == 2
 
 
+def test_on_a_gpu_server_and_trainer_compute_alike(
+    patched: Path, model_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = configured(["--device", "cuda"], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert config.trainer.device == "cuda" and actor.fsdp_config.model_dtype == "bfloat16"
+    assert config.ray_kwargs.ray_init.num_cpus >= 8  # fewer, and TransferQueue waits for ever
+    bfloat16_bound = actor.cartridge.max_logprob_diff
+    config = configured(["--device", "cuda", "--dtype", "float32"], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert actor.fsdp_config.model_dtype == "float32"
+    assert 1e-3 < actor.cartridge.max_logprob_diff < bfloat16_bound
+    options = demo.parse(["--device", "cuda"])
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")  # left over from a run on the CPU
+    assert demo.environment(options, out)["VERL_PLATFORM"] == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--device", "cuda"], "sees no GPU here"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 needs --device cuda"),
+    ],
+)
+def test_a_device_that_cannot_be_is_refused(
+    typed: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        demo.parse(typed)
+    assert said in capsys.readouterr().err
+
+
 def test_the_comparison_keeps_the_recipe_of_its_table(
     patched: Path, model_folder: Path, out: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """What oneDNN is worth to a frozen model's linear layers on this CPU, shape by shape.
 
-    python training/benchmark_linear.py --threads 2
-    python training/benchmark_linear.py --model path/to/model --rows 1 64 1024
+    python benchmarks/linear.py --threads 2
+    python benchmarks/linear.py --model path/to/model --rows 1 64 1024
 
 GFLOPS of each kind of float32 linear layer that the model has, by torch's own product and by
 ``cartridge_distill.frozen_linear``, forward and backward (gradient of the input). The last line
@@ -23,6 +23,7 @@ from torch.utils.benchmark import Timer
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.bases import demo_model, machine  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
 from cartridge_distill.frozen_linear import (  # noqa: E402
     onednn_is_faster,
@@ -30,8 +31,7 @@ from cartridge_distill.frozen_linear import (  # noqa: E402
     use_torch_linear,
 )
 from cartridge_distill.models import load_model  # noqa: E402
-from training.benchmark import demo_model, processor  # noqa: E402
-from training.measure import say  # noqa: E402
+from training.supervise import say  # noqa: E402
 
 
 def kinds(model: nn.Module) -> list[nn.Linear]:
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     here = onednn_is_faster()
-    say(f"machine: {processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}")
+    say(f"machine: {machine('cpu')}; torch {torch.__version__}")
     say("  rows     in     out   forward: torch   oneDNN   backward: torch   oneDNN")
     for layer in kinds(model):
         for rows in options.rows:

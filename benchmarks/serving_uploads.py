@@ -1,4 +1,4 @@
-"""What an upload through the gateway costs: part (a) of `benchmark_serving.py`."""
+"""What an upload through the gateway costs: part (a) of `serving.py`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.measure import verdict
 from cartridge_distill.client import TokasaurusClient
 from cartridge_distill.http_sync import HttpPublisher
 from cartridge_distill.snapshot import Snapshot
@@ -29,8 +30,7 @@ from training.gateway_rig import (
     random_cartridge,
     save_model,
 )
-from training.measure import say, verdict
-from training.supervise import Supervisor
+from training.supervise import Supervisor, say
 
 _AIM_RATIO, _AIM_BLOCKED_S = 3.0, 0.5
 STAGES = ("received", "placed", "activated")  # of an upload, as the gateway's metrics name them

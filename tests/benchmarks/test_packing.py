@@ -1,4 +1,4 @@
-"""training/benchmark.py: every row is printed, ways agree, and ways that disagree end the run."""
+"""benchmarks/packing.py: every row is printed, ways agree, and ways that disagree end the run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bases, packing
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.frozen_linear import onednn_is_faster
 from tests.tiny import tiny_model
-from training import benchmark
 
 SMALL = ("--sequences", "3", "--length", "6", "--prefix", "16", "--document", "20")
 SMALL += ("--samples", "2", "--repeats", "1")
@@ -34,7 +34,7 @@ def test_every_table_is_printed(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = metrics_file(tmp_path)
-    status = benchmark.main(["--model", str(model_folder), *SMALL, "--metrics", str(path)])
+    status = packing.main(["--model", str(model_folder), *SMALL, "--metrics", str(path)])
     printed = capsys.readouterr().out
     assert status == 0, printed
     lines = [line for line in printed.splitlines() if line.count("x ") == 1]
@@ -56,11 +56,11 @@ def test_ways_that_disagree_are_not_timed() -> None:
     good: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2)])
     wrong: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2) * 1.01])
     with pytest.raises(ConfigError, match="nothing was timed"):
-        benchmark.check("test", ["wrong", "good"], [wrong, good])
+        packing.check("test", ["wrong", "good"], [wrong, good])
 
 
 def test_what_would_not_fit_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    ways = benchmark.ways_for(tiny_model(), 2048, [256] * 64)
+    ways = packing.ways_for(tiny_model(), 2048, [256] * 64)
     assert "packed, dense" not in [way.name for way in ways]
     assert [ways[0].name, ways[-2].name] == ["packed, grouped", "one by one, SDPA"]
     assert "left out: packed, dense" in capsys.readouterr().out
@@ -68,8 +68,8 @@ def test_what_would_not_fit_is_left_out(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_ragged_and_equal_lengths_hold_the_same_tokens() -> None:
     device = torch.device("cpu")
-    equal = benchmark.make_sequences(100, 8, 32, False, device)
-    ragged = benchmark.make_sequences(100, 8, 32, True, device)
+    equal = bases.make_sequences(100, 8, 32, False, device)
+    ragged = bases.make_sequences(100, 8, 32, True, device)
     assert sum(map(len, equal)) == sum(map(len, ragged)) == 256
     assert len(set(map(len, ragged))) == 8
 
@@ -78,8 +78,8 @@ def test_metrics_of_something_else_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        benchmark.stage_table(tmp_path / "none.jsonl")
+        packing.stage_table(tmp_path / "none.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"data": {}}')
     with pytest.raises(ConfigError, match="holds no training step"):
-        benchmark.stage_table(empty)
+        packing.stage_table(empty)

@@ -1,4 +1,4 @@
-"""What the ways to the server add to a request: part (b) of `benchmark_serving.py`."""
+"""What the ways to the server add to a request: part (b) of `serving.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.measure import verdict
 from cartridge_distill.client import TokasaurusClient
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.http_sync import HttpPublisher
@@ -24,7 +25,7 @@ from training.gateway_rig import (
     child_environment,
     random_version,
 )
-from training.measure import say, verdict
+from training.supervise import say
 
 _AIM_ADDED_MS = 2.0
 _PROMPT_TOKENS = 64

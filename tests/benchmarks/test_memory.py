@@ -1,4 +1,4 @@
-"""training/benchmark_memory.py: both ways run, and the second copy shows."""
+"""benchmarks/memory.py: both ways run, and the second copy shows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import memory
 from tests.scripts.conftest import Run
-from training import benchmark_memory
 
-SCRIPT = Path(benchmark_memory.__file__)
+SCRIPT = Path(memory.__file__)
 SMALL = ("--tokens", 16, "--document", 40, "--samples", 2, "--prompt", 4, "--response", 3)
 
 
@@ -44,14 +44,14 @@ def test_two_copies_take_a_copy_more(tmp_path: Path, run_python: Run) -> None:
 
 def test_a_shape_that_needs_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark_memory.main(["--shape", "llama-3.2-3b", "--device", "cpu"])
+        memory.main(["--shape", "llama-3.2-3b", "--device", "cpu"])
     assert "needs a CUDA GPU of 40 GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--tokens", "1"), ("--samples", "0")])
 def test_nonsense_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark_memory.main([option, value])
+        memory.main([option, value])
     assert f"{option} {value}: must be at least" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 """What the gateway costs: uploads of a real cartridge's size, and the way through it.
 
-    python training/benchmark_serving.py             # all of it; needs veRL and Ray
-    python training/benchmark_serving.py --no-ray    # without the proxy that veRL talks to
+    python benchmarks/serving.py             # all of it; needs veRL and Ray
+    python benchmarks/serving.py --no-ray    # without the proxy that veRL talks to
 
 (a) upload: a bfloat16 cartridge of Llama-3.2-3B's shape (28 layers, 8 KV heads of 128, 2,048
     tokens: 117 M parameters, 235 MB) over the loopback, until a request with it works, against
@@ -33,6 +33,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.serving_requests import request_table, start_ray  # noqa: E402
+from benchmarks.serving_uploads import upload_table  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
 from training.gateway_rig import (  # noqa: E402
     RunningGateway,
@@ -41,10 +43,7 @@ from training.gateway_rig import (  # noqa: E402
     make_model,
     save_model,
 )
-from training.measure import say  # noqa: E402
-from training.serving_requests import request_table, start_ray  # noqa: E402
-from training.serving_uploads import upload_table  # noqa: E402
-from training.supervise import ChildFailed, Supervisor  # noqa: E402
+from training.supervise import ChildFailed, Supervisor, say  # noqa: E402
 
 
 def run_requests(options: argparse.Namespace, scratch: Path, supervisor: Supervisor) -> None:
