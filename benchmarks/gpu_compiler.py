@@ -117,7 +117,6 @@ def pretended(gpu: Gpu) -> Iterator[None]:
     import torch._inductor.runtime.triton_helpers as helpers
     import torch._inductor.runtime.triton_heuristics as heuristics
     import torch._subclasses.fake_tensor as fake
-    import torch.utils._triton as answers_kept
     from triton.runtime import driver
 
     _answer_device_guards()
@@ -168,16 +167,18 @@ def pretended(gpu: Gpu) -> Iterator[None]:
         (fake, "init_gpu_context", always(None)),
         (helpers, "set_driver_to_gpu", always(None)),
         # Compiled machine code would be loaded onto the GPU here.
-        (heuristics.CachingAutotuner, "_make_launchers", lambda self: setattr(self, "launchers", [])),
+        (
+            heuristics.CachingAutotuner,
+            "_make_launchers",
+            lambda self: setattr(self, "launchers", []),
+        ),
     ]
     with ExitStack() as stack:
         for owner, name, answer in answers:
             # create: a build without CUDA does not even have all the names.
             stack.enter_context(patch.object(owner, name, answer, create=owner is torch._C))
-        for function in vars(answers_kept).values():
-            if hasattr(function, "cache_clear"):  # "is there a GPU for Triton?", asked before
-                function.cache_clear()
-                stack.callback(function.cache_clear)
+        _forget_answers()
+        stack.callback(_forget_answers)
         # In this process, one after the other, and nothing from an earlier run.
         stack.enter_context(inductor.patch(compile_threads=1, force_disable_caches=True))
         yield
@@ -267,6 +268,19 @@ class OfflineCompiler:
             yield
 
 
+def _forget_answers() -> None:
+    """torch asks once whether there is a GPU for Triton; from here it asks again."""
+    from torch.utils import _triton
+
+    for function in vars(_triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def _no_launchers(self: Any) -> None:
+    self.launchers = []
+
+
 def _shape_of_attention(*inputs: Any) -> tuple[Tensor]:
     """What the compiled function would return: the query's shape, and a gradient's way to each."""
     query, key, value = (
@@ -301,9 +315,7 @@ def _on_gpu(value: Any) -> Any:
     if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
-        return torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device="cuda:0"
-        )
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
 
 
 def _move_to_gpu(graph: Any) -> None:
