@@ -85,7 +85,7 @@ test-long: lint
 TORCH ?= 2.11.0
 NEWER ?= 5.17.0
 OTHER ?= .venv-torch$(TORCH)-transformers$(NEWER)
-TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data
+TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data tests/cli
 # A package that comes in their requirements is taken as it is in the lock, where they allow that.
 $(OTHER)/.ready: $(LOCK) $(PATCHES)
 	$(PYTHON) -m venv --clear $(OTHER)
@@ -94,6 +94,7 @@ $(OTHER)/.ready: $(LOCK) $(PATCHES)
 	grep -v -E '^(torch|transformers|tokenizers)==' $(LOCK) > $(OTHER)/others.txt
 	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile --no-deps -r $(OTHER)/others.txt
 	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile transformers==$(NEWER)
+	$(OTHER)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(OTHER)/bin/python -m verl_patches apply
 	@touch $@
 
