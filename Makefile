@@ -4,6 +4,7 @@
 # make test-long   the same with a few whole training runs more
 # make test-versions   core, engine and server tests with another torch and transformers
 # make gpu-check   on a GPU machine, ten minutes: is it right, how fast; ends in a table
+# make gpu-bundle  the same for a GPU node without network, in parts of 58 MiB
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
 # make clean   throw away the environment and the caches
@@ -19,9 +20,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long test-versions gpu-check lint format clean
+.PHONY: help setup demo test test-long test-versions gpu-check gpu-bundle lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -9
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -10
 
 setup: $(VENV)/.patched
 
@@ -64,6 +65,9 @@ demo: setup
 # GPU_CHECK passes options on: make gpu-check GPU_CHECK="--only kernels student"
 gpu-check: setup
 	@exec $(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
+
+gpu-bundle: setup
+	@exec $(BIN)/python -m benchmarks.gpu_bundle $(GPU_BUNDLE)
 
 lint: setup
 	$(BIN)/ruff check .
