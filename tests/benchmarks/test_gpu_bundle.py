@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 from benchmarks.gpu_bundle import __main__ as bundle
 from benchmarks.gpu_bundle import install
+from benchmarks.gpu_bundle.closure import gaps
 from benchmarks.gpu_bundle.decode_model import decode
 from benchmarks.gpu_bundle.parts import MIB, PIECE, Part, archives, lay, pieces
 from benchmarks.gpu_bundle.wheels import locked, unpack
@@ -136,6 +137,24 @@ def test_a_model_that_is_not_the_manifests_is_named(tmp_path: Path) -> None:
     manifest |= {"sha256": {"model.safetensors": "0" * 64}}
     (files / MANIFEST).write_text(json.dumps(manifest))
     assert decode(files, tmp_path / "model") == "model.safetensors was changed"
+
+
+def test_what_neither_travels_nor_is_there_is_named(tmp_path: Path) -> None:
+    def wheel(name: str, *requires: str) -> Path:
+        path = tmp_path / f"{name}-1.0-py3-none-any.whl"
+        described = [f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {r}" for r in requires)]
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"{name}-1.0.dist-info/METADATA", "\n".join(described))
+        return path
+
+    a = wheel("a", "b>=2", "Node_One<2", "lost", 'windows; sys_platform == "win32"')
+    found = list(gaps([a, wheel("b")], {"node-one": "3.0"}, {"lost": "0.5"}, "3.12"))
+    assert [line.split()[:3] for line in found] == [
+        ["bound", "a", "wants"],
+        ["bound", "a", "wants"],
+        ["missing", "lost==0.5", "(for"],
+    ]
+    assert "it is carried as 1.0" in found[0] and "it is on the node as 3.0" in found[1]
 
 
 # ---------------------------------------------------------------- the rehearsal
