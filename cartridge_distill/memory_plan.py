@@ -21,17 +21,17 @@ no input then):
 - MLP: what gate and up put out and the activation, ``1.5 * bTm`` (``bTm`` without a gate).
 - attention, ``flex``: queries and result ``2bTHqd``, keys and values of prefix and row
   ``2b(P+T)Hd``, one float32 a query and head. ``grouped`` and ``dense`` keep the attention weights
-  besides, for each head, query and visible key a float32, and a copy where the model is not float32.
+  besides: for each head, query and visible key a float32, and a copy in another dtype.
 - with gradient checkpointing a layer keeps its input alone, ``bTh``; one layer's worth of the above
   comes back in the backward, and the joined float32 cartridge stays until then.
 
-Passing, whichever is larger in a stage: within a layer the MLP (``1.5 * bTm``) or attention with its
-keys and values; ``[N, V]`` logits of student and teacher; the loss' float32 rows, 512 at once; the
-KV of a document's piece before it is copied to its place.
+Passing, whichever is larger in a stage: within a layer the MLP (``1.5 * bTm``) or attention with
+its keys and values; ``[N, V]`` logits of student and teacher; the loss' float32 rows, 512 at once;
+the KV of a document's piece before it is copied to its place.
 
-What is not in it: the CUDA context and cuBLAS' workspace (under 1 GiB together, and taken before the
-free memory is asked for), unusable fragments of the allocator, other processes on the device.
-Compared with the storages that torch really makes, shapes on ``meta``, in
+What is not in it: the CUDA context and cuBLAS' workspace, unusable fragments of the allocator,
+other processes on the device. Nothing of it was compared with a GPU yet. It is compared with the
+storages that torch really makes, shapes on ``meta`` with a stand-in for compiled FlexAttention, in
 ``tests/core/test_memory_plan.py``.
 """
 
@@ -40,13 +40,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from cartridge_distill.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.errors import ConfigError
 from cartridge_distill.logprobs import ROWS_AT_ONCE
 from cartridge_distill.model_shape import ModelShape
 from cartridge_distill.prefix import PREFILL_TOKENS
+from cartridge_distill.step_shape import StepShape
 
 _GIB = 1024**3
 _FLOAT = 4
@@ -57,68 +56,6 @@ _NAMES = {
     "documents_kept": "documents kept",
     "cartridge_tokens": "cartridge tokens",
 }
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The lengths of a step.
-
-    Attributes:
-        cartridge_tokens: P.
-        row_tokens: T, tokens in a packed row.
-        trained_tokens: N of them whose logits are asked for; all of them where that is not known.
-        document_tokens: of the longest document.
-        documents: how many there are.
-        documents_kept: of how many the teacher keeps the KV.
-        sequence_tokens: of the longest sequence: what a token attends to in its row at most.
-        dtype: of the model.
-        backend: "flex", "grouped" or "dense", see :mod:`cartridge_distill.attention`.
-        gradient_checkpointing: a layer keeps its input alone.
-        micro_batches: rows of one optimizer step; from the second on gradients are there already.
-        ranks: that share the base.
-        topk: tokens of the teacher's distribution.
-
-    Raises:
-        ConfigError: a length under 1, or more trained tokens than the row has.
-    """
-
-    cartridge_tokens: int
-    row_tokens: int
-    document_tokens: int
-    trained_tokens: int | None = None
-    documents: int = 1
-    documents_kept: int = 8
-    sequence_tokens: int | None = None
-    dtype: torch.dtype = torch.bfloat16
-    backend: str = "flex"
-    gradient_checkpointing: bool = False
-    micro_batches: int = 2
-    ranks: int = 1
-    topk: int = 20
-
-    def __post_init__(self) -> None:
-        for name in (
-            *("cartridge_tokens", "row_tokens", "document_tokens", "documents", "documents_kept"),
-            *("micro_batches", "ranks", "topk"),
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("trained_tokens", "sequence_tokens"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= self.row_tokens:
-                raise ConfigError(
-                    f"{name}={value}: must be 1 to row_tokens={self.row_tokens}, or left out"
-                )
-        if self.backend not in ("flex", "grouped", "dense"):
-            raise ConfigError(f"backend={self.backend!r}: choose flex, grouped or dense")
-
-    @property
-    def trained(self) -> int:
-        return self.row_tokens if self.trained_tokens is None else self.trained_tokens
-
-    @property
-    def longest(self) -> int:
-        return self.row_tokens if self.sequence_tokens is None else self.sequence_tokens
 
 
 Terms = dict[str, int]

@@ -135,8 +135,8 @@ class Wait:
 
     Attributes:
         what: ``read`` (a value comes to the host), ``shape`` (a size depends on values),
-            ``upload`` (``non_blocking=True`` was not asked for) or ``staged`` (it was, but the memory
-            is not pinned: CUDA copies it aside first, and may wait when it is large).
+            ``upload`` (``non_blocking=True`` was not asked for) or ``staged`` (it was, of memory
+            that is not pinned: CUDA copies it aside first, and may wait when it is large).
         operation: as torch calls it.
         line: ``file:line`` of the innermost frame in this project, and its code.
         within: the project's functions that led there, outermost first.

@@ -42,6 +42,7 @@ from verl_patches import engine_state
 from verl_patches.building import initial_cartridge, load_base, load_validation
 from verl_patches.device import StageSeconds
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
+from verl_patches.memory import check_memory
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
 from verl_patches.step_checks import Computed, StepChecks, answer_temperature, check_versions
@@ -97,7 +98,6 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
         start = time.perf_counter()
         module = load_base(self.model_config, self.engine_config)
-        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
@@ -108,6 +108,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             max_cached=self.settings.teacher_cache_documents,
             backend=self.settings.attention,
         )
+        check_memory(self, module, _say)
+        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         # Before sharding: every rank holds the whole, equal cartridge.
         cartridge = initial_cartridge(self.settings, module, self.teacher)
         self.cartridge = cartridge.to(get_device_id())

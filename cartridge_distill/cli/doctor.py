@@ -55,6 +55,9 @@ class Subject:
     model: str | None = None
     cartridge: str | None = None
     data: Path | None = None
+    row_tokens: int | None = None
+    tokens: int = 2048
+    document_tokens: int = 10_000
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
@@ -64,6 +67,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
     yield _patches()
     yield _gpu()
     yield from _environment()
+    yield _memory(subject)
     yield _server(subject.url)
     yield from _cartridge(subject.cartridge, subject.model)
     yield from _data(subject.data)
@@ -150,6 +154,35 @@ def _environment() -> Iterator[Finding]:
         yield Finding(setting.name, False, f"not set: {setting.why}", mend)
     if not missing:
         yield Finding("environment", True, "NCCL and Ray need nothing more")
+
+
+def _memory(subject: Subject) -> Finding:
+    """A training step in bfloat16 on a GPU, and whether the GPU here has as much."""
+    if subject.model is None or subject.row_tokens is None:
+        return Finding("memory", None, "not looked at: name --model and --row-tokens")
+    import torch
+    from transformers import AutoConfig
+
+    from cartridge_distill.memory_plan import predict_step
+    from cartridge_distill.model_shape import ModelShape
+    from cartridge_distill.step_shape import StepShape
+
+    try:
+        step = StepShape(
+            cartridge_tokens=subject.tokens,
+            row_tokens=subject.row_tokens,
+            document_tokens=subject.document_tokens,
+        )
+        plan = predict_step(ModelShape.of(AutoConfig.from_pretrained(subject.model)), step)
+    except (CartridgeDistillError, OSError, ValueError) as error:
+        return Finding("memory", False, str(error).splitlines()[0])
+    said = f"{plan.line()}\n{plan.describe()}".replace("\n", "\n      ")
+    advice = "what makes it smaller: " + "; ".join(plan.advice())
+    if not torch.cuda.is_available():
+        return Finding("memory", True, f"{said}\n      no GPU here to hold it against")
+    free = min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
+    said += f"\n      free on the GPU: {free / 2**30:.2f} GiB"
+    return Finding("memory", plan.peak <= free, said, "" if plan.peak <= free else advice)
 
 
 def _server(url: str | None) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +176,26 @@ def test_data_without_documents(data: Path) -> None:
     status, said = ask("--data", data)
     assert status == 1
     assert "BAD documents" in said and "does not exist" in said
+
+
+def test_the_memory_of_a_step(model_folder: Path) -> None:
+    lengths = ("--row-tokens", 512, "--tokens", 16, "--document-tokens", 100)
+    _, said = ask("--model", model_folder, *lengths)
+    assert "ok  memory: a step takes at most 0.0" in said and "worst moment: " in said
+    _, said = ask("--model", model_folder)
+    assert "--  memory: not looked at: name --model and --row-tokens" in said
+    status, said = ask("--model", model_folder, "--row-tokens", 0)
+    assert status == 1 and "BAD memory: row_tokens=0: must be at least 1" in said
+
+
+def test_a_step_that_does_not_fit_the_gpu(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = types.SimpleNamespace(name="Small", total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 2**30))
+    status, said = ask("--model", model_folder, "--row-tokens", 512, "--tokens", 16)
+    assert status == 1 and "BAD memory: a step takes at most" in said
+    assert "-> what makes it smaller: " in said and "tokens a row 512 -> 256" in said
