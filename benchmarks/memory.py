@@ -216,6 +216,14 @@ def in_a_process_of_its_own(copies: int, arguments: list[str]) -> Step:
     return found
 
 
+def noted(step: Step, options: argparse.Namespace) -> Step:
+    """Writes it to the file that --json names."""
+    if options.json:
+        with options.json.open("a") as file:
+            file.write(json.dumps(asdict(step)) + "\n")
+    return step
+
+
 def print_table(one: Step, two: Step) -> None:
     say(f"\n   {'':<26}{'one shared base':>18}{'two copies':>14}")
 
@@ -288,15 +296,12 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.prompt} + {options.response} tokens, a cartridge of {options.tokens}, a "
             f"document of {options.document}"
         )
-        one, two = (in_a_process_of_its_own(copies, given) for copies in (1, 2))
+        one, two = (noted(in_a_process_of_its_own(copies, given), options) for copies in (1, 2))
         if abs(one.loss - two.loss) > 1e-3 * abs(one.loss):
             raise ConfigError(
                 f"the ways disagree: loss {one.loss} with one base, {two.loss} with two"
             )
         print_table(one, two)
-        if options.json:
-            with options.json.open("a") as file:
-                file.writelines(f"{json.dumps(asdict(found))}\n" for found in (one, two))
     except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

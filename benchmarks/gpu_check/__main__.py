@@ -84,8 +84,9 @@ def run(
     start = time.monotonic()
     outcomes: dict[str, Outcome] = {}
     figures: dict[str, Figures] = {}
-    for stage in chosen:
-        left = budget - (time.monotonic() - start)
+    for number, stage in enumerate(chosen):
+        later = sum(other.reserved for other in chosen[number + 1 :])
+        left = budget - (time.monotonic() - start) - later
         # A rehearsal is not about time, and its machine may be a busy one.
         limit = left if setup.small else min(stage.seconds, left)
         say(f"== {stage.name} (at most {max(limit, 0):.0f} s)")
@@ -146,6 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    start = time.monotonic()
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -169,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     setup = Setup(options.device, out, model, options.rehearse, options.threads, problem)
     chosen = [stage for stage in stages(setup) if stage.name in wanted]
     try:
-        good = run(setup, chosen, options.budget, heading(setup), options.deliver)
+        left = options.budget - (time.monotonic() - start)
+        good = run(setup, chosen, left, heading(setup), options.deliver)
     except KeyboardInterrupt:
         print(f"\nstopped; figures so far: {out / 'table.md'}", flush=True)
         return 130

@@ -52,6 +52,7 @@ class Stage:
         seconds: its time limit.
         arguments: of this Python; the last two say where the figures go, the demo's excepted.
         needs_model: whether it is skipped, as failed, without the real model.
+        reserved: of the budget, seconds that stages before it may not use.
         collect: takes the figures from elsewhere than the stage's file.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     seconds: float
     arguments: list[str]
     needs_model: bool = False
+    reserved: float = 0.0
     collect: Callable[[Setup], Figures] | None = None
 
     def command(self) -> list[str]:
@@ -66,7 +68,7 @@ class Stage:
 
 
 def stages(setup: Setup) -> list[Stage]:
-    """In the order in which they run; the demo has what is left."""
+    """In the order in which they run; the demo, which says most, has a part of the time kept."""
     small, device = setup.small, ["--device", setup.device]
     shape = ["--shape", TINY if small else LLAMA_3B]
 
@@ -109,6 +111,7 @@ def stages(setup: Setup) -> list[Stage]:
             300,
             demo_arguments(setup),
             needs_model=True,
+            reserved=200,
             collect=demo_figures,
         ),
     ]

@@ -75,7 +75,8 @@ def memory(figures: Figures) -> list[Row]:
     return [
         (
             f"a training step with {figure['copies']} base{'s' * (figure['copies'] - 1)}",
-            f"weights {gib(figure['weights_gib'])}, peak {gib(figure['peak_gib'])}, "
+            f"weights {gib(figure['weights_gib'])}, peak {gib(figure['peak_gib'])} "
+            f"(predicted {gib(figure['predicted_gib'])}), "
             f"{sum(figure['seconds'].values()):.2f} s",
         )
         for figure in figures

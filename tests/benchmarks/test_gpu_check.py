@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tests.scripts.conftest import Run
 def setup(tmp_path: Path) -> Setup:
     for folder in ("figures", "logs"):
         (tmp_path / folder).mkdir()
-    return Setup("cpu", tmp_path, None, small=True, threads=1, no_model="no registry")
+    return Setup("cpu", tmp_path, None, small=False, threads=1, no_model="no registry")
 
 
 def test_without_a_gpu_it_says_so_at_once(
@@ -80,6 +82,30 @@ def test_a_spent_budget_begins_nothing_more(setup: Setup) -> None:
     assert not check.run(setup, [stage], 5, [])
     assert not marker.exists()
     assert "not begun: the budget is spent" in (setup.out / "table.md").read_text()
+
+
+def test_the_demo_has_its_part_of_the_budget(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = Stage("engine", 60, ["-c", "import time; time.sleep(60)"])
+    last = Stage("sync", 60, ["-c", "pass"], reserved=28)
+    assert not check.run(setup, [slow, last], 40, [])
+    printed = capsys.readouterr().out
+    assert "== engine (at most 12 s)" in printed
+    [given] = re.findall(r"== sync \(at most (\d+) s\)", printed)
+    assert int(given) >= 20
+
+
+def test_what_is_delivered_is_two_files_after_every_stage(setup: Setup, tmp_path: Path) -> None:
+    out = tmp_path / "delivered"
+    engine = Stage("engine", 60, script(setup, "engine", "print('said')"))
+    look = f"import os; assert sorted(os.listdir({str(out)!r})) == ['check.tgz', 'table.md']"
+    assert not check.run(setup, [engine, Stage("sync", 60, ["-c", look])], 600, [], out)
+    with tarfile.open(out / "check.tgz") as tar:
+        names = set(tar.getnames())
+    assert {"figures/engine.jsonl", "logs/engine.log", "logs/sync.log"} <= names
+    table = (out / "table.md").read_text()
+    assert "embedded server, 2 rows" in table and "status 1" not in table
 
 
 KERNEL = {"kind": "llama", "dtype": "float32", "tokens": 70, "logits": 1e-6, "teacher": 1e-6}
