@@ -39,8 +39,6 @@ _CAUSES = {
 ROUNDING_EVERY = 64
 """Versions after which the rounding is measured again; a cartridge that grows rounds more."""
 
-_PACKED_TOKENS = 2048
-
 
 def differences(
     author: str, own: Tensor, server: Tensor, tokens: Tensor, bound: float | None
@@ -73,17 +71,6 @@ def differences(
             "the rounding instead"
         )
     return difference
-
-
-def leading(sequences: Sequence[Tensor]) -> int:
-    """How many sequences, from the first on, an extra forward takes: 2,048 tokens, at least one."""
-    taken, tokens = 0, 0
-    for sequence in sequences:
-        tokens += int(sequence.numel())
-        if taken and tokens > _PACKED_TOKENS:
-            break
-        taken += 1
-    return taken
 
 
 class RoundingCheck:
@@ -129,6 +116,7 @@ class RoundingCheck:
         counted: Tensor,
         current: Prefix,
         behind: Callable[[Prefix], Tensor],
+        exactly: Callable[[Prefix], Tensor],
     ) -> dict[str, float]:
         """Checks a micro-batch of the student's tokens before anything is trained on it.
 
@@ -138,7 +126,9 @@ class RoundingCheck:
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
-            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge.
+            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+                the trainer's own forward.
+            exactly: the same without rounding, behind the cartridge as it is served.
 
         Returns:
             Metrics.
@@ -151,9 +141,9 @@ class RoundingCheck:
             self._measure(version, own, behind(nudged(current, self._dtype)))
         metrics: dict[str, float] = {}
         if first and self._previous is not None:
-            before = behind(self._previous)
+            here, before = exactly(current), exactly(self._previous)
             some = slice(len(before))
-            figures = version_figures(own[some], before, server[some], counted[some])
+            figures = version_figures(here, before, server[some], counted[some])
             # First of the two: it names the cause.
             metrics = self._version(version, figures.tolist())
         return metrics | self._level(STUDENT, own, server, counted, 1.0)
@@ -206,24 +196,19 @@ class RoundingCheck:
         }
 
     def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
-        assert self._rounding is not None
         evidence = self._evidence
         evidence.add(figures)
-        coefficient, error = evidence.coefficient(self._rounding)
-        told = error < float("inf")
-        if evidence.stale(self._rounding):
-            share = f"{coefficient:.2f} +- {error:.2f}, " if told else ""
+        coefficient, error = evidence.coefficient
+        if evidence.stale:
             raise OffPolicyError(
                 f"rollouts stamped step {version} were made, all or some, by the version before: "
-                f"stale coefficient {share}{evidence.sigmas:.1f} standard errors towards it over "
-                f"{evidence.tokens:.0f} tokens of {evidence.steps} step(s): the server does not "
-                "serve the version it names. The rollout proxy or the sync is out of order"
+                f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
+                f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
+                "server does not serve the version it names. The rollout proxy or the sync is out "
+                "of order"
             )
-        metrics = {
-            "logprob_diff/stale_sigmas": evidence.sigmas,
-            "logprob_diff/version_decided": float(evidence.decided),
-        }
-        if told:  # else the versions differ by less than the rounding
+        metrics = {"logprob_diff/version_decided": float(evidence.current)}
+        if error < 1.0:  # else the versions differ by too little, and a curve would show noise
             metrics["logprob_diff/stale_coefficient"] = coefficient
             metrics["logprob_diff/stale_coefficient_error"] = error
         return metrics

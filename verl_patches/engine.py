@@ -28,6 +28,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.document_store import DocumentStore
 from cartridge_distill.errors import ConfigError, OffPolicyError
+from cartridge_distill.float32_forward import float32_logprobs, leading
 from cartridge_distill.forward import packed_forward, recomputing_layers
 from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.logprobs import chosen_logprobs
@@ -38,7 +39,7 @@ from cartridge_distill.prefix import Prefix
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import Teacher
 from verl_patches import engine_state
-from verl_patches.agreement import RoundingCheck, differences, leading
+from verl_patches.agreement import RoundingCheck, differences
 from verl_patches.building import initial_cartridge, load_base, load_validation
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
@@ -289,6 +290,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 mine,
                 self.cartridge.prefix(),
                 partial(self._logprobs_behind, samples),
+                partial(self._logprobs_in_float32, samples),
             )
         if not bool(mine.any()):
             return {"student_logprob": own.mean().item()}, []
@@ -308,6 +310,14 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             keep = batch.predicts(wanted)
             logits = packed_forward(self.module, prefix, batch, keep, self.settings.attention)
             return chosen_logprobs(logits, batch.input_ids[wanted], samples.temperature)
+
+    def _logprobs_in_float32(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Of the same tokens, without rounding, behind the cartridge as a server has it."""
+        count = leading(samples.sequences)
+        dtype = next(self.module.parameters()).dtype
+        some = samples.sequences[:count], samples.wanted[:count]
+        with self._timed("version_check"):
+            return float32_logprobs(self.module, prefix, *some, samples.temperature, dtype)
 
     def _check_answers(
         self, samples: Samples, chosen: Tensor | None, tokens: Tensor, so_far: list[Tensor]
