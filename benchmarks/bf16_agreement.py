@@ -27,6 +27,7 @@ import argparse
 import copy
 import math
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ from cartridge_distill.agreement import scaled  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, OffPolicyError  # noqa: E402
+from cartridge_distill.float32_forward import float32_logprobs  # noqa: E402
 from cartridge_distill.forward import packed_forward  # noqa: E402
 from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
 from cartridge_distill.loss import get_loss  # noqa: E402
@@ -58,6 +60,7 @@ from cartridge_distill.server.rows import Row  # noqa: E402
 from cartridge_distill.server.settings import ServerSettings  # noqa: E402
 from cartridge_distill.teacher import Teacher  # noqa: E402
 from verl_patches.agreement import RoundingCheck  # noqa: E402
+from verl_patches.device import fetch  # noqa: E402
 
 TEMPERATURE, TOPK, FLOOR = 0.7, 20, 0.1
 DOCUMENT = "document"
@@ -119,13 +122,13 @@ class Outcome:
     Attributes:
         refused: the message where it was, None where it was not, step by step.
         means: of the scaled differences; largest: of the plain ones.
-        sigmas: towards the previous version, where there was one and nothing was refused.
+        coefficients: 0 for this version, 1 for the one before, where that could be told.
     """
 
     refused: list[str | None] = field(default_factory=list)
     means: list[float] = field(default_factory=list)
     largest: list[float] = field(default_factory=list)
-    sigmas: list[float] = field(default_factory=list)
+    coefficients: list[float] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -205,6 +208,14 @@ class Experiment:
         self.seconds["extra forwards"] += time.perf_counter() - start
         return found
 
+    def exactly(self, rollouts: Rollouts, prefix: Prefix) -> Tensor:
+        """The same without rounding."""
+        start = time.perf_counter()
+        some = rollouts.sequences, rollouts.wanted
+        found = float32_logprobs(self.world.model, prefix, *some, TEMPERATURE, self.world.dtype)
+        self.seconds["extra forwards in float32"] += time.perf_counter() - start
+        return found
+
     def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, own: Tensor) -> None:
         """Asks the check about one server's rollouts and keeps what it says."""
         check.begin_batch()
@@ -214,20 +225,24 @@ class Experiment:
         outcome.largest.append(difference.abs().max().item())
         everything = torch.ones_like(own, dtype=torch.bool)
         try:
-            metrics = check.student(
+            figures = check.student_figures(
                 self.step,
                 own,
                 rollouts.server,
                 everything,
                 self.served(),
                 partial(self.behind, rollouts),
+                partial(self.exactly, rollouts),
             )
+            metrics = check.judge(self.step, fetch(figures))
         except OffPolicyError as error:
             outcome.refused.append(str(error))
+            if found := re.search(r"coefficient (\S+) \+-", str(error)):
+                outcome.coefficients.append(float(found[1]))
             return
         outcome.refused.append(None)
-        if "logprob_diff/stale_sigmas" in metrics:
-            outcome.sigmas.append(metrics["logprob_diff/stale_sigmas"])
+        if "logprob_diff/stale_coefficient" in metrics:
+            outcome.coefficients.append(metrics["logprob_diff/stale_coefficient"])
 
     def plant(self, name: str) -> None:
         """Another server answers this step's prompts, and the check is asked about it."""
@@ -360,7 +375,7 @@ def demo_world(options: argparse.Namespace) -> World:
 
 
 def table(experiment: Experiment) -> None:
-    say(f"\n   {'server':<26}{'refused':>10}{'scaled mean':>16}{'largest':>14}{'sigmas':>18}")
+    say(f"\n   {'server':<26}{'refused':>10}{'scaled mean':>16}{'largest':>14}{'coefficient':>18}")
     for name, found in experiment.outcomes.items():
 
         def span(values: list[float], digits: int) -> str:
@@ -371,7 +386,7 @@ def table(experiment: Experiment) -> None:
         refused = f"{found.count}/{len(found.refused)}" if found.refused else "-"
         say(
             f"   {name:<26}{refused:>10}{span(found.means, 3):>16}"
-            f"{span(found.largest, 2):>14}{span(found.sigmas, 1):>18}"
+            f"{span(found.largest, 2):>14}{span(found.coefficients, 2):>18}"
         )
     total = sum(experiment.seconds.values())
     say("\n   seconds, all servers together:")
@@ -424,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
         loss = experiment.train(planted)
         healthy = experiment.outcomes["healthy"]
         left = (time.monotonic() - start) / (step + 1) * (options.steps - step - 1)
-        sigmas = f", {healthy.sigmas[-1]:6.1f} sigmas" if healthy.sigmas else ""
+        told = f", coefficient {healthy.coefficients[-1]:.2f}" if healthy.coefficients else ""
         caught = [
             f"{name}: {'refused' if experiment.outcomes[name].refused[-1] else 'NOT refused'}"
             for name in planted
@@ -432,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         say(
             f"   step {step + 1}/{options.steps}  loss {loss:.3f}  healthy: scaled mean "
-            f"{healthy.means[-1]:.3f}, largest {healthy.largest[-1]:.2f}{sigmas}"
+            f"{healthy.means[-1]:.3f}, largest {healthy.largest[-1]:.2f}{told}"
             f"  {'; '.join(caught)}  ({left:.0f} s left)"
         )
     table(experiment)

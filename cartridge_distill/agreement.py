@@ -15,10 +15,11 @@ the start has no say in it. (The server's own repeat will not do: it repeats its
 right or wrong, and several times more closely than it agrees with a healthy trainer.) Another base,
 cartridge or temperature then shows in the mean and in the 95th percentile: :class:`StepLevel`.
 
-**One version back shows in pairs.** The trainer computes some tokens under the previous version,
-too. Token by token, is the server nearer to the current version or to the previous one?
-:class:`VersionEvidence` is a regression that answers, with its standard error, also where both lie
-within the rounding; then it takes more than one step.
+**One version back shows in pairs.** The trainer computes some tokens under this version and under
+the previous one, without rounding (``float32_forward``). Token by token, is the server nearer to
+this version or to the previous one? :class:`VersionEvidence` is a regression that answers, with its
+standard error, also where the two lie within the server's rounding; then it takes more tokens, if
+need be of more than one step.
 
 Tensors first, without waiting for the device; verdicts second, from floats. The caller fetches the
 figures in one transfer and decides what an alarm does.
@@ -43,15 +44,13 @@ SIGMAS = 6.0
 
 QUANTILE = 0.95
 
-DECIDED = 5.0
-"""Standard errors at which the evidence for a version is taken as decided."""
+SURE = 5.0
+"""Standard errors that evidence for a version must have, beyond :data:`MIXED`."""
 
 MIXED = 0.2
-"""A stale coefficient that is surely above this is an alarm, too: several replicas, one behind."""
+"""Part of the tokens that may have another version. Several replicas, one behind, are over it."""
 
 _CLIPPED = 2.0  # of the bound: one outlier at a token that is nearly sure must not be the mean
-_MOST_SIGMAS = 1e6
-_NORMAL_HIGH = 1.96  # 95 % of a normal distribution lie within so many standard deviations
 _CERTAIN = 0.02  # below this, 1 - p is itself made of rounding
 _ONE_IN = 61  # a prime: the nudged numbers fall on every head and feature in turn
 _FEWEST = 16  # tokens below which a regression's standard error means nothing
@@ -149,11 +148,6 @@ class Rounding:
             raise ValueError(f"temperature ratio {temperature_ratio}: must be above 0")
         return Rounding(self.tokens, self.mean / temperature_ratio, self.high / temperature_ratio)
 
-    @property
-    def variance(self) -> float:
-        """Of scaled differences. From the percentile: a mean square follows single outliers."""
-        return (self.high / _NORMAL_HIGH) ** 2
-
 
 LEVEL_FIGURES = ("tokens", "sum", "max", "scaled_sum", "scaled_high", "over", "not_finite")
 
@@ -244,8 +238,8 @@ def version_figures(own: Tensor, previous: Tensor, server: Tensor, counted: Tens
 
     With c, p and s the log-probs under the current version, the previous one and of the server,
     x = p - c and y = s - (p + c) / 2: y is -x/2 when the server has the current version and x/2
-    when it has the previous one. Rounding of c and p alike is in both x and y, and cancels in
-    their product, which it would not if s - c were regressed on p - c.
+    when it has the previous one, and whatever rounding c and p have cancels in the product x * y,
+    which it would not if s - c were regressed on p - c.
 
     Args:
         own, previous, server: ``[N]`` log-probs of chosen tokens.
@@ -280,7 +274,7 @@ class VersionEvidence:
 
     def add(self, figures: Sequence[float]) -> None:
         """Takes one step's fetched :func:`version_figures` in."""
-        if self.sigmas <= -DECIDED:
+        if self.current:
             self.tokens = self.xx = self.xy = self.yy = 0.0
             self.steps = 0
         tokens, xx, xy, yy = figures
@@ -291,44 +285,26 @@ class VersionEvidence:
         self.steps += 1
 
     @property
-    def _error(self) -> float:
-        """Standard error of xy / xx; infinite with too few tokens."""
-        if self.tokens < _FEWEST or self.xx <= 0.0:
-            return math.inf
-        rest = max(self.yy - self.xy**2 / self.xx, 0.0) / (self.tokens - 1)
-        return math.sqrt(rest / self.xx)
+    def stale(self) -> bool:
+        """The server has the previous version, or for a part of the tokens, beyond doubt."""
+        coefficient, error = self.coefficient
+        return coefficient - SURE * error > MIXED
 
     @property
-    def sigmas(self) -> float:
-        """Standard errors in favour of the previous version; negative for the current one."""
-        error = self._error
-        if error == math.inf or self.xy == 0.0:
-            return 0.0
-        # No error: the server is one of the two to the last bit. A log takes no infinity.
-        found = self.xy / self.xx / error if error else math.copysign(math.inf, self.xy)
-        return max(-_MOST_SIGMAS, min(_MOST_SIGMAS, found))
-
-    def stale(self, rounding: Rounding) -> bool:
-        """The server has the previous version, or a part of its tokens has, beyond doubt."""
-        coefficient, error = self.coefficient(rounding)
-        # Comparisons with NaN are false.
-        return self.sigmas >= DECIDED or coefficient - DECIDED * error > MIXED
+    def current(self) -> bool:
+        """The server has the current version, but for a small part perhaps, beyond doubt."""
+        coefficient, error = self.coefficient
+        return coefficient + SURE * error < 1 - MIXED
 
     @property
-    def decided(self) -> bool:
-        return abs(self.sigmas) >= DECIDED
-
-    def coefficient(self, rounding: Rounding) -> tuple[float, float]:
+    def coefficient(self) -> tuple[float, float]:
         """0 for the current version, 1 for the previous one, between for a mixture.
 
-        Args:
-            rounding: the trainer's own, which is in ``xx`` and is taken off.
-
         Returns:
-            The coefficient and its standard error; (NaN, inf) when the versions differ by less
-            than the rounding.
+            The coefficient and its standard error; (0.5, inf) when nothing can be told.
         """
-        moved = self.xx - self.tokens * rounding.variance
-        if moved < self.xx / 2 or self._error == math.inf:
-            return math.nan, math.inf
-        return 0.5 + self.xy / moved, self._error * self.xx / moved
+        if self.tokens < _FEWEST or self.xx <= 0.0:
+            return 0.5, math.inf
+        slope = self.xy / self.xx
+        rest = max(self.yy - slope * self.xy, 0.0) / (self.tokens - 1)
+        return 0.5 + slope, math.sqrt(rest / self.xx)

@@ -40,7 +40,6 @@ _CAUSES = {
 ROUNDING_EVERY = 64
 """Versions after which the rounding is measured again; a cartridge that grows rounds more."""
 
-_PACKED_TOKENS = 2048
 _VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher"}
 
 
@@ -89,17 +88,6 @@ class Agreement:
         )
 
 
-def leading(sequences: Sequence[Tensor]) -> int:
-    """How many sequences, from the first on, an extra forward takes: 2,048 tokens, at least one."""
-    taken, tokens = 0, 0
-    for sequence in sequences:
-        tokens += int(sequence.numel())
-        if taken and tokens > _PACKED_TOKENS:
-            break
-        taken += 1
-    return taken
-
-
 class RoundingCheck:
     """The test where both round, of one engine: what it measured, and the evidence so far.
 
@@ -143,6 +131,7 @@ class RoundingCheck:
         counted: Tensor,
         current: Prefix,
         behind: Callable[[Prefix], Tensor],
+        exactly: Callable[[Prefix], Tensor],
     ) -> dict[str, Tensor]:
         """What is to be known of a micro-batch of the student's tokens.
 
@@ -154,7 +143,9 @@ class RoundingCheck:
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
-            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge.
+            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+                the trainer's own forward.
+            exactly: the same without rounding, behind the cartridge as it is served.
 
         Returns:
             For :meth:`judge`, fetched.
@@ -164,9 +155,9 @@ class RoundingCheck:
             self._measure(version, own, behind(nudged(current, self._dtype)))
         figures: dict[str, Tensor] = {}
         if first and self._previous is not None:
-            before = behind(self._previous)
+            here, before = exactly(current), exactly(self._previous)
             some = slice(len(before))
-            figures[_VERSION] = version_figures(own[some], before, server[some], counted[some])
+            figures[_VERSION] = version_figures(here, before, server[some], counted[some])
         return figures | self._level_figures(STUDENT, own, server, counted, 1.0)
 
     def teacher_figures(
@@ -241,24 +232,19 @@ class RoundingCheck:
         }
 
     def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
-        assert self._rounding is not None
         evidence = self._evidence
         evidence.add(figures)
-        coefficient, error = evidence.coefficient(self._rounding)
-        told = error < float("inf")
-        if evidence.stale(self._rounding):
-            share = f"{coefficient:.2f} +- {error:.2f}, " if told else ""
+        coefficient, error = evidence.coefficient
+        if evidence.stale:
             raise OffPolicyError(
                 f"rollouts stamped step {version} were made, all or some, by the version before: "
-                f"stale coefficient {share}{evidence.sigmas:.1f} standard errors towards it over "
-                f"{evidence.tokens:.0f} tokens of {evidence.steps} step(s): the server does not "
-                "serve the version it names. The rollout proxy or the sync is out of order"
+                f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
+                f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
+                "server does not serve the version it names. The rollout proxy or the sync is out "
+                "of order"
             )
-        metrics = {
-            "logprob_diff/stale_sigmas": evidence.sigmas,
-            "logprob_diff/version_decided": float(evidence.decided),
-        }
-        if told:  # else the versions differ by less than the rounding
+        metrics = {"logprob_diff/version_decided": float(evidence.current)}
+        if error < 1.0:  # else the versions differ by too little, and a curve would show noise
             metrics["logprob_diff/stale_coefficient"] = coefficient
             metrics["logprob_diff/stale_coefficient_error"] = error
         return metrics

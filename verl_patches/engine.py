@@ -33,8 +33,7 @@ from cartridge_distill.flex import graphs
 from cartridge_distill.forward import packed_forward, recomputing_layers
 from cartridge_distill.integrity import weights_checksum
 from cartridge_distill.loss import get_loss
-from cartridge_distill.packing import HostMask, PackedBatch, pack
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.packing import pack
 from cartridge_distill.prompts import render_document
 from cartridge_distill.teacher import Teacher
 from cartridge_distill.warm_up import compile_attention
@@ -114,16 +113,17 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         cartridge = initial_cartridge(self.settings, module, self.teacher)
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
-        self.checks = StepChecks(
-            self.settings.max_logprob_diff,
-            next(module.parameters()).dtype,
-            self.settings.teacher_temperature,
-            self._check_forward,
-        )
         if several:
             make_equal(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)
         self.module = module
+        self.checks = StepChecks(
+            self.settings.max_logprob_diff,
+            module,
+            self.settings.teacher_temperature,
+            self.settings.attention,
+            self._stage,
+        )
         self.optimizer = build_optimizer(
             self.cartridge.trainable_parameters(), self.optimizer_config
         )
@@ -218,10 +218,6 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         )
         metrics["response_tokens"] = float(token_loss.numel())
         return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
-
-    def _check_forward(self, batch: PackedBatch, prefix: Prefix, keep: HostMask) -> Tensor:
-        with self._stage("version_check"):
-            return packed_forward(self.module, prefix, batch, keep, self.settings.attention)
 
     def _around(self, module: Any) -> AbstractContextManager[None]:
         """Around the student's forward alone: the teacher's keeps nothing for a backward."""

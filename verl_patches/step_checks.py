@@ -7,24 +7,24 @@ together, so that the host waits once for student and teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cartridge_distill.errors import OffPolicyError
+from cartridge_distill.float32_forward import float32_logprobs, leading
+from cartridge_distill.forward import packed_forward
 from cartridge_distill.logprobs import chosen_logprobs
 from cartridge_distill.loss import TeacherTopK
 from cartridge_distill.mixing import STUDENT, TEACHER
 from cartridge_distill.packing import on_device, pack
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.teacher import not_finite
-from verl_patches.agreement import Agreement, RoundingCheck, leading
-from verl_patches.device import fetch
+from verl_patches.agreement import Agreement, RoundingCheck
+from verl_patches.device import StageSeconds, fetch
 from verl_patches.samples import Samples
 
 
@@ -82,23 +82,26 @@ class StepChecks:
 
     Args:
         bound: on the largest difference of server and trainer; None compares with the rounding.
-        dtype: that the model computes in.
+        model: the frozen base, sharded or not.
         teacher_temperature: of the teacher's answers; None is the rollout's.
-        forward: ``(batch, prefix, keep) -> logits`` of the engine's model without gradients.
+        backend: attention backend of the engine.
+        stage: times what the checks compute besides.
     """
 
     def __init__(
         self,
         bound: float | None,
-        dtype: torch.dtype,
+        model: nn.Module,
         teacher_temperature: float | None,
-        forward: Callable[[Any, Prefix, Any], Tensor],
+        backend: str,
+        stage: StageSeconds,
     ) -> None:
         self._bound = bound
         self._teacher_temperature = teacher_temperature
-        self._forward = forward
+        self._model, self._backend, self._stage = model, backend, stage
+        self._dtype = next(model.parameters()).dtype
         # With a bound on the largest difference, nothing else is measured.
-        self._rounding = RoundingCheck(dtype) if bound is None else None
+        self._rounding = RoundingCheck(self._dtype) if bound is None else None
 
     def begin_batch(self) -> None:
         """Before the first micro-batch of a batch."""
@@ -190,9 +193,9 @@ class StepChecks:
         figures = {}
         if not stale:
             # Also when the teacher wrote all of it: every rank runs the model equally often.
-            behind = partial(self._logprobs_behind, samples)
+            ways = (partial(way, samples) for way in (self._behind, self._exactly))
             figures = self._rounding.student_figures(
-                version, own, server, ~theirs, cartridge, behind
+                version, own, server, ~theirs, cartridge, *ways
             )
         if found.teacher.chosen is not None:
             # Greedy leaves the logits alone.
@@ -202,13 +205,22 @@ class StepChecks:
         return figures
 
     @torch.no_grad()
-    def _logprobs_behind(self, samples: Samples, prefix: Prefix) -> Tensor:
+    def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
         """Log-probs of the first samples' wanted tokens behind another cartridge."""
         count = leading(samples.sequences)
         batch = pack(samples.sequences[:count]).to(prefix.keys[0].device)
         wanted = np.concatenate(samples.wanted[:count])
-        logits = self._forward(batch, prefix, batch.predicts(wanted))
-        return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
+        with self._stage("version_check"):
+            keep = batch.predicts(wanted)
+            logits = packed_forward(self._model, prefix, batch, keep, self._backend)
+            return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
+
+    def _exactly(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Of the same tokens, without rounding, behind the cartridge as a server has it."""
+        count = leading(samples.sequences)
+        some = samples.sequences[:count], samples.wanted[:count]
+        with self._stage("version_check"):
+            return float32_logprobs(self._model, prefix, *some, samples.temperature, self._dtype)
 
 
 def _compared(

@@ -43,4 +43,4 @@ def test_the_host_waits_once_a_micro_batch(
     said = "\n".join(map(str, gpu.waits))
     assert [wait.what for wait in gpu.waits] == ["read"] and "run > fetch" in said, said
     assert np.isclose(output["loss"], expected.item(), atol=1e-5)
-    assert ("logprob_diff/stale_sigmas" in output["metrics"]) == (bound is None)
+    assert ("logprob_diff/version_decided" in output["metrics"]) == (bound is None)
