@@ -244,6 +244,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="the student's layers run again in the backward (model.enable_gradient_checkpointing)",
     )
     option("--threads", type=int, help="CPU threads (torch's choice)")
+    option("--json", type=Path, help="the figures of both ways, a JSON object a line")
     for name, what in (
         ("tokens", "of the cartridge"),
         ("document", "tokens the teacher reads"),
@@ -293,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the ways disagree: loss {one.loss} with one base, {two.loss} with two"
             )
         print_table(one, two)
+        if options.json:
+            with options.json.open("a") as file:
+                file.writelines(f"{json.dumps(asdict(found))}\n" for found in (one, two))
     except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

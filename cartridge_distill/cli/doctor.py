@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,10 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from cartridge_distill.errors import CartridgeDistillError, RolloutError, ServerRefused
+from cartridge_distill.node import missing_settings
 
+PROJECT = Path(__file__).resolve().parents[2]
+_NAME = "cartridge-distill"
 _PACKAGES = ("torch", "transformers", "verl", "ray", "TransferQueue", "peft")
 _INSTALL = "make setup installs the tested set (requirements/lock.txt)"
 
@@ -62,6 +67,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
     yield _patches()
     yield _gpu()
     yield _memory(subject)
+    yield from _environment()
     yield _server(subject.url)
     yield from _cartridge(subject.cartridge, subject.model)
     yield from _data(subject.data)
@@ -74,13 +80,26 @@ def _python() -> Finding:
     return Finding("Python", good, version, mend)
 
 
-def _packages() -> Iterator[Finding]:
+def requirements(project: Path = PROJECT) -> list[str]:
+    """What the project asks for: of the checkout that this runs from, or of what is installed.
+
+    A checkout comes first: its bounds may be newer than those of its last installation, and on a
+    node without network it is not installed at all.
+    """
+    file = project / "pyproject.toml"
+    if file.is_file():
+        described = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+        if described.get("name") == _NAME:
+            return list(described["dependencies"])
     try:
-        wanted = importlib.metadata.requires("cartridge-distill") or []
+        return importlib.metadata.requires(_NAME) or []
     except importlib.metadata.PackageNotFoundError:
-        wanted = []
+        return []
+
+
+def _packages() -> Iterator[Finding]:
     bounds = {}
-    for line in wanted:
+    for line in requirements():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             bounds[requirement.name.lower()] = requirement.specifier
@@ -150,6 +169,20 @@ def _memory(subject: Subject) -> Finding:
     free = min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
     said += f"\n      free on the GPU: {free / 2**30:.2f} GiB"
     return Finding("memory", plan.peak <= free, said, "" if plan.peak <= free else advice)
+
+
+def _environment() -> Iterator[Finding]:
+    """What NCCL and Ray miss; on a GPU node alone, for elsewhere the defaults work."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    missing = missing_settings(os.environ, gpu=True)
+    for setting in missing:
+        mend = f"export {setting.name}={setting.value} (make demo sets it by itself)"
+        yield Finding(setting.name, False, f"not set: {setting.why}", mend)
+    if not missing:
+        yield Finding("environment", True, "NCCL and Ray need nothing more")
 
 
 def _server(url: str | None) -> Finding:
