@@ -2,6 +2,8 @@
 # make demo    setup, then the whole loop on a CPU with a real model; ends in a table
 # make test    setup, linters, types, tests: no GPU, no network beyond the package registry
 # make test-long   the same with a few whole training runs more
+# make test-versions   core, engine and server tests with another torch and transformers
+# make gpu-check   on a GPU machine, ten minutes: is it right, how fast; ends in a table
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
 # make clean   throw away the environment and the caches
@@ -17,9 +19,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long lint format clean
+.PHONY: help setup demo test test-long test-versions gpu-check lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -7
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -9
 
 setup: $(VENV)/.patched
 
@@ -59,6 +61,10 @@ $(VENV)/.patched: $(PATCHES) $(VENV)/.installed
 demo: setup
 	@exec $(BIN)/python training/demo.py $(DEMO)
 
+# GPU_CHECK passes options on: make gpu-check GPU_CHECK="--only kernels student"
+gpu-check: setup
+	@exec $(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,18 +72,39 @@ lint: setup
 
 # Two at a time, of a thread each: threads that spin for a core that another has make both slow.
 WORKERS ?= 2
-test test-long: export OMP_NUM_THREADS ?= 1
+test test-long test-versions: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The runs and benchmarks that are left out of `make test` for their length, too.
 test-long: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long or not long"
+	$(MAKE) test-versions
+
+# What a GPU machine may have in place of the lock's: make test-versions TORCH=2.9.1 NEWER=5.10.4
+TORCH ?= 2.11.0
+NEWER ?= 5.17.0
+OTHER ?= .venv-torch$(TORCH)-transformers$(NEWER)
+TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data tests/cli
+# A package that comes in their requirements is taken as it is in the lock, where they allow that.
+$(OTHER)/.ready: $(LOCK) $(PATCHES)
+	$(PYTHON) -m venv --clear $(OTHER)
+	@echo "== torch $(TORCH), transformers $(NEWER) in $(OTHER) (a CUDA build of torch: gigabytes)"
+	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile torch==$(TORCH)
+	grep -v -E '^(torch|transformers|tokenizers)==' $(LOCK) > $(OTHER)/others.txt
+	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile --no-deps -r $(OTHER)/others.txt
+	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile transformers==$(NEWER)
+	$(OTHER)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(OTHER)/bin/python -m verl_patches apply
+	@touch $@
+
+test-versions: $(OTHER)/.ready
+	$(OTHER)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTED)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-torch* .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -33,8 +33,16 @@ def disagreement(
     return logprobs, gradients / largest
 
 
-def check(what: str, names: Sequence[str], results: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
+def check(
+    what: str,
+    names: Sequence[str],
+    results: Sequence[tuple[Tensor, list[Tensor]]],
+    tolerance: float = TOLERANCE,
+) -> tuple[float, float]:
     """Every result against the last one, which is the plainest.
+
+    Returns:
+        The largest :func:`disagreement` of all.
 
     Raises:
         ConfigError: two ways disagree; a time of something else would mean nothing.
@@ -43,15 +51,16 @@ def check(what: str, names: Sequence[str], results: Sequence[tuple[Tensor, list[
     for name, result in zip(names[:-1], results[:-1], strict=True):
         found = disagreement(results[-1], result)
         worst = [max(pair) for pair in zip(worst, found, strict=True)]
-        if not max(found) <= TOLERANCE:
+        if not max(found) <= tolerance:
             raise ConfigError(
                 f"{what}: {name!r} and {names[-1]!r} differ by {found[0]:.1e} in log-probs, "
-                f"{found[1]:.1e} in gradients, over {TOLERANCE:g}; nothing was timed"
+                f"{found[1]:.1e} in gradients, over {tolerance:g}; nothing was timed"
             )
     say(
         f"   {what}: {len(names)} ways agree in float32, log-probs to {worst[0]:.0e}"
         + (f", gradients to {worst[1]:.0e} of the largest" if results[0][1] else "")
     )
+    return worst[0], worst[1]
 
 
 def synchronize(device: torch.device) -> None:
@@ -127,11 +136,16 @@ def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Mea
     for a while is busy for all of them.
 
     Every job ran once before, when it was checked; a GPU compiles its kernels anew for another
-    dtype, so there one more round is not counted.
+    dtype, so there one more round is not counted. A job for which its memory does not suffice is
+    left out, and that is said.
+
+    Raises:
+        ConfigError: memory suffices for none of them.
     """
     if device.type == "cuda":
-        for job in jobs:
-            job.work()
+        jobs = [job for job in jobs if _fits(job)]
+    if not jobs:
+        raise ConfigError("the GPU's memory suffices for no way; take fewer or shorter sequences")
     memory = PeakMemory(device)
     times: list[list[float]] = [[] for _ in jobs]
     peaks: list[list[float | None]] = [[] for _ in jobs]
@@ -154,6 +168,16 @@ def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Mea
         )
         for job, seconds, peak in zip(jobs, times, peaks, strict=True)
     ]
+
+
+def _fits(job: Job) -> bool:
+    try:
+        job.work()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        say(f"   left out: {job.name} (the GPU's memory does not suffice)")
+        return False
+    return True
 
 
 def print_rows(title: str, rows: Sequence[Measured]) -> None:

@@ -44,12 +44,16 @@ from benchmarks.bases import (  # noqa: E402
     vocabulary_of,
 )
 from benchmarks.measure import PeakMemory, synchronize  # noqa: E402
+from cartridge_distill.attention import resolve_backend  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.forward import packed_forward, recomputing_layers  # noqa: E402
 from cartridge_distill.loss import get_loss  # noqa: E402
+from cartridge_distill.memory_plan import predict_step  # noqa: E402
+from cartridge_distill.model_shape import ModelShape  # noqa: E402
 from cartridge_distill.packing import pack  # noqa: E402
+from cartridge_distill.step_shape import StepShape  # noqa: E402
 from cartridge_distill.teacher import Teacher  # noqa: E402
 from training.supervise import say  # noqa: E402
 
@@ -67,6 +71,8 @@ class Step:
     Attributes:
         weights_gib: of the base model or models.
         held_gib, peak_gib: before the step and at most during it; None where not measurable.
+        predicted_gib: the peak that ``cartridge_distill.memory_plan`` says; what the process holds
+            besides (libraries, the second base) is taken as measured.
         seconds: by :data:`STAGES`.
     """
 
@@ -75,6 +81,7 @@ class Step:
     weights_gib: float
     held_gib: float | None
     peak_gib: float | None
+    predicted_gib: float | None
     seconds: dict[str, float]
 
 
@@ -163,7 +170,30 @@ def measure(options: argparse.Namespace) -> Step:
         beyond = memory.stop()
         say(f"   {name} step: {sum(stages.seconds.values()):.2f} s, loss {loss:.4f}")
     peak = None if held is None or beyond is None else held + beyond
-    return Step(options.copies, loss, weights / 1024**3, held, peak, stages.seconds)
+    predicted = None if held is None else held + predict_beyond(student, options)
+    return Step(options.copies, loss, weights / 1024**3, held, peak, predicted, stages.seconds)
+
+
+def predict_beyond(student: PreTrainedModel, options: argparse.Namespace) -> float:
+    """GiB that the step is to take beyond what was held before it."""
+    length = options.prompt + options.response - 1  # nobody asks for what follows the last token
+    shape = StepShape(
+        cartridge_tokens=options.tokens,
+        row_tokens=options.samples * length,
+        document_tokens=options.document,
+        trained_tokens=options.samples * options.response,
+        sequence_tokens=length,
+        dtype=getattr(torch, options.dtype),
+        backend=resolve_backend("auto", torch.device(options.device)),
+        gradient_checkpointing=options.gradient_checkpointing,
+        micro_batches=1,
+        topk=TOPK,
+    )
+    plan = predict_step(ModelShape.of(student.config), shape)
+    terms = plan.stages[plan.peak_stage]
+    # Held before, or not yet there: the optimizer is new in each step.
+    there = ("weights", "cartridge in float32", "AdamW's moments")
+    return (plan.peak - sum(terms[name] for name in there)) / 1024**3
 
 
 def in_a_process_of_its_own(copies: int, arguments: list[str]) -> Step:
@@ -196,6 +226,7 @@ def print_table(one: Step, two: Step) -> None:
     row("weights, GiB", one.weights_gib, two.weights_gib)
     row("held before the step, GiB", one.held_gib, two.held_gib)
     row("peak of the step, GiB", one.peak_gib, two.peak_gib)
+    row("predicted peak, GiB", one.predicted_gib, two.predicted_gib)
     for stage in STAGES:
         row(f"{stage.replace('_', ' ')}, s", one.seconds[stage], two.seconds[stage])
     row("whole step, s", sum(one.seconds.values()), sum(two.seconds.values()))
@@ -213,6 +244,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="the student's layers run again in the backward (model.enable_gradient_checkpointing)",
     )
     option("--threads", type=int, help="CPU threads (torch's choice)")
+    option("--json", type=Path, help="the figures of both ways, a JSON object a line")
     for name, what in (
         ("tokens", "of the cartridge"),
         ("document", "tokens the teacher reads"),
@@ -262,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the ways disagree: loss {one.loss} with one base, {two.loss} with two"
             )
         print_table(one, two)
+        if options.json:
+            with options.json.open("a") as file:
+                file.writelines(f"{json.dumps(asdict(found))}\n" for found in (one, two))
     except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,16 +7,17 @@
 
 (a) student: forward and backward of a batch behind a cartridge. The packed row against one sequence
     at a time and against a padded batch, both by transformers' own SDPA attention with the
-    cartridge in its cache, at equal and at ragged lengths. All with this project's linear layers;
-    on a CPU where those differ from torch's, the packed row also with torch's.
+    cartridge in its cache, and PEFT's CARTRIDGE where it is installed, at equal and at ragged
+    lengths. All with this project's linear layers; on a CPU where those differ from torch's, the
+    packed row also with torch's.
 (b) teacher: forward of samples behind a document's cached KV, against reading the document again
     with each sample.
 (c) with --metrics: seconds per stage of a real step, from the file that a run of veRL wrote.
 (d) peak memory of each way, where it can be measured.
 
 Before anything is timed, every way's log-probs and cartridge gradients are compared in float32;
-ways that disagree end the run. Both baselines are given the best treatment: padding is not sent
-through the vocabulary projection. Not measured here: generation, the sync, FSDP.
+ways that disagree end the run, and a way for which memory does not suffice is left out, with a
+line. What the ways are: `ways.py`. Not measured here: generation, the sync, FSDP.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -49,130 +50,23 @@ from benchmarks.bases import (  # noqa: E402
     make_sequences,
     vocabulary_of,
 )
-from benchmarks.measure import Job, check, measure, print_rows  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    TOLERANCE,
+    Job,
+    Measured,
+    check,
+    measure,
+    print_rows,
+)
+from benchmarks.ways import packed, stepper, ways_for  # noqa: E402
 from cartridge_distill.attention import ATTENTION_NAME  # noqa: E402
 from cartridge_distill.cartridge import TrainableCache  # noqa: E402
 from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.forward import packed_forward  # noqa: E402
-from cartridge_distill.frozen_linear import (  # noqa: E402
-    onednn_is_faster,
-    use_frozen_linear,
-    use_torch_linear,
-)
 from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
 from cartridge_distill.packing import PackedBatch, pack  # noqa: E402
 from cartridge_distill.prefix import Prefix, prefix_from_tokens  # noqa: E402
 from training.supervise import say  # noqa: E402
-
-_MOST_WEIGHTS = 1_000_000_000  # attention weights of all layers, kept for the backward
-
-Forward = Callable[[PreTrainedModel, Prefix, Sequence[Tensor]], Tensor]
-"""(model, prefix, sequences) -> log-probs of all tokens but each sequence's first, in order."""
-
-
-# ---------------------------------------------------------------- the ways
-
-
-def packed(backend: str) -> Forward:
-    """The project's own forward, by one of its attention backends."""
-
-    def forward(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
-        batch = pack(sequences)
-        wanted = batch.index > 0
-        logits = packed_forward(model, prefix, batch, batch.predicts(wanted), backend)
-        return chosen_logprobs(logits, batch.tokens(wanted))
-
-    return forward
-
-
-def _cache(model: PreTrainedModel, prefix: Prefix, rows: int) -> DynamicCache:
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        wide = [tensor.to(model.dtype).expand(rows, -1, -1, -1) for tensor in (key, value)]
-        cache.update(wide[0], wide[1], layer)
-    return cache
-
-
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """``[N, hidden]`` -> ``[N, V]``, as the model's own class does it."""
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def padded(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
-    """``[B, longest]``, padded on the right, the cartridge repeated in every row."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    rows, longest = ids.shape
-    real = (torch.arange(longest) < lengths[:, None]).to(ids.device)
-    positions = prefix.num_tokens + torch.arange(longest, device=ids.device)
-    hidden = model.get_decoder()(
-        input_ids=ids,
-        attention_mask=torch.cat([real.new_ones(rows, prefix.num_tokens), real], 1).long(),
-        position_ids=positions.expand(rows, -1),
-        past_key_values=_cache(model, prefix, rows),
-        use_cache=True,
-    ).last_hidden_state
-    wanted = real[:, 1:]
-    return chosen_logprobs(_logits(model, hidden[:, :-1][wanted]), ids[:, 1:][wanted])
-
-
-@dataclass(frozen=True)
-class Way:
-    name: str
-    forward: Forward
-    attention: str = ATTENTION_NAME
-    alone: bool = False  # sequence after sequence, each with its own forward and backward
-    torch_linear: bool = False  # linear layers as torch computes them, where oneDNN is faster
-
-
-def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> list[Way]:
-    """The first is the project's choice on this device; backends whose kept attention weights
-    would not fit are left out, and that is said."""
-    config = model.config.get_text_config(decoder=True)
-    kept = config.num_hidden_layers * config.num_attention_heads
-    weights = {
-        "flex": 0,  # recomputes them
-        "grouped": kept * sum(n * (prefix + n) for n in lengths),
-        "dense": kept * sum(lengths) * (prefix + sum(lengths)),
-    }
-    on_gpu = model.device.type == "cuda"
-    names = ["flex", "grouped", "dense"] if on_gpu else ["grouped", "dense"]
-    ours: list[Way] = []  # flex has no backward on a CPU
-    for name in names:
-        if ours and weights[name] > _MOST_WEIGHTS:
-            gib = weights[name] * 4 / 1024**3
-            say(f"   left out: packed, {name} (would keep {gib:.0f} GiB of attention weights)")
-        else:
-            ours.append(Way(f"packed, {name}", packed(name)))
-    if not on_gpu and onednn_is_faster():
-        ours.append(Way("packed, MKL linear", packed("grouped"), torch_linear=True))
-    return [
-        *ours,
-        Way("one by one, SDPA", padded, "sdpa", alone=True),
-        Way("padded batch, SDPA", padded, "sdpa"),
-    ]
-
-
-def step(
-    way: Way, model: PreTrainedModel, cartridge: TrainableCache, sequences: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Forward and backward; log-probs ``[N]`` and the gradients of the cartridge's 2L tensors."""
-    model.set_attn_implementation(way.attention)
-    if onednn_is_faster():
-        (use_torch_linear if way.torch_linear else use_frozen_linear)(model)
-    parameters = cartridge.trainable_parameters()
-    for parameter in parameters:
-        parameter.grad = None
-    parts = [[sequence] for sequence in sequences] if way.alone else [list(sequences)]
-    found = []
-    for part in parts:
-        logprobs = way.forward(model, cartridge.prefix(), part)
-        (-logprobs.sum()).backward()
-        found.append(logprobs.detach())
-    return torch.cat(found), [p.grad for p in parameters if p.grad is not None]
-
 
 # ---------------------------------------------------------------- the tables
 
@@ -196,13 +90,19 @@ def student_tables(
         ways = ways_for(model, cartridge.num_tokens, [len(sequence) for sequence in sequences])
         names = [way.name for way in ways]
         model.float()  # exactness is a float32 matter
-        check(kind, names, [step(way, model, cartridge, sequences) for way in ways])
+        few = sequences[: options.check_sequences]
+        worst = check(
+            kind, names, [stepper(way, model, cartridge)(few) for way in ways], options.tolerance
+        )
+        note(options, {"table": kind, "agree": names, "logprobs": worst[0], "gradients": worst[1]})
         model.to(dtype)
         tokens = sum(map(len, sequences))
         jobs = [
-            Job(way.name, partial(step, way, model, cartridge, sequences), tokens) for way in ways
+            Job(way.name, partial(stepper(way, model, cartridge), sequences), tokens)
+            for way in ways
         ]
         rows = measure(jobs, options.repeats, device)
+        note_rows(options, f"student, {kind}", rows)
         shortest, longest = min(map(len, sequences)), max(map(len, sequences))
         print_rows(
             f"(a) forward + backward, {kind}: {len(sequences)} sequences of {shortest} to {longest}"
@@ -238,7 +138,7 @@ def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
     model.float()
     prefix = prefix_from_tokens(model, document)
     names = ["document's KV cached", "document read with each sample"]
-    check("teacher", names, [(cached(prefix), []), (again(), [])])
+    check("teacher", names, [(cached(prefix), []), (again(), [])], options.tolerance)
     model.to(dtype)
     prefix = prefix_from_tokens(model, document)
     tokens = sum(map(len, samples))
@@ -252,11 +152,24 @@ def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
         ),
     ]
     rows = measure(jobs, options.repeats, device)
+    note_rows(options, "teacher", rows)
     print_rows(
         f"(b) teacher's forward: {len(samples)} samples, {tokens} tokens, behind a document of "
         f"{len(document)}",
         rows,
     )
+
+
+def note(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """One line of the file that --json names."""
+    if options.json:
+        with options.json.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+def note_rows(options: argparse.Namespace, table: str, rows: list[Measured]) -> None:
+    for row in rows:
+        note(options, {"table": table, **asdict(row)})
 
 
 def stage_table(path: Path) -> None:
@@ -315,6 +228,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--samples", type=int, default=4, help="samples of the teacher (%(default)s)")
     option("--threads", type=int, help="CPU threads (torch's choice)")
     option("--repeats", type=int, default=3, help="timed runs of each way (%(default)s)")
+    option("--json", type=Path, help="figures as soon as they are there, a JSON object a line")
+    option(
+        "--check-sequences",
+        type=int,
+        help="so many of the sequences are compared in float32 before (all); memory",
+    )
+    option(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of log-probs, and of gradients relative to the largest (%(default)g)",
+    )
     option("--metrics", type=Path, help="metrics.jsonl of a run: adds table (c)")
     options = parser.parse_args(arguments)
     for name, least in (

@@ -164,7 +164,7 @@ def _shared_beginnings(batch: PackedBatch) -> tuple[HostIndex, HostIndex]:
     known: dict[tuple[int, int], int] = {}
     computed: list[int] = []
     of_token: list[int] = []
-    ids = batch.input_ids.tolist()  # the one fetch; a batch on a GPU seldom takes this backend
+    ids = batch.ids_on_host.tolist()
     token = 0
     for length in batch.lengths:
         node = -1

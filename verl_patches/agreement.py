@@ -2,17 +2,33 @@
 
 The student's tokens are compared with the student's forward, the teacher's with the teacher's. A
 stale cartridge shows in the one, an answer that was written without the document in the other.
+
+With ``max_logprob_diff`` a number, that bounds the largest difference (:class:`Agreement`). With
+null, :class:`RoundingCheck` runs the test of ``cartridge_distill.agreement``, which holds where
+server and trainer round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cartridge_distill.agreement import (
+    LEVEL_FIGURES,
+    Rounding,
+    StepLevel,
+    VersionEvidence,
+    level_figures,
+    nudged,
+    rounding_figures,
+    version_figures,
+)
 from cartridge_distill.errors import OffPolicyError
 from cartridge_distill.mixing import STUDENT, TEACHER
+from cartridge_distill.prefix import Prefix
 
 _CAUSES = {
     STUDENT: "the server does not serve this cartridge version, or not this base model, dtype or "
@@ -20,6 +36,12 @@ _CAUSES = {
     TEACHER: "the server wrote without the document, or with another base model, dtype or "
     "temperature, or teacher_cache keeps the answers of such a server",
 }
+
+ROUNDING_EVERY = 64
+"""Versions after which the rounding is measured again; a cartridge that grows rounds more."""
+
+_PACKED_TOKENS = 2048
+_VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher"}
 
 
 @dataclass(frozen=True)
@@ -62,5 +84,181 @@ class Agreement:
             f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
             f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
             f"{_CAUSES[self.author]}. "
-            "Raise actor.cartridge.max_logprob_diff only for a bfloat16 server"
+            "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
+            "the rounding instead"
         )
+
+
+def leading(sequences: Sequence[Tensor]) -> int:
+    """How many sequences, from the first on, an extra forward takes: 2,048 tokens, at least one."""
+    taken, tokens = 0, 0
+    for sequence in sequences:
+        tokens += int(sequence.numel())
+        if taken and tokens > _PACKED_TOKENS:
+            break
+        taken += 1
+    return taken
+
+
+class RoundingCheck:
+    """The test where both round, of one engine: what it measured, and the evidence so far.
+
+    Ranks of a sharded model must run it equally often, and do: the extra forwards belong to a
+    rank's first micro-batch of a step, whatever is in it.
+
+    Args:
+        dtype: that the model computes in, and the server.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounding: Rounding | None = None
+        self._measured_at = 0
+        self._previous: Prefix | None = None
+        self._levels: dict[str, StepLevel] = {}
+        self._evidence = VersionEvidence()
+        self._first = True
+
+    def begin_batch(self) -> None:
+        """Before the first micro-batch of a batch."""
+        self._levels = {}
+        self._first = True
+
+    def remember(self, prefix: Prefix) -> None:
+        """Keeps the cartridge that the next version is compared with: a copy, in what is served.
+
+        Called before the optimizer moves it.
+        """
+        served = prefix.to(dtype=self._dtype)
+        self._previous = Prefix(
+            [key.detach().clone() for key in served.keys],
+            [value.detach().clone() for value in served.values],
+        )
+
+    def student_figures(
+        self,
+        version: int,
+        own: Tensor,
+        server: Tensor,
+        counted: Tensor,
+        current: Prefix,
+        behind: Callable[[Prefix], Tensor],
+    ) -> dict[str, Tensor]:
+        """What is to be known of a micro-batch of the student's tokens.
+
+        The host waits where the rounding is measured, every :data:`ROUNDING_EVERY` versions.
+
+        Args:
+            version: that the tokens should be of.
+            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            server: ``[N]`` the log-probs that came with them.
+            counted: ``[N]`` bool, those that the student wrote.
+            current: the cartridge.
+            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge.
+
+        Returns:
+            For :meth:`judge`, fetched.
+        """
+        first, self._first = self._first, False
+        if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
+            self._measure(version, own, behind(nudged(current, self._dtype)))
+        figures: dict[str, Tensor] = {}
+        if first and self._previous is not None:
+            before = behind(self._previous)
+            some = slice(len(before))
+            figures[_VERSION] = version_figures(own[some], before, server[some], counted[some])
+        return figures | self._level_figures(STUDENT, own, server, counted, 1.0)
+
+    def teacher_figures(
+        self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> dict[str, Tensor]:
+        """What is to be known of a micro-batch of the teacher's tokens.
+
+        Args:
+            chosen, server, counted: as for the student.
+            temperature_ratio: the teacher's over the student's.
+        """
+        return self._level_figures(TEACHER, chosen, server, counted, temperature_ratio)
+
+    def judge(self, version: int, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Checks a micro-batch before anything is trained on it.
+
+        Args:
+            version: that the student's tokens should be of.
+            figures: fetched; others than this check's are left alone.
+
+        Returns:
+            Metrics.
+
+        Raises:
+            OffPolicyError: another base, cartridge or temperature, or the version before; or the
+                teacher's forward does not agree with the teacher's tokens.
+        """
+        metrics: dict[str, float] = {}
+        if _VERSION in figures:  # first: it names the cause
+            metrics |= self._version(version, figures[_VERSION])
+        if _LEVEL[STUDENT] in figures:
+            metrics |= self._level(STUDENT, figures[_LEVEL[STUDENT]])
+        if _LEVEL[TEACHER] in figures:
+            self._level(TEACHER, figures[_LEVEL[TEACHER]])
+        return metrics
+
+    def _measure(self, version: int, own: Tensor, repeat: Tensor) -> None:
+        count = int(repeat.shape[0])
+        figures = rounding_figures(own[:count], repeat).tolist()
+        self._rounding = Rounding.of(count, figures, self._dtype)
+        self._measured_at = version
+
+    def _level_figures(
+        self, author: str, own: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> dict[str, Tensor]:
+        if self._rounding is None:
+            raise RuntimeError(
+                "the rounding was not measured: the student comes before the teacher"
+            )
+        if author not in self._levels:
+            self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
+        bound = self._levels[author].rounding.high_bound
+        return {_LEVEL[author]: level_figures(own, server, counted, bound)}
+
+    def _level(self, author: str, figures: Sequence[float]) -> dict[str, float]:
+        level = self._levels[author]
+        if problem := level.add(figures):
+            raise OffPolicyError(
+                f"server and trainer disagree on the log-probs of tokens written by the {author}: "
+                f"{problem}: {_CAUSES[author]}. If the server is right and only rounds more than "
+                "the trainer, bound the largest difference instead, with "
+                "actor.cartridge.max_logprob_diff (0.5 suits bfloat16)"
+            )
+        found = dict(zip(LEVEL_FIGURES, figures, strict=True))
+        if not found["tokens"]:
+            return {}
+        return {
+            "logprob_diff/scaled_mean": level.mean,
+            "logprob_diff/scaled_mean_bound": level.rounding.mean_bound(level.tokens),
+            "logprob_diff/scaled_q95": found["scaled_high"],
+            "logprob_diff/scaled_q95_bound": level.rounding.high_bound,
+        }
+
+    def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
+        assert self._rounding is not None
+        evidence = self._evidence
+        evidence.add(figures)
+        coefficient, error = evidence.coefficient(self._rounding)
+        told = error < float("inf")
+        if evidence.stale(self._rounding):
+            share = f"{coefficient:.2f} +- {error:.2f}, " if told else ""
+            raise OffPolicyError(
+                f"rollouts stamped step {version} were made, all or some, by the version before: "
+                f"stale coefficient {share}{evidence.sigmas:.1f} standard errors towards it over "
+                f"{evidence.tokens:.0f} tokens of {evidence.steps} step(s): the server does not "
+                "serve the version it names. The rollout proxy or the sync is out of order"
+            )
+        metrics = {
+            "logprob_diff/stale_sigmas": evidence.sigmas,
+            "logprob_diff/version_decided": float(evidence.decided),
+        }
+        if told:  # else the versions differ by less than the rounding
+            metrics["logprob_diff/stale_coefficient"] = coefficient
+            metrics["logprob_diff/stale_coefficient_error"] = error
+        return metrics

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 
-def fetch(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars of a device as numbers. The host waits once, however many there are."""
-    stacked = torch.stack([value.detach().double() for value in values.values()])
-    return dict(zip(values, stacked.tolist(), strict=True))
+def fetch(values: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Scalars and short vectors of a device as numbers, in one transfer.
+
+    The host waits once, however many there are.
+    """
+    flat = [value.detach().double().reshape(-1) for value in values.values()]
+    numbers = iter(torch.cat(flat).tolist())
+    return {
+        name: [next(numbers) for _ in range(part.numel())]
+        for name, part in zip(values, flat, strict=True)
+    }
 
 
 class StageSeconds:

@@ -32,20 +32,20 @@ from cartridge_distill.errors import ConfigError, OffPolicyError
 from cartridge_distill.flex import graphs
 from cartridge_distill.forward import packed_forward, recomputing_layers
 from cartridge_distill.integrity import weights_checksum
-from cartridge_distill.logprobs import chosen_logprobs
-from cartridge_distill.loss import TeacherTopK, get_loss
-from cartridge_distill.mixing import STUDENT, TEACHER
-from cartridge_distill.packing import on_device, pack
+from cartridge_distill.loss import get_loss
+from cartridge_distill.packing import HostMask, PackedBatch, pack
+from cartridge_distill.prefix import Prefix
 from cartridge_distill.prompts import render_document
-from cartridge_distill.teacher import Teacher, not_finite
+from cartridge_distill.teacher import Teacher
 from cartridge_distill.warm_up import compile_attention
 from verl_patches import engine_state
-from verl_patches.agreement import Agreement
 from verl_patches.building import initial_cartridge, load_base, load_validation
-from verl_patches.device import StageSeconds, fetch
+from verl_patches.device import StageSeconds
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
+from verl_patches.memory import check_memory
 from verl_patches.ranks import RanksTeacher, average_gradients, make_equal, shard
 from verl_patches.samples import Samples
+from verl_patches.step_checks import Computed, StepChecks, answer_temperature, check_versions
 
 
 def _say(line: str) -> None:
@@ -98,7 +98,6 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
         start = time.perf_counter()
         module = load_base(self.model_config, self.engine_config)
-        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         several = torch.distributed.get_world_size() > 1
         document_store = DocumentStore.from_file(self.settings.documents)
         render = partial(render_document, self.model_config.tokenizer)
@@ -109,10 +108,18 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             max_cached=self.settings.teacher_cache_documents,
             backend=self.settings.attention,
         )
+        check_memory(self, module, _say)
+        compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         # Before sharding: every rank holds the whole, equal cartridge.
         cartridge = initial_cartridge(self.settings, module, self.teacher)
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
+        self.checks = StepChecks(
+            self.settings.max_logprob_diff,
+            next(module.parameters()).dtype,
+            self.settings.teacher_temperature,
+            self._check_forward,
+        )
         if several:
             make_equal(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)
@@ -148,6 +155,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def train_batch(self, data: TensorDict, loss_function: Any) -> dict[str, Any]:
         self._check_staleness()
         staleness = self.staleness
+        self.checks.begin_batch()
         self._stage.take()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -179,19 +187,15 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 from those of whoever wrote the tokens.
             DocumentError: a sample's document is missing or too long.
         """
-        samples = Samples.from_micro_batch(micro_batch, self.settings.document_key)
-        self._check_versions(samples)
         cfg = self.settings
+        samples = Samples.from_micro_batch(micro_batch, cfg.document_key)
+        check_versions(samples, self.version)
         batch = pack(samples.sequences).to(self.teacher.device)
         wanted = np.concatenate(samples.wanted)
+        prefix = self.cartridge.prefix()
         with self._stage("student_forward"), self._around(self.module):
-            logits = packed_forward(
-                self.module,
-                self.cartridge.prefix(),
-                batch,
-                keep=batch.predicts(wanted),
-                backend=cfg.attention,
-            )
+            keep = batch.predicts(wanted)
+            logits = packed_forward(self.module, prefix, batch, keep, cfg.attention)
         with self._stage("teacher_forward"):
             teacher = self.teacher.score(
                 samples.sequences,
@@ -199,7 +203,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 samples.document_ids,
                 cfg.topk,
                 cfg.kl_temperature,
-                chosen_at=self._answer_temperature(samples),
+                chosen_at=answer_temperature(samples, cfg.teacher_temperature),
             )
         with self._stage("loss"):
             token_loss = self.compute_loss(logits, teacher, cfg.kl_temperature)
@@ -208,9 +212,16 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 data=micro_batch,
                 dp_group=self.get_data_parallel_group(),
             )
-        metrics = self._check(samples, batch.tokens(wanted), logits.detach(), teacher, loss)
+        found = Computed(batch.tokens(wanted), logits.detach(), teacher, loss)
+        metrics: dict[str, Any] = self.checks.run(
+            samples, found, self.version, self.staleness > 0, prefix
+        )
         metrics["response_tokens"] = float(token_loss.numel())
         return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
+
+    def _check_forward(self, batch: PackedBatch, prefix: Prefix, keep: HostMask) -> Tensor:
+        with self._stage("version_check"):
+            return packed_forward(self.module, prefix, batch, keep, self.settings.attention)
 
     def _around(self, module: Any) -> AbstractContextManager[None]:
         """Around the student's forward alone: the teacher's keeps nothing for a backward."""
@@ -239,86 +250,6 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 "data.train_batch_size, or allow staleness"
             )
 
-    def _check_versions(self, samples: Samples) -> None:
-        authors = list(zip(samples.sources, samples.steps, strict=True))
-        if stamped := sorted(
-            {step for who, step in authors if who == TEACHER and step is not None}
-        ):
-            raise OffPolicyError(
-                f"answers of the teacher carry cartridge steps {stamped}; the teacher has the "
-                "document and no cartridge. The rollout proxy is out of order"
-            )
-        own = {step for who, step in authors if who != TEACHER}
-        stale = sorted(own - {self.version}, key=str)
-        if stale:
-            raise OffPolicyError(
-                f"rollouts of cartridge step {stale} reached the trainer at step {self.version}; "
-                "on-policy training takes step "
-                f"{self.version} only. The rollout proxy or the sync is out of order"
-            )
-
-    def _check(
-        self, samples: Samples, tokens: Tensor, logits: Tensor, teacher: TeacherTopK, loss: Tensor
-    ) -> dict[str, Any]:
-        """Everything that must hold before a micro-batch is trained on, fetched in one transfer.
-
-        Later optimizer steps on one batch (``max_staleness``) move away from the server by intent;
-        there the difference is a metric of its own.
-
-        Returns:
-            Metrics, and the loss.
-        """
-        own = chosen_logprobs(logits, tokens, samples.temperature)
-        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
-        compared = {}
-        for author, numbers in ((STUDENT, own), (TEACHER, teacher.chosen)):
-            mine = samples.by_teacher == (author == TEACHER)
-            if not mine.any():
-                continue
-            assert numbers is not None
-            rows = on_device(np.flatnonzero(mine), own.device, torch.long)
-            compared[author] = Agreement(author, numbers[rows], server[rows], tokens[rows])
-        # A stale student's differences are no agreement of server and trainer.
-        counted = [
-            found.difference
-            for author, found in compared.items()
-            if not (author == STUDENT and self.staleness)
-        ]
-        assert teacher.finite is not None
-        values = {f"largest/{a}": found.difference.max() for a, found in compared.items()}
-        values |= {"loss": loss, "finite": teacher.finite, "student_logprob": own.mean()}
-        values["teacher_tail_mass"] = teacher.tail_logprob.exp().mean()
-        if counted:
-            values["logprob_diff/mean"] = torch.cat(counted).mean()
-        got = fetch(values)  # the one time that the host waits for student and teacher
-
-        bound = self.settings.max_logprob_diff
-        for author, found in compared.items():
-            stale = author == STUDENT and self.staleness
-            found.check(got[f"largest/{author}"], None if stale else bound)
-        if not got.pop("finite"):
-            raise not_finite(samples.document_ids)
-        if not math.isfinite(got["loss"]):
-            raise FloatingPointError(
-                f"the distillation loss is {got['loss']}; nothing was trained on it"
-            )
-        largest = {author: got.pop(f"largest/{author}") for author in compared}
-        if TEACHER in largest:
-            got["logprob_diff/teacher_max"] = largest[TEACHER]
-        if self.staleness and STUDENT in largest:
-            got["stale_logprob_diff/max"] = largest.pop(STUDENT)
-        if largest:
-            got["logprob_diff/max"] = max(largest.values())
-            got["logprob_diff/bound"] = bound  # the report draws it
-        return got
-
-    def _answer_temperature(self, samples: Samples) -> float | None:
-        """At which the teacher's answers were sampled; None when there are none."""
-        if TEACHER not in samples.sources:
-            return None
-        own = self.settings.teacher_temperature
-        return samples.temperature if own is None else float(own)
-
     def optimizer_zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -336,6 +267,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             raise FloatingPointError(
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
+        if not self.staleness:
+            self.checks.remember(self.cartridge.prefix())
         self.optimizer.step()
         self.step += 1
         return norm

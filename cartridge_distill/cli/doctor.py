@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,10 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from cartridge_distill.errors import CartridgeDistillError, RolloutError, ServerRefused
+from cartridge_distill.node import missing_settings
 
+PROJECT = Path(__file__).resolve().parents[2]
+_NAME = "cartridge-distill"
 _PACKAGES = ("torch", "transformers", "verl", "ray", "TransferQueue", "peft")
 _INSTALL = "make setup installs the tested set (requirements/lock.txt)"
 
@@ -50,6 +55,9 @@ class Subject:
     model: str | None = None
     cartridge: str | None = None
     data: Path | None = None
+    row_tokens: int | None = None
+    tokens: int = 2048
+    document_tokens: int = 10_000
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
@@ -58,6 +66,8 @@ def examine(subject: Subject) -> Iterator[Finding]:
     yield from _packages()
     yield _patches()
     yield _gpu()
+    yield from _environment()
+    yield _memory(subject)
     yield _server(subject.url)
     yield from _cartridge(subject.cartridge, subject.model)
     yield from _data(subject.data)
@@ -70,13 +80,26 @@ def _python() -> Finding:
     return Finding("Python", good, version, mend)
 
 
-def _packages() -> Iterator[Finding]:
+def requirements(project: Path = PROJECT) -> list[str]:
+    """What the project asks for: of the checkout that this runs from, or of what is installed.
+
+    A checkout comes first: its bounds may be newer than those of its last installation, and on a
+    node without network it is not installed at all.
+    """
+    file = project / "pyproject.toml"
+    if file.is_file():
+        described = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+        if described.get("name") == _NAME:
+            return list(described["dependencies"])
     try:
-        wanted = importlib.metadata.requires("cartridge-distill") or []
+        return importlib.metadata.requires(_NAME) or []
     except importlib.metadata.PackageNotFoundError:
-        wanted = []
+        return []
+
+
+def _packages() -> Iterator[Finding]:
     bounds = {}
-    for line in wanted:
+    for line in requirements():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             bounds[requirement.name.lower()] = requirement.specifier
@@ -117,6 +140,49 @@ def _gpu() -> Finding:
         properties = torch.cuda.get_device_properties(number)
         devices.append(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     return Finding("GPU", True, "; ".join(devices))
+
+
+def _environment() -> Iterator[Finding]:
+    """What NCCL and Ray miss; on a GPU node alone, for elsewhere the defaults work."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    missing = missing_settings(os.environ, gpu=True)
+    for setting in missing:
+        mend = f"export {setting.name}={setting.value} (make demo sets it by itself)"
+        yield Finding(setting.name, False, f"not set: {setting.why}", mend)
+    if not missing:
+        yield Finding("environment", True, "NCCL and Ray need nothing more")
+
+
+def _memory(subject: Subject) -> Finding:
+    """A training step in bfloat16 on a GPU, and whether the GPU here has as much."""
+    if subject.model is None or subject.row_tokens is None:
+        return Finding("memory", None, "not looked at: name --model and --row-tokens")
+    import torch
+    from transformers import AutoConfig
+
+    from cartridge_distill.memory_plan import predict_step
+    from cartridge_distill.model_shape import ModelShape
+    from cartridge_distill.step_shape import StepShape
+
+    try:
+        step = StepShape(
+            cartridge_tokens=subject.tokens,
+            row_tokens=subject.row_tokens,
+            document_tokens=subject.document_tokens,
+        )
+        plan = predict_step(ModelShape.of(AutoConfig.from_pretrained(subject.model)), step)
+    except (CartridgeDistillError, OSError, ValueError) as error:
+        return Finding("memory", False, str(error).splitlines()[0])
+    said = f"{plan.line()}\n{plan.describe()}".replace("\n", "\n      ")
+    advice = "what makes it smaller: " + "; ".join(plan.advice())
+    if not torch.cuda.is_available():
+        return Finding("memory", True, f"{said}\n      no GPU here to hold it against")
+    free = min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
+    said += f"\n      free on the GPU: {free / 2**30:.2f} GiB"
+    return Finding("memory", plan.peak <= free, said, "" if plan.peak <= free else advice)
 
 
 def _server(url: str | None) -> Finding:

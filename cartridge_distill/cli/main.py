@@ -87,6 +87,13 @@ def doctor(
     data: Annotated[
         Path | None, typer.Option(help="Folder of training/prepare_data.py: are its columns right?")
     ] = None,
+    row_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a packed row: does a step fit the GPU?")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of the cartridge, for --row-tokens.")] = 2048,
+    document_tokens: Annotated[
+        int, typer.Option(help="Of the longest document, for --row-tokens.")
+    ] = 10_000,
 ) -> None:
     """Look at everything a run needs; each line is ok, or says the mend.
 
@@ -96,8 +103,9 @@ def doctor(
     """
     from cartridge_distill.cli.doctor import Subject, examine
 
+    subject = Subject(url, model, cartridge, data, row_tokens, tokens, document_tokens)
     bad = 0
-    for finding in examine(Subject(url, model, cartridge, data)):
+    for finding in examine(subject):
         typer.echo(str(finding))
         bad += finding.good is False
     if bad:

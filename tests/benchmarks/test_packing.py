@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_every_table_is_printed(
     assert status == 0, printed
     lines = [line for line in printed.splitlines() if line.count("x ") == 1]
     names = ["packed, grouped", "packed, dense", "one by one, SDPA", "padded batch, SDPA"]
+    names += ["PEFT CARTRIDGE, padded"] * (importlib.util.find_spec("peft") is not None)
     names += ["packed, MKL linear"] * onednn_is_faster()
     for name in names:
         assert sum(line.strip().startswith(name) for line in lines) == 2, name  # equal, ragged

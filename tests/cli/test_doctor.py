@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 from cartridge_distill.cartridge import TrainableCache
 from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cli import doctor as doctor_module
+from cartridge_distill.cli.doctor import requirements
 from cartridge_distill.cli.main import app
 from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.running import BackgroundServer
@@ -105,6 +108,40 @@ def test_another_verl(doctor: Doctor, pristine: Path, tmp_path: Path) -> None:  
     assert "BAD verl: 0.7.0" in done.stdout and "this project needs verl==0.9.1" in done.stdout
 
 
+def test_a_checkout_says_what_it_needs_before_the_installation_does(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "cartridge-distill"\ndependencies = ["torch>=99"]\n'
+    )
+    assert requirements(tmp_path) == ["torch>=99"]
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\ndependencies = ["x"]\n')
+    assert "x" not in requirements(tmp_path)  # a package of that name may lie beside this one
+    assert any(line.startswith("transformers") for line in requirements())
+
+
+def test_a_version_that_was_not_tested_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"torch": "2.14.0", "transformers": "5.17.0"}
+    version = doctor_module.importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found.get(name) or version(name))
+    status, said = ask()
+    assert status == 1
+    assert "BAD torch: 2.14.0" in said and "ok  transformers: 5.17.0" in said
+
+
+def test_a_gpu_node_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_SOCKET_IFNAME", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("cartridge_distill.node.has_network", lambda: False)
+    status, said = ask()
+    assert status == 1
+    assert "BAD NCCL_SOCKET_IFNAME: not set" in said and "export NCCL_SOCKET_IFNAME=lo" in said
+    assert "export RAY_AUTH_MODE=disabled" in said
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "ok  environment" in ask()[1]
+
+
 def test_server_down() -> None:
     status, said = ask("--url", "http://127.0.0.1:9")
     assert status == 1
@@ -139,3 +176,26 @@ def test_data_without_documents(data: Path) -> None:
     status, said = ask("--data", data)
     assert status == 1
     assert "BAD documents" in said and "does not exist" in said
+
+
+def test_the_memory_of_a_step(model_folder: Path) -> None:
+    lengths = ("--row-tokens", 512, "--tokens", 16, "--document-tokens", 100)
+    _, said = ask("--model", model_folder, *lengths)
+    assert "ok  memory: a step takes at most 0.0" in said and "worst moment: " in said
+    _, said = ask("--model", model_folder)
+    assert "--  memory: not looked at: name --model and --row-tokens" in said
+    status, said = ask("--model", model_folder, "--row-tokens", 0)
+    assert status == 1 and "BAD memory: row_tokens=0: must be at least 1" in said
+
+
+def test_a_step_that_does_not_fit_the_gpu(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = types.SimpleNamespace(name="Small", total_memory=2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 2**30))
+    status, said = ask("--model", model_folder, "--row-tokens", 512, "--tokens", 16)
+    assert status == 1 and "BAD memory: a step takes at most" in said
+    assert "-> what makes it smaller: " in said and "tokens a row 512 -> 256" in said

@@ -225,6 +225,7 @@ def test_core_accepts_good_settings() -> None:
     check_cartridge_config(settings())
     check_cartridge_config(settings(init="checkpoint", checkpoint_path="me/cartridge"))
     check_cartridge_config(settings(run_name="demo-seed_1"))
+    check_cartridge_config(settings(max_logprob_diff=None))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +248,7 @@ def test_core_accepts_good_settings() -> None:
         {"attention": "loop"},
         {"teacher_cache_documents": 0},
         {"max_logprob_diff": 0},
+        {"max_logprob_diff": "auto"},
         {"on_policy_fraction": 1.5},
         {"on_policy_fraction": [[0, 0.0], [0, 1.0]]},
         {"teacher_temperature": -0.1},

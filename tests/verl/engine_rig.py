@@ -13,7 +13,9 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from cartridge_distill.prefix import Prefix
 from cartridge_distill.records import Question, save_questions
 from tests.tiny import VOCAB, plain_logprobs, tiny_model
 from verl_patches.hooks import distill_loss
@@ -119,6 +121,9 @@ def rollouts(
     micro_batch: int = 2,
     by_teacher: Sequence[int] = (),
     teacher_temperature: float = TEMPERATURE,
+    server: PreTrainedModel | None = None,
+    served: Prefix | Sequence[Prefix] | None = None,
+    temperature: float = TEMPERATURE,
 ) -> TensorDict:
     """A batch in veRL's form; the log-probs come from plain one-by-one transformers forwards.
 
@@ -127,11 +132,18 @@ def rollouts(
         micro_batch: rows at once.
         by_teacher: rows whose log-probs are those of a plain forward over document and prompt.
         teacher_temperature: of those rows.
+        server: the model of the forwards; the tiny one in float32 by default.
+        served: its cartridge, or one for each row; the engine's own by default.
+        temperature: of the student's rows, as the server has it; the trainer is told another.
     """
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(seed)
-    plain, prefix = tiny_model(), engine.cartridge.prefix()
+    plain = server or tiny_model()
+    dtype = next(plain.parameters()).dtype
+    prefixes = served or engine.cartridge.prefix()
+    if isinstance(prefixes, Prefix):
+        prefixes = [prefixes] * len(shapes)
     names = ("input_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     chosen = list(range(len(shapes))) if take is None else list(take)
@@ -141,7 +153,8 @@ def rollouts(
         )
         if row not in chosen:
             continue
-        before, context, heat = prefix, prompt.tolist(), TEMPERATURE
+        before: Prefix | None = prefixes[row].to(dtype=dtype)
+        context, heat = prompt.tolist(), temperature
         if row in by_teacher:
             before, heat = None, teacher_temperature
             context = engine.teacher.document_ids(document) + context

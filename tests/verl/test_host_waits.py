@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from verl.utils.tensordict_utils import assign_non_tensor
 
-from cartridge_distill import attention
-from tests.fake_gpu import FakeGpu, dense_behind_a_block_mask
+from cartridge_distill import flex
+from tests.fake_gpu import FakeGpu, dense_of_a_block_mask
 from tests.verl.engine_rig import DOCUMENTS, rollouts
-from verl_patches import engine as engine_module
 from verl_patches.hooks import distill_loss
 
 
+@pytest.mark.parametrize("bound", [1e-3, None], ids=["a bound", "by the rounding"])
 def test_the_host_waits_once_a_micro_batch(
-    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bound: float | None
 ) -> None:
-    monkeypatch.setitem(attention._IMPLEMENTATIONS, "flex", dense_behind_a_block_mask)
+    monkeypatch.setattr(flex, "compile_and_call", dense_of_a_block_mask)
     engine = build(attention="dense")
     data = rollouts(engine)
     # As veRL's forward_backward_batch does for each micro-batch.
@@ -28,17 +27,20 @@ def test_the_host_waits_once_a_micro_batch(
     assign_non_tensor(data, dp_size=1, batch_num_tokens=tokens)
     expected, _ = engine.forward_step(data, distill_loss, True)
 
-    engine = build(attention="flex")  # another: nothing of the CPU's step is left
-    monkeypatch.setattr(engine_module, "get_device_id", lambda: torch.device("cuda", 0))
+    # Another: nothing of the CPU's step is left.
+    engine = build(attention="flex", max_logprob_diff=bound)
     with FakeGpu() as gpu:
         gpu.put(engine.module)
         gpu.put(engine.cartridge)
         with gpu.quiet():
             for name in DOCUMENTS:
                 engine.teacher.prefix(name)
+            engine.checks.remember(engine.cartridge.prefix())
+            engine.forward_step(data, distill_loss, False)  # measures the rounding, once
+            engine.checks.begin_batch()
         loss, output = engine.forward_step(data, distill_loss, False)
         loss.backward()
-    waits = [wait for wait in gpu.waits if wait.what != "staged"]
-    said = "\n".join(map(str, waits))
-    assert [wait.what for wait in waits] == ["read"] and "_check > fetch" in said, said
+    said = "\n".join(map(str, gpu.waits))
+    assert [wait.what for wait in gpu.waits] == ["read"] and "run > fetch" in said, said
     assert np.isclose(output["loss"], expected.item(), atol=1e-5)
+    assert ("logprob_diff/stale_sigmas" in output["metrics"]) == (bound is None)

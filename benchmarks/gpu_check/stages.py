@@ -1,0 +1,161 @@
+"""The stages of the GPU check: what runs, for how long at most, and where its figures are.
+
+A stage is a command that appends figures, a JSON object a line, to a file of its own as soon as it
+has them. What a stage did before it failed or was cut off is therefore kept. The demo writes the
+files of a run instead; :func:`demo_figures` takes the figures out of those.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bases import LLAMA_3B, TINY
+
+Figures = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all stages share.
+
+    Attributes:
+        out: the check's folder.
+        model: folder of the real model; None where it cannot be had, see ``no_model``.
+        small: a rehearsal; every stage at toy size.
+    """
+
+    device: str
+    out: Path
+    model: str | None
+    small: bool
+    threads: int
+    no_model: str = ""
+
+    def figures_of(self, name: str) -> Path:
+        return self.out / "figures" / f"{name}.jsonl"
+
+    def log_of(self, name: str) -> Path:
+        return self.out / "logs" / f"{name}.log"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        seconds: its time limit.
+        arguments: of this Python; the last two say where the figures go, the demo's excepted.
+        needs_model: whether it is skipped, as failed, without the real model.
+        collect: takes the figures from elsewhere than the stage's file.
+    """
+
+    name: str
+    seconds: float
+    arguments: list[str]
+    needs_model: bool = False
+    collect: Callable[[Setup], Figures] | None = None
+
+    def command(self) -> list[str]:
+        return [sys.executable, *self.arguments]
+
+
+def stages(setup: Setup) -> list[Stage]:
+    """In the order in which they run; the demo has what is left."""
+    small, device = setup.small, ["--device", setup.device]
+    shape = ["--shape", TINY if small else LLAMA_3B]
+
+    def stage(name: str, seconds: float, script: list[str], options: str, **more: Any) -> Stage:
+        figures = ["--json", str(setup.figures_of(name))]
+        return Stage(name, seconds, [*script, *device, *options.split(), *figures], **more)
+
+    packing = "--prefix 2048 --sequences 16 --length 256 --document 10000 --samples 8"
+    packing += " --check-sequences 4 --tolerance 0.01"
+    if small:
+        packing = "--prefix 32 --sequences 3 --length 8 --document 40 --samples 2 --repeats 1"
+    memory = "--tokens 32 --document 40 --samples 2 --prompt 4 --response 3" if small else ""
+    engine = "--tokens 2048 --work 1x32 8x32 64x32 64x128"
+    if small:
+        engine = "--tokens 32 --prompt 8 --work 1x3 4x3"
+    differences = ["-m", "benchmarks.gpu_check.differences"]
+    if small:
+        differences += ["--shape", TINY, "--tokens", "32", "--rows", "4"]
+    else:
+        differences += ["--model", setup.model or ""]
+    return [
+        stage(
+            "kernels",
+            120,
+            ["-m", "benchmarks.gpu_check.kernels"],
+            "--batches 1" if small else "",
+        ),
+        stage("student", 150, ["benchmarks/packing.py", *shape], packing),
+        stage("memory", 100, ["benchmarks/memory.py", *shape], memory),
+        stage("engine", 60, ["benchmarks/engine.py", *shape], engine),
+        stage(
+            "sync",
+            60,
+            ["-m", "benchmarks.gpu_check.sync", *shape],
+            "--tokens 32 --repeats 1" if small else "",
+        ),
+        stage("differences", 60, differences, "", needs_model=not small),
+        Stage(
+            "demo",
+            300,
+            demo_arguments(setup),
+            needs_model=True,
+            collect=demo_figures,
+        ),
+    ]
+
+
+def demo_arguments(setup: Setup) -> list[str]:
+    """`make demo` on the device; two steps of a few rollouts in a rehearsal."""
+    found = ["training/demo.py", "--device", setup.device, "--model", setup.model or ""]
+    found += ["--out", str(setup.out / "demo"), "--threads", str(setup.threads)]
+    if setup.small:
+        found += ["--steps", "2", "--prompts", "4", "--response", "3", "--test-every", "0"]
+    return found
+
+
+def demo_figures(setup: Setup) -> Figures:
+    """What a run of the demo has written so far; nothing where it did not come to a step."""
+    run = setup.out / "demo"
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file():
+        return []
+    logged = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
+    steps = [step for step in logged if "actor/loss" in step]
+    if not steps:
+        return []
+    seconds = [step["timing_s/step"] for step in steps]
+    found: dict[str, Any] = {
+        "steps": len(steps),
+        "first_step_seconds": seconds[0],
+        "step_seconds": statistics.mean(seconds[1:] or seconds),
+        "logprob_diff_max": max(step["actor/logprob_diff/max"] for step in steps),
+        "frozen_tokens_changed": sum(step["actor/frozen_tokens_changed"] for step in steps),
+        "loss_first": steps[0]["actor/loss"],
+        "loss_last": steps[-1]["actor/loss"],
+    }
+    table = run / "evaluation" / "evaluation.json"
+    if table.is_file():
+        rows = json.loads(table.read_text())["conditions"]
+        found["kl"] = {row["condition"]: row["metrics"]["kl"]["mean"] for row in rows}
+    return [found]
+
+
+def read_figures(setup: Setup, stage: Stage) -> Figures:
+    """A stage's figures, whole lines only: it may have been ended in the middle of one."""
+    if stage.collect is not None:
+        return stage.collect(setup)
+    file = setup.figures_of(stage.name)
+    if not file.is_file():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,80 @@
+"""A Llama's weights come out of a GGUF file as they went in, whatever llama.cpp reordered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from tests.tiny import tiny_model
+from training.decode_gguf import decode_llama
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def gguf_name(name: str) -> str:
+    parts = name.removeprefix("model.").removesuffix(".weight").split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{GGUF_NAMES['.'.join(parts[2:])]}.weight"
+    return f"{GGUF_NAMES[parts[0]]}.weight"
+
+
+def as_llama_cpp_rotates(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Row 2 i of a head is row i of its first half, row 2 i + 1 row i of its second."""
+    rows = weights.shape[0] // heads
+    order = [
+        head * rows + half * (rows // 2) + i
+        for head in range(heads)
+        for i in range(rows // 2)
+        for half in (0, 1)
+    ]
+    return weights[order]
+
+
+def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    writer = GGUFWriter(path, "llama")
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_what_went_in_comes_out(tmp_path: Path) -> None:
+    model = tiny_model()
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    tensors = {}
+    for name, weights in model.state_dict().items():
+        tensor = weights.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            tensor = as_llama_cpp_rotates(tensor, heads if "q_proj" in name else kv_heads)
+        tensors[gguf_name(name)] = tensor
+    tensors["rope_freqs.weight"] = np.ones(8, np.float32)
+    write(tmp_path / "model.gguf", tensors)
+    found = decode_llama(tmp_path / "model.gguf", heads, kv_heads, torch.float32)
+    assert set(found) == set(model.state_dict())
+    for name, weights in model.state_dict().items():
+        assert torch.equal(found[name], weights), name
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", {"blk.0.ssm_in.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="'blk.0.ssm_in.weight', which a Llama does not have"):
+        decode_llama(tmp_path / "model.gguf", 1, 1)
