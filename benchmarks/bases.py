@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.models import load_model, prepare_model
+from cartridge_distill.model.loading import load_model, prepare_model
+from cartridge_distill.util.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

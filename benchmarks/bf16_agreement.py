@@ -43,24 +43,24 @@ from transformers import AutoTokenizer, PreTrainedModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cartridge_distill.agreement import scaled  # noqa: E402
-from cartridge_distill.cartridge import TrainableCache  # noqa: E402
-from cartridge_distill.document_store import DocumentStore  # noqa: E402
-from cartridge_distill.errors import CartridgeDistillError, OffPolicyError  # noqa: E402
-from cartridge_distill.float32_forward import float32_logprobs  # noqa: E402
-from cartridge_distill.forward import packed_forward  # noqa: E402
-from cartridge_distill.logprobs import chosen_logprobs  # noqa: E402
-from cartridge_distill.loss import get_loss  # noqa: E402
-from cartridge_distill.models import load_model  # noqa: E402
-from cartridge_distill.packing import pack  # noqa: E402
-from cartridge_distill.prefix import Prefix  # noqa: E402
-from cartridge_distill.prompts import render_document, render_prompt  # noqa: E402
+from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
+from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
+from cartridge_distill.distill.agreement import scaled  # noqa: E402
+from cartridge_distill.distill.loss import get_loss  # noqa: E402
+from cartridge_distill.distill.teacher import Teacher  # noqa: E402
+from cartridge_distill.model.float32_forward import float32_logprobs  # noqa: E402
+from cartridge_distill.model.forward import packed_forward  # noqa: E402
+from cartridge_distill.model.loading import load_model  # noqa: E402
+from cartridge_distill.model.logprobs import chosen_logprobs  # noqa: E402
+from cartridge_distill.model.packing import pack  # noqa: E402
+from cartridge_distill.model.prefill import cartridge_from_text  # noqa: E402
+from cartridge_distill.model.prompts import render_document, render_prompt  # noqa: E402
 from cartridge_distill.server.engine import Engine  # noqa: E402
 from cartridge_distill.server.rows import Row  # noqa: E402
 from cartridge_distill.server.settings import ServerSettings  # noqa: E402
-from cartridge_distill.teacher import Teacher  # noqa: E402
-from verl_patches.agreement import RoundingCheck  # noqa: E402
-from verl_patches.device import fetch  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError, OffPolicyError  # noqa: E402
+from verl_patches.actor.device import fetch  # noqa: E402
+from verl_patches.actor.logprob_check import RoundingCheck  # noqa: E402
 
 TEMPERATURE, TOPK, FLOOR = 0.7, 20, 0.1
 DOCUMENT = "document"
@@ -146,7 +146,7 @@ class Experiment:
         ids = world.document
         self.teacher = Teacher(world.model, DocumentStore({DOCUMENT: "text"}), lambda _: ids)
         start = torch.tensor(ids, device=world.device)
-        self.cartridge = TrainableCache.from_text(world.model, start, world.tokens).to(world.device)
+        self.cartridge = cartridge_from_text(world.model, start, world.tokens).to(world.device)
         self.optimizer = torch.optim.AdamW(
             self.cartridge.trainable_parameters(), lr=world.rate, weight_decay=0.0
         )
@@ -259,7 +259,7 @@ class Experiment:
                 rollouts += self.roll_out(now, rows=slice(half, None))
         elif name == CARTRIDGE:
             backwards = torch.tensor(self.world.document[::-1], device=self.world.device)
-            other = TrainableCache.from_text(self.world.model, backwards, self.cartridge.num_tokens)
+            other = cartridge_from_text(self.world.model, backwards, self.cartridge.num_tokens)
             rollouts = self.roll_out(other.prefix(self.world.dtype))
         else:
             self.wrong_engine = self.wrong_engine or self._engine(other_base(self.world.model))

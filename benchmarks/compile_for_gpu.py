@@ -39,8 +39,8 @@ from benchmarks.gpu_cases import (  # noqa: E402
 )
 from benchmarks.gpu_compiler import GPUS, Gpu  # noqa: E402
 from benchmarks.triton_for_cpu import start_again_with_triton  # noqa: E402
-from cartridge_distill.errors import ConfigError  # noqa: E402
-from training.supervise import say  # noqa: E402
+from cartridge_distill.util.errors import ConfigError  # noqa: E402
+from cartridge_distill.util.processes import say  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

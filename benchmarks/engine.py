@@ -35,13 +35,13 @@ from benchmarks.bases import (  # noqa: E402
     vocabulary_of,
 )
 from benchmarks.measure import synchronize  # noqa: E402
-from cartridge_distill.cartridge import TrainableCache  # noqa: E402
-from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
-from cartridge_distill.prefix import Prefix  # noqa: E402
+from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
+from cartridge_distill.cartridge.trainable import TrainableCache  # noqa: E402
 from cartridge_distill.server.engine import Engine  # noqa: E402
 from cartridge_distill.server.rows import Row  # noqa: E402
 from cartridge_distill.server.settings import ServerSettings  # noqa: E402
-from training.supervise import say  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
+from cartridge_distill.util.processes import say  # noqa: E402
 
 _TEMPERATURE = 0.7
 

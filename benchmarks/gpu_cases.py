@@ -2,8 +2,8 @@
 
 A case is a model family in one dtype: two layers with the real family's heads, head size, window
 and soft cap, everything else as small as it goes. It runs what a training run does, through
-transformers and this project's own functions: the warm-up (:mod:`cartridge_distill.warm_up`), then
-documents, teacher and student at other lengths. All of that computes on the CPU, only what the
+transformers and this project's own functions: the warm-up (:mod:`cartridge_distill.model.warm_up`),
+then documents, teacher and student at other lengths. All of that computes on the CPU, only what the
 attention gives to torch.compile goes to the compiler for a GPU, which answers with nothing but the
 right shape.
 """
@@ -20,13 +20,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gpu_compiler import Gpu, OfflineCompiler
-from cartridge_distill import flex
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.forward import packed_forward
-from cartridge_distill.models import prepare_model
-from cartridge_distill.packing import pack
-from cartridge_distill.prefix import prefix_from_tokens
-from cartridge_distill.warm_up import compile_attention
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model import flex
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.loading import prepare_model
+from cartridge_distill.model.packing import pack
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.model.warm_up import compile_attention
 
 LENGTHS = (1, 5, 70, 100, 128, 300, 2_048, 8_192)
 PREFIXES = (0, 128, 2_048, 10_000)
@@ -35,7 +35,7 @@ PREFIXES = (0, 128, 2_048, 10_000)
 FEW_BATCHES = ((1, 0), (70, 160), (100, 128), (300, 2_048), (2_048, 0))
 ALL_BATCHES = tuple((length, prefix) for length in LENGTHS for prefix in PREFIXES)
 
-MOST_GRAPHS = 4  # of a run of one model, see cartridge_distill/warm_up.py
+MOST_GRAPHS = 4  # of a run of one model, see cartridge_distill/model/warm_up.py
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     python benchmarks/linear.py --model path/to/model --rows 1 64 1024
 
 GFLOPS of each kind of float32 linear layer that the model has, by torch's own product and by
-``cartridge_distill.frozen_linear``, forward and backward (gradient of the input). The last line
-says which of the two this machine uses. Results are compared before they are timed.
+``cartridge_distill.model.frozen_linear``, forward and backward (gradient of the input). The last
+line says which of the two this machine uses. Results are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.bases import demo_model, machine  # noqa: E402
-from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
-from cartridge_distill.frozen_linear import (  # noqa: E402
+from cartridge_distill.model.frozen_linear import (  # noqa: E402
     onednn_is_faster,
     use_frozen_linear,
     use_torch_linear,
 )
-from cartridge_distill.models import load_model  # noqa: E402
-from training.supervise import say  # noqa: E402
+from cartridge_distill.model.loading import load_model  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
+from cartridge_distill.util.processes import say  # noqa: E402
 
 
 def kinds(model: nn.Module) -> list[nn.Linear]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cartridge_distill.errors import ConfigError
-from training.supervise import say
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.processes import say
 
 TOLERANCE = 1e-4
 _GIB = 1024**3

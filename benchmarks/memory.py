@@ -11,9 +11,9 @@ in a process of its own, a warm-up step first (a GPU compiles), and both must gi
 
 Peaks: on a CPU the largest resident memory of the process during the step (Linux), on a GPU the
 largest sum of torch's allocations; the weights are in both. Beside it stands what
-``cartridge_distill.memory_plan`` predicts. On a CPU the measured one is larger by what glibc keeps
-of freed memory; ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment makes it keep nothing. Tokens
-are random: which one stands where matters neither to time nor to memory.
+``cartridge_distill.distill.memory_plan`` predicts. On a CPU the measured one is larger by what
+glibc keeps of freed memory; ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment makes it keep
+nothing. Tokens are random: which one stands where matters neither to time nor to memory.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from benchmarks.bases import (  # noqa: E402
     vocabulary_of,
 )
 from benchmarks.measure import PeakMemory, synchronize  # noqa: E402
-from cartridge_distill.attention import resolve_backend  # noqa: E402
-from cartridge_distill.cartridge import TrainableCache  # noqa: E402
-from cartridge_distill.document_store import DocumentStore  # noqa: E402
-from cartridge_distill.errors import CartridgeDistillError, ConfigError  # noqa: E402
-from cartridge_distill.forward import packed_forward, recomputing_layers  # noqa: E402
-from cartridge_distill.loss import get_loss  # noqa: E402
-from cartridge_distill.memory_plan import predict_step  # noqa: E402
-from cartridge_distill.model_shape import ModelShape  # noqa: E402
-from cartridge_distill.packing import pack  # noqa: E402
-from cartridge_distill.step_shape import StepShape  # noqa: E402
-from cartridge_distill.teacher import Teacher  # noqa: E402
-from training.supervise import say  # noqa: E402
+from cartridge_distill.cartridge.trainable import TrainableCache  # noqa: E402
+from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
+from cartridge_distill.distill.loss import get_loss  # noqa: E402
+from cartridge_distill.distill.memory_plan import predict_step  # noqa: E402
+from cartridge_distill.distill.step_shape import StepShape  # noqa: E402
+from cartridge_distill.distill.teacher import Teacher  # noqa: E402
+from cartridge_distill.model.attention import resolve_backend  # noqa: E402
+from cartridge_distill.model.forward import packed_forward, recomputing_layers  # noqa: E402
+from cartridge_distill.model.packing import pack  # noqa: E402
+from cartridge_distill.model.shape import ModelShape  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError  # noqa: E402
+from cartridge_distill.util.processes import say  # noqa: E402
 
 TOPK, TEMPERATURE, LEARNING_RATE = 20, 1.0, 0.02
 STAGES = ("student_forward", "document", "teacher_forward", "loss", "backward", "optimizer")
@@ -73,8 +73,8 @@ class Step:
     Attributes:
         weights_gib: of the base model or models.
         held_gib, peak_gib: before the step and at most during it; None where not measurable.
-        predicted_gib: the peak that ``cartridge_distill.memory_plan`` says; what the process holds
-            besides (libraries, the second base) is taken as measured.
+        predicted_gib: the peak that ``cartridge_distill.distill.memory_plan`` says; what the
+            process holds besides (libraries, the second base) is taken as measured.
         seconds: by :data:`STAGES`.
     """
 

@@ -35,15 +35,15 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.serving_requests import request_table, start_ray  # noqa: E402
 from benchmarks.serving_uploads import upload_table  # noqa: E402
-from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
-from training.gateway_rig import (  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
+from cartridge_distill.util.processes import ChildFailed, Supervisor, say  # noqa: E402
+from tests.faults.gateway_rig import (  # noqa: E402
     RunningGateway,
     Shape,
     machine,
     make_model,
     save_model,
 )
-from training.supervise import ChildFailed, Supervisor, say  # noqa: E402
 
 
 def run_requests(options: argparse.Namespace, scratch: Path, supervisor: Supervisor) -> None:

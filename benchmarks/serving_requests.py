@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.measure import verdict
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.http_sync import HttpPublisher
-from cartridge_distill.versions import new_run_id, version_id
-from cartridge_distill.wire import CartridgeRef
-from training.gateway_rig import (
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.versions import new_run_id, version_id
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.processes import say
+from tests.faults.gateway_rig import (
     BASE_MODEL,
     RunningGateway,
     Shape,
     child_environment,
     random_version,
 )
-from training.supervise import say
 
 _AIM_ADDED_MS = 2.0
 _PROMPT_TOKENS = 64

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import verdict
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.http_sync import HttpPublisher
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.transfer import Upload, encode
-from cartridge_distill.versions import new_run_id, version_id
-from cartridge_distill.wire import CartridgeRef
-from training.gateway_rig import (
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.upload import Upload, encode
+from cartridge_distill.sync.versions import new_run_id, version_id
+from cartridge_distill.util.processes import Supervisor, say
+from tests.faults.gateway_rig import (
     BASE_MODEL,
     RunningGateway,
     Shape,
@@ -30,7 +31,6 @@ from training.gateway_rig import (
     random_cartridge,
     save_model,
 )
-from training.supervise import Supervisor, say
 
 _AIM_RATIO, _AIM_BLOCKED_S = 3.0, 0.5
 STAGES = ("received", "placed", "activated")  # of an upload, as the gateway's metrics name them

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.processes import say
 from training.get_demo_model import cache_dir
-from training.supervise import say
 
 # What the CUDA builds of torch on the package index require.
 _TRITON_OF_TORCH = {

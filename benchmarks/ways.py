@@ -17,16 +17,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from cartridge_distill.attention import ATTENTION_NAME
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.formats.peft import prompt_embeddings
-from cartridge_distill.forward import packed_forward
-from cartridge_distill.frozen_linear import onednn_is_faster, use_frozen_linear, use_torch_linear
-from cartridge_distill.logprobs import chosen_logprobs
-from cartridge_distill.packing import pack
-from cartridge_distill.prefix import Prefix
-from cartridge_distill.snapshot import Snapshot
-from training.supervise import say
+from cartridge_distill.cartridge.formats.peft import prompt_embeddings
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model.attention import ATTENTION_NAME
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.frozen_linear import (
+    onednn_is_faster,
+    use_frozen_linear,
+    use_torch_linear,
+)
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import pack
+from cartridge_distill.util.processes import say
 
 _MOST_WEIGHTS = 1_000_000_000  # attention weights of all layers, kept for the backward
 

@@ -30,9 +30,9 @@ from pydantic import (
     model_validator,
 )
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.gateway.settings import GatewaySettings
-from cartridge_distill.wire import PAGE_TOKENS
+from cartridge_distill.util.errors import ConfigError
 
 NOTHING = "none"
 """What a variable holds to leave an optional setting empty."""

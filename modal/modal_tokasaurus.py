@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 IN_IMAGE = "/opt/cartridge-distill"  # this project's code, beside the interpreter's own packages
 CARTRIDGES = Path("/cartridges")  # the Volume
-CHECK_REPAIRS = "python -m cartridge_distill.tokasaurus --check"
+CHECK_REPAIRS = "python -m cartridge_distill.engines.tokasaurus --check"
 BESIDE_THIS_FILE = "/root"  # where Modal puts and imports this file in every container
 PORT_OF_WARM_UP = 10210
 # Requests beside completions and uploads that must get through when both are at their limits:

@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

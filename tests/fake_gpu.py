@@ -323,7 +323,8 @@ def dense_of_a_block_mask(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """In the place of ``cartridge_distill.flex.compile_and_call``: what it computes, all scores."""
+    """In the place of ``cartridge_distill.model.flex.compile_and_call``: what it computes, all
+    scores."""
     gpu = torch.utils._python_dispatch._get_current_dispatch_mode()
     assert isinstance(gpu, FakeGpu)
     with gpu.quiet():  # what the mask costs here is none of FlexAttention's

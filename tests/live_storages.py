@@ -149,7 +149,7 @@ class _FlexMemory(torch.autograd.Function):
 
 
 def flex_memory(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, *_: Any) -> Tensor:
-    """In the place of ``cartridge_distill.flex.compile_and_call``: its memory, no result."""
+    """In the place of ``cartridge_distill.model.flex.compile_and_call``: its memory, no result."""
     mask = [part for part in vars(block_mask).values() if isinstance(part, Tensor)]
     out: Tensor = _FlexMemory.apply(query, key, value, mask)
     return out

@@ -109,3 +109,54 @@ def test_modal_folder_does_not_shadow_the_package() -> None:
     assert not (PROJECT / "modal" / "__init__.py").exists(), (
         "modal/__init__.py would hide the package `modal` from everything run in this folder"
     )
+
+
+# The rooms of the core, lowest first: each imports only itself and what stands before it.
+ROOMS = (
+    "util",
+    "cartridge",
+    "rollout",
+    "sync",
+    "engines",
+    "model",
+    "data",
+    "distill",
+    "server",
+    "gateway",
+    "evaluation",
+    "report",
+    "cli",
+)
+
+
+def _rooms_imported_by(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "cartridge_distill" and rest and rest[0] in ROOMS:
+                found.add(rest[0])
+    return found
+
+
+def test_every_module_of_the_core_lies_in_a_room() -> None:
+    core = PROJECT / "cartridge_distill"
+    folders = {path.parent.name for path in core.glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+    assert [path.name for path in core.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_below_it(room: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room)], room}
+    wrong = {
+        path.relative_to(PROJECT).as_posix(): sorted(above)
+        for path in sorted((PROJECT / "cartridge_distill" / room).rglob("*.py"))
+        if (above := _rooms_imported_by(path) - allowed)
+    }
+    assert not wrong, f"{room} imports rooms above it: {wrong}"

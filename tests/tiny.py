@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import write_tokasaurus
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.checkpoint import write_tokasaurus
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.cartridge.trainable import TrainableCache
 
 VOCAB = 259
 ARCHITECTURES = [

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from cartridge_distill.errors import CartridgeDistillError, ReportError
 from cartridge_distill.evaluation.names import FULL_DOCUMENT, TRAINED, UNTRAINED
 from cartridge_distill.report.groups import Group, group_runs
 from cartridge_distill.report.reading import Run, read_run
+from cartridge_distill.util.errors import CartridgeDistillError, ReportError
 
 _SCORES = (
     ("kl", "KL to full document"),

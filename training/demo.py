@@ -27,11 +27,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from cartridge_distill.node import missing_settings  # noqa: E402
-from cartridge_distill.openmp import spinning  # noqa: E402
 from cartridge_distill.report.page import write_report  # noqa: E402
 from cartridge_distill.report.recipe import write_recipe  # noqa: E402
-from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
+from cartridge_distill.util.node import missing_settings  # noqa: E402
+from cartridge_distill.util.openmp import spinning  # noqa: E402
+from cartridge_distill.util.processes import (  # noqa: E402
+    ChildFailed,
+    Supervisor,
+    follow,
+    tail,
+    wait_for,
+)
 
 # A bfloat16 server and trainer round differently, and platform=cuda has the bound for that. In
 # float32 they differ by the order of their sums, on a GPU more than on a CPU: by 1e-3 at most.
@@ -137,7 +143,8 @@ def run(options: argparse.Namespace, out: Path, supervisor: Supervisor) -> None:
     cartridge = out / "cartridge"
     print(f"\ncartridge: {cartridge}")
     print(
-        f"chat:      {python()} -m cartridge_distill.chat --model {model} --cartridge {cartridge}"
+        f"chat:      {python()} -m cartridge_distill.cli.chat "
+        f"--model {model} --cartridge {cartridge}"
     )
     print(f"logs:      {out}/*.log, metrics: {out}/metrics.jsonl")
     print(f"report:    {report}")

@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cartridge_distill.errors import CartridgeDistillError  # noqa: E402
+from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
 
 DEFAULT_DATA = Path(__file__).parent / "data" / "demo.json"
 EXAMPLES = """\
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # "waiting for the server ..."
     try:
-        from training.preparing import run
+        from cartridge_distill.data.prepare import run
 
         run(options)
     except CartridgeDistillError as error:

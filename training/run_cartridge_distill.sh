@@ -79,9 +79,9 @@ else
 fi
 "$PYTHON" - "$TOKASAURUS_URL" "${WAIT:-60}" "$MODEL" "${sync[0]##*=}" <<'EOT' || refuse "no server to write the rollouts, see above." "$get_a_server"
 import asyncio, logging, sys
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.errors import RolloutError
-from cartridge_distill.retrying import ClientSettings
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.util.errors import RolloutError
+from cartridge_distill.rollout.http import ClientSettings
 
 async def look(url: str, wait: float, model: str, transport: str) -> None:
     async with TokasaurusClient(url, ClientSettings(startup_timeout_s=wait)) as client:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 ENGINE_MODEL_TYPE = "cartridge_language_model"
 TRAINER_MODE = "cartridge"

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.util.errors import CartridgeDistillError
 
 VERL_VERSION = "0.9.1"
 PATCH_DIR = Path(__file__).resolve().parent

@@ -5,4 +5,4 @@ the trainer, the rollout and the agent loop are imported by the patched registri
 are asked for, so ``import verl`` stays as quick as it was.
 """
 
-import verl_patches.platform_cpu  # noqa: F401  (registers itself)
+import verl_patches.platform.cpu  # noqa: F401  (registers itself)

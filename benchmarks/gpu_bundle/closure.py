@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.gpu_bundle.__main__ import LOCK
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 Versions = Mapping[str, str | None]
 

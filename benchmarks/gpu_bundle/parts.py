@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 MIB = 2**20
 GROUP = 24 * MIB  # uncompressed bytes that one archive holds, about

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 # What no training run reads: Java, RLlib, the dashboard's web page, headers, test packages. veRL's
 # wheel has a top-level package called tests, which would hide the project's own.

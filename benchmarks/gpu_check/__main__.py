@@ -30,8 +30,8 @@ import torch
 from benchmarks.bases import ROOT, demo_model, machine
 from benchmarks.gpu_check.stages import Figures, Setup, Stage, read_figures, stages
 from benchmarks.gpu_check.table import ROWS, Outcome, markdown
-from cartridge_distill.errors import ConfigError
-from training.supervise import Supervisor, say, tail
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.processes import Supervisor, say, tail
 
 _LEAST_SECONDS = 10.0  # with less left, a stage is not begun
 

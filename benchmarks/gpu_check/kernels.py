@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cartridge_distill import flex
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.forward import packed_forward
-from cartridge_distill.models import prepare_model
-from cartridge_distill.packing import PackedBatch, pack
-from cartridge_distill.prefix import prefix_from_tokens
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model import flex
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.loading import prepare_model
+from cartridge_distill.model.packing import PackedBatch, pack
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.util.processes import say
 from tests.tiny import ARCHITECTURES, random_cartridge, tiny_model
-from training.supervise import say
 
 # Lengths of the sequences in a batch: ragged, the demo's, longer than a block, many, one alone.
 BATCHES = [[1, 17, 5, 16, 1, 30], [60] * 5, [200, 17, 300, 90], [66] * 40, [10]]

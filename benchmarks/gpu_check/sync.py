@@ -24,16 +24,16 @@ import torch
 
 from benchmarks.bases import add_base_options, check_base_options, make_base
 from benchmarks.measure import synchronize
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.client import TokasaurusClient
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.sync import SharedDirectoryPublisher
-from cartridge_distill.versions import new_run_id, version_id
-from cartridge_distill.wire import CartridgeRef
-from training.gateway_rig import byte_tokenizer
-from training.supervise import say
+from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
+from cartridge_distill.sync.versions import new_run_id, version_id
+from cartridge_distill.util.processes import say
+from tests.faults.gateway_rig import byte_tokenizer
 
 PARTS = ("optimizer", "copy", "write", "load and a token")
 

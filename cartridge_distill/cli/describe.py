@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from cartridge_distill.formats.stored import StoredCartridge
-from cartridge_distill.model_card import curve_in_a_line
+from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.model_card import curve_in_a_line
 
 
 def described(stored: StoredCartridge) -> list[Table]:

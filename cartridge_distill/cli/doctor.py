@@ -21,8 +21,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from cartridge_distill.errors import CartridgeDistillError, RolloutError, ServerRefused
-from cartridge_distill.node import missing_settings
+from cartridge_distill.util.errors import CartridgeDistillError, RolloutError, ServerRefused
+from cartridge_distill.util.node import missing_settings
 
 PROJECT = Path(__file__).resolve().parents[2]
 _NAME = "cartridge-distill"
@@ -163,9 +163,9 @@ def _memory(subject: Subject) -> Finding:
     import torch
     from transformers import AutoConfig
 
-    from cartridge_distill.memory_plan import predict_step
-    from cartridge_distill.model_shape import ModelShape
-    from cartridge_distill.step_shape import StepShape
+    from cartridge_distill.distill.memory_plan import predict_step
+    from cartridge_distill.distill.step_shape import StepShape
+    from cartridge_distill.model.shape import ModelShape
 
     try:
         step = StepShape(
@@ -188,8 +188,8 @@ def _memory(subject: Subject) -> Finding:
 def _server(url: str | None) -> Finding:
     if url is None:
         return Finding("server", None, "not looked at: name it with --url")
-    from cartridge_distill.client import TokasaurusClient
-    from cartridge_distill.retrying import ClientSettings
+    from cartridge_distill.rollout.client import TokasaurusClient
+    from cartridge_distill.rollout.http import ClientSettings
 
     settings = ClientSettings(max_attempts=1, startup_timeout_s=5.0, connect_timeout_s=3.0)
 
@@ -242,8 +242,8 @@ def _describe_model(model: str) -> str:
 def _describe_cartridge(source: str, model: str | None) -> str:
     from transformers import AutoConfig
 
-    from cartridge_distill.checkpoint import read_cartridge
-    from cartridge_distill.wire import PAGE_TOKENS
+    from cartridge_distill.cartridge.checkpoint import read_cartridge
+    from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 
     config = None if model is None else AutoConfig.from_pretrained(model)
     cartridge = read_cartridge(source, config).snapshot
@@ -267,7 +267,7 @@ def _data(data: Path | None) -> Iterator[Finding]:
 
 
 def _describe_documents(path: Path) -> str:
-    from cartridge_distill.document_store import DocumentStore
+    from cartridge_distill.data.document_store import DocumentStore
 
     ids = DocumentStore.from_file(path).ids
     return f"{path}: {len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
@@ -276,8 +276,8 @@ def _describe_documents(path: Path) -> str:
 def _describe_rows(path: Path, documents: Path) -> str:
     import pandas as pd
 
-    from cartridge_distill.document_store import DocumentStore
-    from cartridge_distill.errors import ConfigError
+    from cartridge_distill.data.document_store import DocumentStore
+    from cartridge_distill.util.errors import ConfigError
 
     rows = pd.read_parquet(path)
     missing = [name for name in ("prompt", "data_source", "extra_info") if name not in rows]

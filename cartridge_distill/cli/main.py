@@ -18,7 +18,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from cartridge_distill.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,11 +153,12 @@ def init(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from cartridge_distill.cartridge import TrainableCache
-    from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
-    from cartridge_distill.models import load_model
-    from cartridge_distill.prompts import render_document
-    from cartridge_distill.records import Document
+    from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
+    from cartridge_distill.cartridge.trainable import TrainableCache
+    from cartridge_distill.data.records import Document
+    from cartridge_distill.model.loading import load_model
+    from cartridge_distill.model.prefill import cartridge_from_text
+    from cartridge_distill.model.prompts import render_document
 
     meta = CartridgeMeta(base_model=model)
     if document is None:
@@ -168,7 +169,7 @@ def init(
         text = document.read_text(encoding="utf-8")
         ids = render_document(AutoTokenizer.from_pretrained(model), text)
         loaded: Any = load_model(model, torch.float32, "cpu")
-        cartridge = TrainableCache.from_text(loaded, torch.tensor(ids), tokens, frozen)
+        cartridge = cartridge_from_text(loaded, torch.tensor(ids), tokens, frozen)
         meta.document_sha256 = Document.of(document.stem, text).sha256
         meta.document_title = document.stem
         meta.recipe["init"] = {"from": "text"}
@@ -186,7 +187,7 @@ def info(
     model: Annotated[str | None, typer.Option(help="Does it fit this model?")] = None,
 ) -> None:
     """Show what a cartridge is: shape, model, document; recipe, curve and figures it has."""
-    from cartridge_distill.checkpoint import read_cartridge
+    from cartridge_distill.cartridge.checkpoint import read_cartridge
     from cartridge_distill.cli.describe import described
 
     config = None
@@ -212,7 +213,7 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def chat(context: typer.Context) -> None:
     """Talk to a cartridge in the terminal: `chat --help` has the options."""
-    from cartridge_distill.chat import main
+    from cartridge_distill.cli.chat import main
 
     raise typer.Exit(main(context.args))
 
@@ -259,7 +260,7 @@ def convert(
     """
     import torch
 
-    from cartridge_distill import checkpoint
+    from cartridge_distill.cartridge import checkpoint
 
     written = checkpoint.convert(
         source,
@@ -281,8 +282,8 @@ def compose(
     overwrite: Overwrite = False,
 ) -> None:
     """Join cartridges into one, as Tokasaurus joins a list of ids."""
-    from cartridge_distill.checkpoint import read_cartridge, write_cartridge
-    from cartridge_distill.composition import compose as join
+    from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
+    from cartridge_distill.cartridge.compose import compose as join
 
     joined = join([read_cartridge(part) for part in parts], base_model)
     write_cartridge(joined, out, "own", overwrite)
@@ -303,7 +304,7 @@ def push(
 
     The token is the Hub's own (`hf auth login`, or HF_TOKEN).
     """
-    from cartridge_distill.hub import push as send
+    from cartridge_distill.cartridge.hub import push as send
 
     where = send(
         source,
@@ -324,7 +325,7 @@ def pull(
     overwrite: Overwrite = False,
 ) -> None:
     """Get a cartridge from the Hub, and make sure that it can be read safely."""
-    from cartridge_distill.hub import pull as get
+    from cartridge_distill.cartridge.hub import pull as get
 
     typer.echo(str(get(source, target, overwrite=overwrite)))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import typer
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.openmp import spinning
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -69,8 +69,8 @@ def run(options: ServeOptions) -> None:
     import uvicorn
     from transformers import AutoConfig, AutoTokenizer
 
-    from cartridge_distill.checkpoint import read_cartridge, write_cartridge
-    from cartridge_distill.models import load_model
+    from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
+    from cartridge_distill.model.loading import load_model
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.openai import create_openai_app
     from cartridge_distill.server.settings import ServerSettings

@@ -29,16 +29,16 @@ from difflib import SequenceMatcher
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Protocol
 
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.conditions import View
 from cartridge_distill.evaluation.names import MAX_NEW_TOKENS, TEMPERATURE
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.scoring import sampled_answers
-from cartridge_distill.forward import decoder_config
-from cartridge_distill.prefix import Prefix
-from cartridge_distill.records import Question
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.model.forward import decoder_config
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.util.errors import ConfigError
 
 _ASKED = """{question}
 

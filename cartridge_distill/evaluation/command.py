@@ -19,13 +19,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from cartridge_distill.errors import CartridgeDistillError
 from cartridge_distill.evaluation.names import (
     ANSWER_TOKENS,
     CONDITIONS,
     MAX_NEW_TOKENS,
     TEMPERATURE,
 )
+from cartridge_distill.util.errors import CartridgeDistillError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 import torch
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, NO_DOCUMENT, UNTRAINED
 from cartridge_distill.evaluation.retrieval import ChunkIndex
 from cartridge_distill.evaluation.scoring import device_of
-from cartridge_distill.prefix import Prefix, prefix_from_tokens
-from cartridge_distill.teacher import Teacher
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.util.errors import ConfigError
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
-from cartridge_distill.document_store import DocumentStore
-from cartridge_distill.errors import ConfigError, DocumentError
-from cartridge_distill.prompts import Message, render_prompt
-from cartridge_distill.records import Question, load_questions
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.records import Question, load_questions
+from cartridge_distill.model.prompts import Message, render_prompt
+from cartridge_distill.util.errors import ConfigError, DocumentError
 
 QUESTIONS = "eval.json"
 PROMPTS = "val.parquet"

@@ -16,9 +16,11 @@ import transformers
 from transformers import AutoTokenizer
 
 import cartridge_distill
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import read_cartridge, record
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.cartridge.checkpoint import read_cartridge, record
+from cartridge_distill.cartridge.formats.stored import CartridgeMeta
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.distill.integrity import weights_checksum
+from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation import answers
 from cartridge_distill.evaluation.conditions import (
     BestChunk,
@@ -42,12 +44,10 @@ from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.results import summarise, write_summary
 from cartridge_distill.evaluation.scoring import greedy_answers
 from cartridge_distill.evaluation.table import format_table
-from cartridge_distill.formats.stored import CartridgeMeta
-from cartridge_distill.integrity import weights_checksum
-from cartridge_distill.models import load_model
-from cartridge_distill.prompts import render_document
-from cartridge_distill.teacher import Teacher
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.model.loading import load_model
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.util.errors import ConfigError
 
 SAMPLE_TOKENS = 40
 SAMPLED = (NO_DOCUMENT, TRAINED, FULL_DOCUMENT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.answers import Answerer, chosen_option, lettered_prompt
 from cartridge_distill.evaluation.conditions import Condition, FullDocument, View
 from cartridge_distill.evaluation.data import HeldOutPrompt, Numbered, in_chunks
@@ -24,7 +24,7 @@ from cartridge_distill.evaluation.scoring import (
     kl_sums,
     option_scores,
 )
-from cartridge_distill.records import Question
+from cartridge_distill.util.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 

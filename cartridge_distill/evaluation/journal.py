@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill import journal
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult, Results
+from cartridge_distill.util import journal
+from cartridge_distill.util.errors import ConfigError
 
 JOURNAL_FILE = "evaluation.journal.jsonl"
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.prompts import render_prompt
-from cartridge_distill.records import Question
+from cartridge_distill.data.records import Question
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.util.errors import ConfigError
 
 
 @dataclass(frozen=True)

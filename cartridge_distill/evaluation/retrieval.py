@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import bm25s
 import numpy as np
 
-from cartridge_distill.documents.structure import line_sentences
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.data.documents.structure import line_sentences
+from cartridge_distill.util.errors import ConfigError
 
 # It reports every token it indexes, at DEBUG.
 logging.getLogger("bm25s").setLevel(logging.WARNING)

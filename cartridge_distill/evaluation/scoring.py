@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cartridge_distill.attention import ATTENTION_NAME
-from cartridge_distill.errors import CartridgeDistillError
+from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.evaluation.prompts import AskedQuestion
-from cartridge_distill.forward import packed_forward
-from cartridge_distill.logprobs import chosen_logprobs
-from cartridge_distill.packing import PackedBatch, pack
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.model.attention import ATTENTION_NAME
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import PackedBatch, pack
+from cartridge_distill.util.errors import CartridgeDistillError
 
 
 def device_of(model: Any) -> torch.device:

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.data.records import Question
+from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.data import check_documents, in_chunks
 from cartridge_distill.evaluation.names import ANSWER_TOKENS
 from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
@@ -28,9 +30,8 @@ from cartridge_distill.evaluation.scoring import (
     kl_sums,
     option_scores,
 )
-from cartridge_distill.prefix import Prefix, prefix_from_tokens
-from cartridge_distill.records import Question
-from cartridge_distill.teacher import Teacher
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.util.errors import ConfigError
 
 
 class Validation:

@@ -13,12 +13,12 @@ from typing import Any, get_args
 import uvicorn
 from pydantic import ValidationError
 
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.gateway.settings import (
     TOKEN_VARIABLE,
     GatewaySettings,
     token_from_environment,
 )
+from cartridge_distill.util.errors import ConfigError
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,

@@ -31,7 +31,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
-from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
 from cartridge_distill.gateway.guard import Guard
@@ -42,12 +41,13 @@ from cartridge_distill.gateway.process import ServerDown, ServerProcess
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import Conflict, NoRoom, Unknown, VersionInfo, VersionStore
 from cartridge_distill.gateway.uploads import Busy, Uploads
-from cartridge_distill.wire import (
+from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
     ChatCompletionRequest,
     CompletionRequest,
 )
+from cartridge_distill.util.errors import CartridgeFormatError
 
 logger = logging.getLogger(__name__)
 

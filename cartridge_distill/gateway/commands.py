@@ -22,7 +22,7 @@ def server_command(settings: GatewaySettings, port: int) -> list[str]:
             *settings.server_args,
         ]
     return [
-        *(sys.executable, "-m", "cartridge_distill.tokasaurus"),
+        *(sys.executable, "-m", "cartridge_distill.engines.tokasaurus"),
         *(() if settings.defence == "repair" else ("--unrepaired",)),
         f"model={settings.model}",
         f"port={port}",

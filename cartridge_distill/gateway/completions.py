@@ -17,18 +17,18 @@ from fastapi import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from cartridge_distill.disconnect import unless_disconnected
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.pages import PageBudget
 from cartridge_distill.gateway.process import ServerDown, ServerProcess
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.gateway.uploads import Busy
-from cartridge_distill.wire import (
+from cartridge_distill.rollout.protocol import (
     CartridgeRef,
     ChatCompletionRequest,
     CompletionRequest,
 )
+from cartridge_distill.util.disconnect import unless_disconnected
 
 _STREAM_BYTES = 2**16
 _CLIENT_WENT_AWAY = 499

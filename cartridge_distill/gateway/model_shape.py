@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
-from cartridge_distill.errors import CartridgeFormatError, ConfigError
-from cartridge_distill.kv_shape import KvShape
-from cartridge_distill.transfer import UploadHeader
-from cartridge_distill.wire import PAGE_TOKENS
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS, KvShape
+from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 
 
 @dataclass(frozen=True)

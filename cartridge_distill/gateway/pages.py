@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.gateway.process import ServerProcess
-from cartridge_distill.wire import PAGE_TOKENS
 
 
 class PageBudget:

@@ -18,10 +18,10 @@ from typing import IO
 
 import torch
 
-from cartridge_distill.errors import CartridgeFormatError
-from cartridge_distill.formats.tokasaurus import TOKASAURUS_WEIGHTS, lay_out
-from cartridge_distill.snapshot import all_finite
-from cartridge_distill.transfer import MAX_HEADER_BYTES, Head, UploadHeader, read_head
+from cartridge_distill.cartridge.formats.tokasaurus import TOKASAURUS_WEIGHTS, lay_out
+from cartridge_distill.cartridge.snapshot import all_finite
+from cartridge_distill.sync.upload import MAX_HEADER_BYTES, Head, UploadHeader, read_head
+from cartridge_distill.util.errors import CartridgeFormatError
 
 PIECE_BYTES = 4 * 2**20
 """Large enough that handing it to a thread costs nothing; a whole number of any dtype's values."""

@@ -13,8 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.wire import PAGE_TOKENS
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.util.errors import ConfigError
 
 TOKEN_VARIABLE = "TOKASAURUS_API_KEY"
 """The same variable on both ends: the gateway asks for it, the client sends it."""

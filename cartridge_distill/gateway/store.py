@@ -23,13 +23,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cartridge_distill.errors import CartridgeDistillError
-from cartridge_distill.formats.files import move_into_place
-from cartridge_distill.formats.tokasaurus import write_config
+from cartridge_distill.cartridge.formats.tokasaurus import write_config
 from cartridge_distill.gateway.metrics import Metrics
-from cartridge_distill.transfer import UploadHeader
-from cartridge_distill.versions import run_of
-from cartridge_distill.wire import sanitise_cartridge_id
+from cartridge_distill.rollout.protocol import sanitise_cartridge_id
+from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.sync.versions import run_of
+from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.files import move_into_place
 
 logger = logging.getLogger(__name__)
 

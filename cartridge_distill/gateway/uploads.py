@@ -17,7 +17,6 @@ from pathlib import Path
 import aiohttp
 from starlette.requests import ClientDisconnect
 
-from cartridge_distill.errors import CartridgeFormatError
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
@@ -25,8 +24,9 @@ from cartridge_distill.gateway.process import ServerDown, ServerProcess
 from cartridge_distill.gateway.receiving import receive
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import VersionInfo, VersionStore
-from cartridge_distill.transfer import UploadHeader
-from cartridge_distill.wire import CartridgeCompletionRequest, CartridgeRef
+from cartridge_distill.rollout.protocol import CartridgeCompletionRequest, CartridgeRef
+from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.util.errors import CartridgeFormatError
 
 logger = logging.getLogger(__name__)
 

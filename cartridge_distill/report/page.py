@@ -23,12 +23,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from cartridge_distill.errors import ReportError
 from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
 from cartridge_distill.report import colours, figures, verdict
 from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
 from cartridge_distill.report.reading import Condition, Interval, Run, condition_order, read_run
+from cartridge_distill.util.errors import ReportError
 
 # Columns of the table: metric, heading, unit or remark.
 _METRICS = (

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cartridge_distill.errors import ReportError
+from cartridge_distill.util.errors import ReportError
 
 QUESTIONS_FILE = "evaluation.parquet"
 _KEYS = ["document_id", "question_index"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from cartridge_distill.openmp import spinning
+from cartridge_distill.util.openmp import spinning
 
 EXAMPLES = """\
 examples:
@@ -136,11 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from cartridge_distill.errors import ConfigError
-    from cartridge_distill.models import load_model
+    from cartridge_distill.model.loading import load_model
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.running import uvicorn_server
     from cartridge_distill.server.settings import ServerSettings
+    from cartridge_distill.util.errors import ConfigError
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

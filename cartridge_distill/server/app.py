@@ -27,7 +27,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cartridge_distill.disconnect import unless_disconnected
+from cartridge_distill.rollout.protocol import (
+    CartridgeChatCompletionRequest,
+    CartridgeCompletionRequest,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+)
 from cartridge_distill.server.cartridges import CartridgeRefused, CartridgeStore
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.protocol import (
@@ -43,13 +49,7 @@ from cartridge_distill.server.protocol import (
 from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
-from cartridge_distill.wire import (
-    CartridgeChatCompletionRequest,
-    CartridgeCompletionRequest,
-    ChatCompletionRequest,
-    ChatCompletionResponse,
-    CompletionRequest,
-)
+from cartridge_distill.util.disconnect import unless_disconnected
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Service:
     """Model, cartridges and engine behind the routes.
 
     Args:
-        model: from :func:`cartridge_distill.models.load_model`; its attention implementation is
-            taken over, so do not share it with a trainer.
+        model: from :func:`cartridge_distill.model.loading.load_model`; its attention implementation
+            is taken over, so do not share it with a trainer.
         tokenizer: the model's.
         settings: see :class:`ServerSettings`.
         threads: torch threads for the engine.

@@ -10,7 +10,8 @@ Attention has two parts, merged by their running maximum and sum:
 
 Grouped queries are folded into the query axis; keys and values are never repeated. The softmax runs
 in float32 whatever the model's dtype. Training has its own attention
-(``cartridge_distill.attention``): that one needs gradients and no buffers, this one the reverse.
+(``cartridge_distill.model.attention``): that one needs gradients and no buffers, this one the
+reverse.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.server.layout import SCORE_BUDGET, Group, ServingBatch
+from cartridge_distill.util.errors import ConfigError
 
 SERVING_ATTENTION = "cartridge_serving"
 

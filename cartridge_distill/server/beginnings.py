@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
 
 Ids = npt.NDArray[np.int64]
 

@@ -25,13 +25,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cartridge_distill.checkpoint import load_pt_prefix
-from cartridge_distill.composition import join_layers
-from cartridge_distill.errors import CartridgeDistillError, CartridgeFormatError
-from cartridge_distill.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
-from cartridge_distill.kv_shape import check_fits
-from cartridge_distill.prefix import Prefix
-from cartridge_distill.wire import PAGE_TOKENS, CartridgeRef, sanitise_cartridge_id
+from cartridge_distill.cartridge.checkpoint import load_pt_prefix
+from cartridge_distill.cartridge.compose import join_layers
+from cartridge_distill.cartridge.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS, check_fits
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.protocol import CartridgeRef, sanitise_cartridge_id
+from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
 logger = logging.getLogger(__name__)
 

@@ -28,15 +28,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.kv_shape import KvShape
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Generated, Row
 from cartridge_distill.server.sampling import choose
 from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.util.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Engine:
     """Serves rows with one model. The model's attention implementation is taken over.
 
     Args:
-        model: a frozen decoder from :func:`cartridge_distill.models.load_model`.
+        model: a frozen decoder from :func:`cartridge_distill.model.loading.load_model`.
         settings: ``max_batch``, ``max_kv_tokens``, ``prefill_tokens``, ``prefill_chunk``,
             ``prefix_cache_tokens``.
         threads: torch threads of the engine's thread; None leaves torch's default.

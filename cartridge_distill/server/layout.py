@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.util.errors import ConfigError
 
 # Scores held at once, in elements: 32 Mi floats are 128 MiB.
 SCORE_BUDGET = 32 * 1024 * 1024

@@ -23,15 +23,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from cartridge_distill.disconnect import unless_disconnected
-from cartridge_distill.server.app import Service
-from cartridge_distill.server.protocol import Job, answer_text, chat_response
-from cartridge_distill.server.rows import Generated
-from cartridge_distill.wire import (
+from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeRef,
     ChatCompletionRequest,
 )
+from cartridge_distill.server.app import Service
+from cartridge_distill.server.protocol import Job, answer_text, chat_response
+from cartridge_distill.server.rows import Generated
+from cartridge_distill.util.disconnect import unless_disconnected
 
 DEFAULT_MAX_TOKENS = 512
 

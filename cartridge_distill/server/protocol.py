@@ -25,11 +25,9 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.fingerprint import ChoiceTokens, encode_fingerprint
-from cartridge_distill.prompts import render_prompt
-from cartridge_distill.server.rows import Generated
-from cartridge_distill.wire import (
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.rollout.fingerprint import ChoiceTokens, encode_fingerprint
+from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
     CartridgeRef,
@@ -43,6 +41,8 @@ from cartridge_distill.wire import (
     PromptTokensDetails,
     Usage,
 )
+from cartridge_distill.server.rows import Generated
+from cartridge_distill.util.errors import ConfigError
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cartridge_distill.errors import CartridgeDistillError
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.util.errors import CartridgeDistillError
 
 
 class EngineError(CartridgeDistillError):

@@ -10,9 +10,9 @@ import uvicorn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cartridge_distill.errors import CartridgeDistillError
 from cartridge_distill.server.app import Service, create_app
 from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.util.errors import CartridgeDistillError
 
 # A client that holds a request open must not hold up the end of the server.
 _GRACE_SECONDS = 3

@@ -27,7 +27,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from cartridge_distill.versions import run_of, step_of
+from cartridge_distill.sync.versions import run_of, step_of
 
 _BLOCK = 256
 _REQUESTS_KEPT = 2**16  # about 20 MB; a step of a run sends some hundreds

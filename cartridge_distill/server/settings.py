@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 DEFAULT_PORT = 10210
 

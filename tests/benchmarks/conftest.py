@@ -1,3 +1,3 @@
 """Benchmarks are run as scripts are."""
 
-from tests.scripts.conftest import run_python  # noqa: F401  (a fixture)
+from tests.training.conftest import run_python  # noqa: F401  (a fixture)

@@ -17,9 +17,9 @@ from benchmarks import compile_for_gpu
 from benchmarks.gpu_cases import FAMILIES, Case, Outcome, problems_of
 from benchmarks.gpu_compiler import GPUS, Kernel, OfflineCompiler
 from benchmarks.triton_for_cpu import triton_folder
-from cartridge_distill.errors import ConfigError
-from tests.scripts.conftest import child_environment
+from cartridge_distill.util.errors import ConfigError
 from tests.tiny import ARCHITECTURES
+from tests.training.conftest import child_environment
 
 SCRIPT = Path(compile_for_gpu.__file__)
 H100 = GPUS["h100"]

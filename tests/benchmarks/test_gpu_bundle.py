@@ -24,7 +24,7 @@ from benchmarks.gpu_bundle.closure import gaps
 from benchmarks.gpu_bundle.decode_model import decode
 from benchmarks.gpu_bundle.parts import MIB, PIECE, Part, archives, lay, pieces
 from benchmarks.gpu_bundle.wheels import locked, unpack
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +126,7 @@ def test_what_is_carried_is_in_the_lock() -> None:
 def test_a_model_that_is_not_the_manifests_is_named(tmp_path: Path) -> None:
     import numpy as np
 
-    from tests.data.test_decode_gguf import write
+    from tests.training.test_decode_gguf import write
     from training.get_demo_model import CONVERSION, GGUF_SHA256, MANIFEST
 
     files = tmp_path / "files"

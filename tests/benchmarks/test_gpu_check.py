@@ -14,7 +14,7 @@ from benchmarks.gpu_check import __main__ as check
 from benchmarks.gpu_check.kernels import is_good
 from benchmarks.gpu_check.stages import Setup, Stage, demo_figures, read_figures, stages
 from benchmarks.gpu_check.table import ROWS, Outcome, markdown
-from tests.scripts.conftest import Run
+from tests.training.conftest import Run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import linear
-from cartridge_distill.frozen_linear import onednn_is_faster
+from cartridge_distill.model.frozen_linear import onednn_is_faster
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")

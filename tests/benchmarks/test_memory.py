@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import memory
-from tests.scripts.conftest import Run
+from tests.training.conftest import Run
 
 SCRIPT = Path(memory.__file__)
 SMALL = ("--tokens", 16, "--document", 40, "--samples", 2, "--prompt", 4, "--response", 3)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import bases, packing
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.frozen_linear import onednn_is_faster
+from cartridge_distill.model.frozen_linear import onednn_is_faster
+from cartridge_distill.util.errors import ConfigError
 from tests.tiny import tiny_model
 
 SMALL = ("--sequences", "3", "--length", "6", "--prefix", "16", "--document", "20")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scripts.conftest import Run
+from tests.training.conftest import Run
 
 
 @pytest.mark.long

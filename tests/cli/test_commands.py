@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cartridge_distill.checkpoint import (
+from cartridge_distill.cartridge.checkpoint import (
     CartridgeMeta,
     load_cartridge,
     read_meta,
@@ -18,8 +18,8 @@ from cartridge_distill.checkpoint import (
     save_cartridge,
 )
 from cartridge_distill.cli.main import app
-from tests.scripts.conftest import child_environment
 from tests.tiny import random_cartridge, tiny_model
+from tests.training.conftest import child_environment
 
 COMMANDS = "doctor train init info eval chat report convert compose push pull serve".split()
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.cli import doctor as doctor_module
 from cartridge_distill.cli.doctor import requirements
 from cartridge_distill.cli.main import app
-from cartridge_distill.prefix import Prefix
 from cartridge_distill.server.running import BackgroundServer
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
-from tests.scripts.conftest import child_environment
 from tests.tiny import random_cartridge, tiny_model
+from tests.training.conftest import child_environment
 
 pytestmark = pytest.mark.integration
 Doctor = Callable[..., subprocess.CompletedProcess[str]]
@@ -132,7 +132,7 @@ def test_a_gpu_node_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("cartridge_distill.node.has_network", lambda: False)
+    monkeypatch.setattr("cartridge_distill.util.node.has_network", lambda: False)
     status, said = ask()
     assert status == 1
     assert "BAD NCCL_SOCKET_IFNAME: not set" in said and "export NCCL_SOCKET_IFNAME=lo" in said

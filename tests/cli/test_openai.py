@@ -15,12 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.cli.main import app
-from cartridge_distill.prompts import render_prompt
+from cartridge_distill.model.prompts import render_prompt
 from tests.gateway.rig import until
-from tests.scripts.conftest import child_environment
 from tests.tiny import byte_tokenizer, plain_distributions, random_cartridge, tiny_model
+from tests.training.conftest import child_environment
 
 pytestmark = pytest.mark.integration
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -147,8 +147,8 @@ def test_sampled_answers_differ_and_can_be_several(client: openai.OpenAI) -> Non
 
 
 def test_a_cartridge_of_another_model_is_refused(model_folder: Path, tmp_path: Path) -> None:
-    from cartridge_distill.cartridge import TrainableCache
-    from cartridge_distill.prefix import Prefix
+    from cartridge_distill.cartridge.prefix import Prefix
+    from cartridge_distill.cartridge.trainable import TrainableCache
 
     three = [torch.zeros(1, 2, 16, 16)] * 3
     save_cartridge(TrainableCache(Prefix(three, three)), tmp_path / "c", CartridgeMeta("x"))

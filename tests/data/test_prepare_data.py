@@ -14,13 +14,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from cartridge_distill.dataset import SCHEMA
-from cartridge_distill.document_store import DocumentStore
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import load_questions
-from cartridge_distill.teacher import Teacher
+from cartridge_distill.data.dataset import SCHEMA
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.records import load_questions
+from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.model.prompts import render_document
+from tests.data.documents.made import prose, sentence, write_pdf
 from tests.data.writer import CONTEXT, writing_model
-from tests.documents.made import prose, sentence, write_pdf
 from tests.tiny import byte_tokenizer
 from training import prepare_data
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cartridge_distill.document_store import DocumentStore
-from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
-from cartridge_distill.records import (
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.records import (
     Document,
     load_questions,
     parse_records,
     save_documents,
     save_questions,
 )
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, DocumentError
 
 DATA = Path(__file__).parents[2] / "training" / "data"
 QUESTION = {

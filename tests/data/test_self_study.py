@@ -18,26 +18,26 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.documents.reading import ReadFile
-from cartridge_distill.documents.source import Source
-from cartridge_distill.errors import ConfigError, RolloutError
-from cartridge_distill.journal import Journal
-from cartridge_distill.kept_apart import Guard
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import Question
-from cartridge_distill.self_study.plan import KINDS, OPENINGS, SEED_PROMPTS, Plan
-from cartridge_distill.self_study.sifting import clean, sift
-from cartridge_distill.self_study.writing import (
+from cartridge_distill.data.decontamination import Guard
+from cartridge_distill.data.documents.reading import ReadFile
+from cartridge_distill.data.documents.source import Source
+from cartridge_distill.data.records import Question
+from cartridge_distill.data.self_study.plan import KINDS, OPENINGS, SEED_PROMPTS, Plan
+from cartridge_distill.data.self_study.sifting import clean, sift
+from cartridge_distill.data.self_study.writing import (
     StudySettings,
     made_with,
     study_rows,
     write_prompts,
 )
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.util.errors import ConfigError, RolloutError
+from cartridge_distill.util.journal import Journal
+from tests.data.documents.made import prose
 from tests.data.writer import writing_model
-from tests.documents.made import prose
 from tests.tiny import byte_tokenizer
 from training import prepare_data
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from deploy_settings import DeploySettings, ServerSettings, TrainSettings
 
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.gateway.settings import GatewaySettings
+from cartridge_distill.util.errors import ConfigError
 from tests.deploy.recording import FOLDER
 
 SETTINGS: list[type[DeploySettings]] = [ServerSettings, TrainSettings]

@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI, Response
 
 import cartridge_distill.gateway.app as gateway_app
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.gateway.settings import GatewaySettings
+from cartridge_distill.util.errors import ConfigError
 from tests.deploy.recording import load
 
 TOKEN = "a token that is long enough"

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import modal
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 from tests.deploy.recording import FOLDER, IMAGE_STEPS, IN_CONTAINER, PROJECT, Recorded, load
 
 TOKEN = "a token that is long enough"
@@ -115,7 +115,7 @@ def test_image_has_what_the_gateway_imports(module: ModuleType) -> None:
     distribution = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}
     distribution |= {"huggingface_hub": "huggingface-hub"}
     brought_along = {"starlette", "anyio"}  # by fastapi
-    needed = needed_by("cartridge_distill/gateway", "cartridge_distill/tokasaurus")
+    needed = needed_by("cartridge_distill/gateway", "cartridge_distill/engines/tokasaurus")
     assert {"fastapi", "torch", "transformers"} <= needed
     wanted = {distribution.get(name, name) for name in needed - brought_along}
     installed = {package.partition("==")[0] for package in module.PACKAGES}
@@ -174,7 +174,7 @@ def test_our_code_comes_last_and_is_found_by_every_process(
     assert module.IN_IMAGE in pth.args[0]
     assert package.args == (PROJECT / "cartridge_distill", f"{module.IN_IMAGE}/cartridge_distill")
     assert package.kwargs["copy"] is True
-    assert check.args == ("python -m cartridge_distill.tokasaurus --check",)
+    assert check.args == ("python -m cartridge_distill.engines.tokasaurus --check",)
     assert settings.args == (FOLDER / "deploy_settings.py", f"{IN_CONTAINER}/deploy_settings.py")
     for call in recorded.of("add_local_dir", "add_local_file"):
         assert Path(call.args[0]).exists(), call.args[0]

@@ -14,7 +14,7 @@ import pytest
 from train_plan import Interrupted
 
 import modal
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 from tests.deploy.recording import FOLDER, IN_CONTAINER, PROJECT, Recorded, load
 
 
@@ -120,7 +120,7 @@ def test_proxy_secret_can_be_left_out_and_wandb_added() -> None:
 
 
 def test_credentials_have_the_names_the_client_reads() -> None:
-    from cartridge_distill.retrying import auth_headers
+    from cartridge_distill.rollout.http import auth_headers
 
     headers = auth_headers(
         {"TOKASAURUS_API_KEY": "a", "MODAL_PROXY_KEY": "b", "MODAL_PROXY_SECRET": "c"}

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from train_plan import Interrupted, command, run_attempt, saved_step, script_environment
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 from tests.deploy.recording import PROJECT
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
-from verl_patches.run_folder import TRACKER
+from verl_patches.trainer.run_folder import TRACKER
 
 SCRIPT = PROJECT / "training" / "run_cartridge_distill.sh"
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 from transformers import PreTrainedModel
 
-from cartridge_distill.models import prepare_model
+from cartridge_distill.model.loading import prepare_model
 
 
 @pytest.fixture

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import CartridgeMeta, save_cartridge
-from cartridge_distill.document_store import DocumentStore
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.records import Document, Question, save_documents, save_questions
+from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.conditions import Condition, FullDocument, no_document
 from cartridge_distill.evaluation.harness import Evaluation
 from cartridge_distill.evaluation.journal import Journal
 from cartridge_distill.evaluation.results import Results
-from cartridge_distill.prefix import Prefix, prefix_from_tokens
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import Document, Question, save_documents, save_questions
-from cartridge_distill.teacher import Teacher
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.model.prompts import render_document
 
 TEXTS = {
     "one": "Ann has a red hat. She lives by the sea with her dog.",

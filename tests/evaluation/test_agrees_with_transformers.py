@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.names import FULL_DOCUMENT, NO_DOCUMENT
-from cartridge_distill.models import load_model
-from cartridge_distill.records import Question
+from cartridge_distill.model.loading import load_model
 from tests.evaluation import made
 from tests.tiny import byte_tokenizer, tiny_model
 from training.get_demo_model import FOLDER, cache_dir

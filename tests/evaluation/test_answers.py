@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.errors import ConfigError
 from cartridge_distill.evaluation.answers import (
     LocalAnswerer,
     Sampling,
@@ -20,7 +19,8 @@ from cartridge_distill.evaluation.answers import (
 from cartridge_distill.evaluation.conditions import BestChunk, Fixed, View
 from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.evaluation.scoring import sampled_answers
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.util.errors import ConfigError
 from tests.conftest import StartServer
 from tests.evaluation.made import QUESTIONS, evaluate, teacher
 from tests.tiny import random_cartridge, write_cartridge

@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.checkpoint import convert, read_cartridge, read_meta
+from cartridge_distill.cartridge.checkpoint import convert, read_cartridge, read_meta
+from cartridge_distill.data.records import Question, save_questions
 from cartridge_distill.evaluation.answers import chosen_option
 from cartridge_distill.evaluation.command import main
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
 from cartridge_distill.evaluation.names import CONDITIONS, FULL_DOCUMENT, TRAINED
 from cartridge_distill.evaluation.results import QuestionResult
-from cartridge_distill.records import Question, save_questions
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, write_data, write_oracle
 
 MANY = [

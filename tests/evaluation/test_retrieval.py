@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.documents.structure import line_sentences
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.data.documents.structure import line_sentences
+from cartridge_distill.data.records import parse_records
 from cartridge_distill.evaluation.conditions import BestChunk
 from cartridge_distill.evaluation.retrieval import ChunkIndex
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import parse_records
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.util.errors import ConfigError
 from tests.evaluation.made import TEXTS, teacher
 
 DEMO = Path(__file__).resolve().parents[2] / "training" / "data" / "demo.json"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.attention import ATTENTION_NAME
-from cartridge_distill.document_store import DocumentStore
-from cartridge_distill.errors import CartridgeDistillError, ConfigError, DocumentError
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.conditions import Fixed, no_document
 from cartridge_distill.evaluation.data import check_documents
 from cartridge_distill.evaluation.names import FULL_DOCUMENT
@@ -21,9 +21,10 @@ from cartridge_distill.evaluation.scoring import (
     greedy_answers,
     kl_sums,
 )
-from cartridge_distill.prefix import Prefix, prefix_from_tokens
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import Question
+from cartridge_distill.model.attention import ATTENTION_NAME
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, DocumentError
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, evaluate, teacher
 from tests.tiny import plain_distributions, plain_logprobs, random_cartridge
 

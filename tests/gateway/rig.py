@@ -17,9 +17,9 @@ import httpx
 import psutil
 import torch
 
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.transfer import encode
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.sync.upload import encode
 from tests.tiny import random_cartridge, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.errors import SyncError
-from cartridge_distill.http_sync import HttpPublisher
-from cartridge_distill.retrying import ClientSettings
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.versions import new_run_id, version_id
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.versions import new_run_id, version_id
+from cartridge_distill.util.errors import SyncError
 from tests.gateway.rig import MODEL_NAME, TOKEN, Rig, upload_bytes
 from tests.tiny import plain_logprobs, random_cartridge, tiny_model
 

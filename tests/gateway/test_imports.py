@@ -8,16 +8,21 @@ import sys
 # What this project's gateway may load of itself. The rest needs the trainer's libraries.
 LIGHT = {
     "cartridge_distill",
-    "cartridge_distill.disconnect",
-    "cartridge_distill.errors",
-    "cartridge_distill.kv_shape",
-    "cartridge_distill.memory",
-    "cartridge_distill.snapshot",
-    "cartridge_distill.transfer",
-    "cartridge_distill.versions",
-    "cartridge_distill.wire",
+    "cartridge_distill.cartridge",
+    "cartridge_distill.rollout",
+    "cartridge_distill.sync",
+    "cartridge_distill.util",
+    "cartridge_distill.util.files",
+    "cartridge_distill.util.disconnect",
+    "cartridge_distill.util.errors",
+    "cartridge_distill.cartridge.kv_shape",
+    "cartridge_distill.util.memory",
+    "cartridge_distill.cartridge.snapshot",
+    "cartridge_distill.sync.upload",
+    "cartridge_distill.sync.versions",
+    "cartridge_distill.rollout.protocol",
 }
-FOLDERS = ("cartridge_distill.gateway", "cartridge_distill.formats")
+FOLDERS = ("cartridge_distill.gateway", "cartridge_distill.cartridge.formats")
 HEAVY = {"verl", "ray", "peft", "modal", "pandas", "transformers.modeling_utils"}
 
 

@@ -13,9 +13,9 @@ import httpx
 import psutil
 import pytest
 
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.retrying import ClientSettings
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.rollout.protocol import CartridgeRef
 from tests.gateway.rig import TOKEN, Rig, until, upload_bytes
 
 pytestmark = pytest.mark.integration

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cartridge_distill.errors import CartridgeFormatError
-from cartridge_distill.formats import hazyresearch
+from cartridge_distill.cartridge.formats import hazyresearch
+from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.gateway import receiving
 from cartridge_distill.gateway.receiving import receive
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.transfer import UploadHeader, encode
+from cartridge_distill.sync.upload import UploadHeader, encode
+from cartridge_distill.util.errors import CartridgeFormatError
 from tests.tiny import random_cartridge, tiny_model
 
 

@@ -10,7 +10,7 @@ from cartridge_distill.gateway import store as store_module
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.process import ServerDown
 from cartridge_distill.gateway.store import VersionStore
-from cartridge_distill.transfer import UploadHeader
+from cartridge_distill.sync.upload import UploadHeader
 from tests.gateway.rig import until
 
 HEADER = UploadHeader(

@@ -16,8 +16,8 @@ import httpx
 import pytest
 import torch
 
-from cartridge_distill.checkpoint import load_cartridge
-from cartridge_distill.fingerprint import decode_fingerprint
+from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from tests.gateway.conftest import StartRig
 from tests.gateway.rig import MODEL, TOKEN, Rig, until, upload_bytes
 from tests.tiny import plain_logprobs, random_cartridge
@@ -126,8 +126,8 @@ def test_bad_uploads_are_refused_with_the_reason(rig: Rig, case: str, chunked: b
 
 
 def test_another_shape_is_refused_with_the_number_that_differs(rig: Rig) -> None:
-    from cartridge_distill.snapshot import Snapshot
-    from cartridge_distill.transfer import encode
+    from cartridge_distill.cartridge.snapshot import Snapshot
+    from cartridge_distill.sync.upload import encode
 
     tensors = {
         f"{part}_{kind}.{layer}": torch.zeros(1, 2, 15 if part == "trainable" else 1, 16)

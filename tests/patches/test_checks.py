@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from cartridge_distill import config as core_config
-from cartridge_distill.config import check_cartridge_config
-from cartridge_distill.errors import ConfigError
-from verl_patches.checks import check_run_config
+from cartridge_distill.distill import config as core_config
+from cartridge_distill.distill.config import check_cartridge_config
+from cartridge_distill.util.errors import ConfigError
+from verl_patches.config.checks import check_run_config
 
 CARTRIDGE = "actor_rollout_ref.actor.cartridge"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -268,7 +268,7 @@ def test_core_refuses(changes: dict[str, Any]) -> None:
 
 
 def test_names_agree_with_the_modules_that_implement_them() -> None:
-    from cartridge_distill.attention import BACKENDS
+    from cartridge_distill.model.attention import BACKENDS
 
     assert core_config.ATTENTIONS == BACKENDS
 

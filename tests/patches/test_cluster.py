@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from verl_patches.cluster import forward_environment
+from verl_patches.platform.cluster import forward_environment
 
 TOKEN = "a-token-of-the-gateway"
 DRIVER = {"PYTHONPATH": "/mine", "VERL_PLATFORM": "cpu", "TOKASAURUS_API_KEY": TOKEN, "HOME": "/me"}

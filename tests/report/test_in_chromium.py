@@ -17,9 +17,9 @@ from playwright.sync_api import expect
 
 from cartridge_distill.report.page import write_report
 from tests.report import made
+from tests.report.screenshot import INSTALL, chromium, find_chromium, main, open_report
 from tests.report.test_page import attacked
-from tests.scripts.conftest import ROOT, child_environment
-from training.screenshot import INSTALL, chromium, find_chromium, main, open_report
+from tests.training.conftest import ROOT, child_environment
 
 expect.set_options(timeout=60_000)  # a busy machine draws slowly
 pytestmark = pytest.mark.integration

@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cartridge_distill.cli.main import app
-from cartridge_distill.errors import ReportError
 from cartridge_distill.report import colours
 from cartridge_distill.report.groups import group_runs
 from cartridge_distill.report.page import condition_rows, write_report
 from cartridge_distill.report.reading import read_run
+from cartridge_distill.util.errors import ReportError
 from tests.report import made
 
 ATTACK = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"

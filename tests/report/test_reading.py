@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cartridge_distill.errors import ReportError
 from cartridge_distill.report.groups import group_runs, token_axis, value_at
 from cartridge_distill.report.reading import Metrics, Run, read_metrics, read_run
+from cartridge_distill.util.errors import ReportError
 from tests.report import made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cartridge_distill.report.recipe import HIDDEN, Recipe, commit, without_secrets, write_recipe
-from tests.scripts.conftest import ROOT, child_environment
+from tests.training.conftest import ROOT, child_environment
 
 
 def test_what_it_holds(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from cartridge_distill.fingerprint import decode_fingerprint
+from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from cartridge_distill.server.running import BackgroundServer
 
 COMPLETIONS = "/custom/cartridge/completions"

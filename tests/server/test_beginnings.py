@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from transformers import PreTrainedModel
 
-from cartridge_distill.errors import ConfigError
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.server.beginnings import Beginnings
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.util.errors import ConfigError
 from tests.tiny import ARCHITECTURES, plain_logprobs, random_cartridge, tiny_model
 
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from cartridge_distill.fingerprint import decode_fingerprint
+from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from cartridge_distill.server.running import BackgroundServer
 from tests.conftest import StartServer
 from tests.server.asking import CHAT, local, post

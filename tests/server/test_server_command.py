@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import Completion, TokasaurusClient
 from tests.server.asking import IDS
 
 COMMAND = [sys.executable, "-m", "cartridge_distill.server"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Generated, Row

@@ -16,11 +16,11 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.client import Completion, TokasaurusClient
-from cartridge_distill.errors import RolloutError
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.server.running import BackgroundServer
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.util.errors import RolloutError
 from tests.conftest import StartServer
 from tests.server.asking import COMPLETIONS, IDS, greedy, local, post, tokens
 from tests.tiny import plain_logprobs, random_cartridge, write_cartridge

@@ -15,8 +15,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cartridge_distill.prefix import Prefix
-from cartridge_distill.records import Question, save_questions
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.data.records import Question, save_questions
 from tests.tiny import VOCAB, plain_logprobs, tiny_model
 from verl_patches.hooks import distill_loss
 
@@ -39,7 +39,7 @@ def process_group(rank: int = 0, ranks: int = 1, port: int | None = None) -> Ite
     """Real gloo, also for one rank, and veRL on a CPU."""
     from verl.plugin.platform import platform_manager
 
-    import verl_patches.platform_cpu as cpu
+    import verl_patches.platform.cpu as cpu
 
     before = platform_manager._current_platform
     platform_manager._current_platform = cpu.PlatformCPU()
@@ -70,7 +70,7 @@ def build_engine(
         HFModelConfig,
     )
 
-    from verl_patches.engine import CartridgeEngine
+    from verl_patches.actor.engine import CartridgeEngine
 
     documents = folder / "documents.jsonl"
     documents.write_text(

@@ -29,14 +29,14 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.checkpoint import read_meta
-from cartridge_distill.prompts import render_document
-from cartridge_distill.records import Question, save_questions
+from cartridge_distill.cartridge.checkpoint import read_meta
+from cartridge_distill.data.records import Question, save_questions
+from cartridge_distill.model.prompts import render_document
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
+from cartridge_distill.util.processes import MARK, Supervisor
 from tests.gateway.rig import MODEL_NAME, TOKEN, Rig, until
 from tests.tiny import byte_tokenizer, tiny_model
-from training.supervise import MARK, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, STEPS, CARTRIDGE = 4, 3, 160
@@ -350,7 +350,8 @@ def test_nothing_outlives_a_supervisor_that_is_interrupted(
     """What left its group too, as Ray's do: whatever carries the supervisor's mark is gone."""
     child = DAEMONS[started]
     script = (
-        "import sys, time; from pathlib import Path; from training.supervise import Supervisor\n"
+        "import sys, time; from pathlib import Path\n"
+        "from cartridge_distill.util.processes import Supervisor\n"
         "with Supervisor() as s:\n"
         f"    s.start([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}))\n"
         "    print(s.mark, flush=True)\n"

@@ -12,10 +12,10 @@ from tensordict import TensorDict
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
+from cartridge_distill.util.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
 from tests.verl.engine_rig import TEMPERATURE, rollouts, step
-from verl_patches.building import initial_document
+from verl_patches.actor.initial_state import initial_document
 from verl_patches.hooks import distill_loss
 
 
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(engine: Any) -> None:
 
 
 def test_the_weight_update_carries_the_cartridge_alone(engine: Any) -> None:
-    from cartridge_distill.snapshot import Snapshot
+    from cartridge_distill.cartridge.snapshot import Snapshot
 
     tensors, peft = engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
     taken = Snapshot.take(dict(tensors), torch.float32)
@@ -251,7 +251,7 @@ def test_the_weight_update_carries_the_cartridge_alone(engine: Any) -> None:
 def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
     engine: Any, tmp_path: Path
 ) -> None:
-    from cartridge_distill.checkpoint import load_cartridge, read_meta
+    from cartridge_distill.cartridge.checkpoint import load_cartridge, read_meta
 
     step(engine, rollouts(engine))
     engine.save_checkpoint(str(tmp_path / "actor"), global_step=1)

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.errors import CartridgeFormatError, ConfigError, ProcessDied
-from tests.scripts.conftest import child_environment
-from verl_patches import run_folder
-from verl_patches.history import HISTORY_FILE, History
-from verl_patches.watch import ActorWatch
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, ProcessDied
+from tests.training.conftest import child_environment
+from verl_patches.trainer import run_folder
+from verl_patches.trainer.history import HISTORY_FILE, History
+from verl_patches.trainer.watch import ActorWatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WATCHED = """
 import os, signal, threading
 import ray
-from cartridge_distill.errors import ProcessDied
+from cartridge_distill.util.errors import ProcessDied
 from verl_patches import watch as module
-from verl_patches.watch import ActorWatch
+from verl_patches.trainer.watch import ActorWatch
 
 @ray.remote(num_cpus=0)
 class Sleeper:
@@ -76,7 +76,7 @@ def test_results_of_a_dead_process_are_not_waited_for(monkeypatch: pytest.Monkey
     """veRL's own buffer looks for ever for what an agent loop that is gone will never write."""
     import transfer_queue as tq
 
-    from verl_patches.trainer import StrictReplayBuffer
+    from verl_patches.trainer.trainer import StrictReplayBuffer
 
     watch = ActorWatch({}, "")
     looks = 0
@@ -150,7 +150,7 @@ def test_one_run_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_run_that_is_on_its_way_out_is_waited_for(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from verl_patches.run_folder import claim\n"
+        "import sys; from pathlib import Path; from verl_patches.trainer.run_folder import claim\n"
         f"claim(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

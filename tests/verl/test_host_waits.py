@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from verl.utils.tensordict_utils import assign_non_tensor
 
-from cartridge_distill import flex
+from cartridge_distill.model import flex
 from tests.fake_gpu import FakeGpu, dense_of_a_block_mask
 from tests.verl.engine_rig import DOCUMENTS, rollouts
 from verl_patches.hooks import distill_loss

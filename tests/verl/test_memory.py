@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cartridge_distill.errors import ConfigError
-from verl_patches import memory
+from cartridge_distill.util.errors import ConfigError
+from verl_patches.actor import memory
 
 LIMIT = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 

@@ -15,10 +15,10 @@ pytest.importorskip("verl.workers.rollout.replica", reason="veRL is not installe
 
 from tensordict import TensorDict
 
-from cartridge_distill.errors import DocumentError, OffPolicyError, RolloutError
-from cartridge_distill.mixing import STUDENT, TEACHER
-from cartridge_distill.prompts import render_document
-from cartridge_distill.versions import version_id
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.sync.versions import version_id
+from cartridge_distill.util.errors import DocumentError, OffPolicyError, RolloutError
 from tests.tiny import (
     byte_tokenizer,
     plain_logprobs,
@@ -27,9 +27,9 @@ from tests.tiny import (
     write_cartridge,
 )
 from tests.verl.test_rollout_proxy import PATIENCE, SAMPLING, sync
-from verl_patches.agent_loop import CartridgeAgentLoop
-from verl_patches.mixing import EPOCH, PLAN, Mixing, teacher_desk
+from verl_patches.rollout.agent_loop import CartridgeAgentLoop
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
+from verl_patches.trainer.mixing import EPOCH, PLAN, Mixing, teacher_desk
 
 TEXT = "The red house stands by the sea. " * 4
 NEW = 6

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.prompts import render_document
-from cartridge_distill.versions import run_of, step_of, version_id
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.sync.versions import run_of, step_of, version_id
 from tests.tiny import byte_tokenizer
 from tests.verl.test_end_to_end import ROWS, STEPS, World, world  # noqa: F401  (a fixture)
 from tests.verl.test_resume_end_to_end import _as_it_was_after

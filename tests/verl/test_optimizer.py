@@ -12,7 +12,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from verl.utils import tensordict_utils as tu
 
-from cartridge_distill.errors import OffPolicyError
+from cartridge_distill.util.errors import OffPolicyError
 from tests.verl.engine_rig import rollouts, step
 from verl_patches.hooks import distill_loss
 

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.errors import CartridgeFormatError, ConfigError
-from cartridge_distill.versions import new_run_id
+from cartridge_distill.sync.versions import new_run_id
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from tests.verl.engine_rig import loss_of, rollouts, step
-from verl_patches import run_folder
+from verl_patches.trainer import run_folder
 
 SCHEDULE = {"lr_scheduler_type": "cosine", "lr_warmup_steps": 2, "weight_decay": 0.1}
 
@@ -152,7 +152,7 @@ def test_a_save_that_is_killed_leaves_the_one_before(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("verl_patches.engine_state.save_state", killed)
+    monkeypatch.setattr("verl_patches.actor.engine_state.save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         engine.save_checkpoint(str(tmp_path / "actor"))
     assert (tmp_path / "actor" / "training_state.json").read_text() == before

@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.checkpoint import load_cartridge, read_meta
-from cartridge_distill.versions import new_run_id, run_of, step_of, version_id
+from cartridge_distill.cartridge.checkpoint import load_cartridge, read_meta
+from cartridge_distill.sync.versions import new_run_id, run_of, step_of, version_id
 from tests.gateway.rig import TOKEN, Rig, upload_bytes
 from tests.verl.test_end_to_end import (  # noqa: F401  (world is a fixture)
     OVER_HTTP,
@@ -23,8 +23,8 @@ from tests.verl.test_end_to_end import (  # noqa: F401  (world is a fixture)
     World,
     world,
 )
-from verl_patches.history import HISTORY_FILE
-from verl_patches.run_folder import RUNS_FILE, TRACKER
+from verl_patches.trainer.history import HISTORY_FILE
+from verl_patches.trainer.run_folder import RUNS_FILE, TRACKER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

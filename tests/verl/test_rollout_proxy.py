@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("verl.workers.rollout.replica", reason="veRL is not installed")
 
-from cartridge_distill.errors import ConfigError, RolloutError, ServerUnreachable, SyncError
-from cartridge_distill.prompts import render_prompt
-from cartridge_distill.versions import version_id
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.sync.versions import version_id
+from cartridge_distill.util.errors import ConfigError, RolloutError, ServerUnreachable, SyncError
 from tests.tiny import (
     byte_tokenizer,
     plain_logprobs,
@@ -158,7 +158,7 @@ def test_a_prompt_that_failed_for_good_is_never_padded_over(
     """veRL's own buffer would repeat other samples in its place."""
     import transfer_queue as tq
 
-    from verl_patches.trainer import StrictReplayBuffer
+    from verl_patches.trainer.trainer import StrictReplayBuffer
 
     tags = {
         "a": {"is_prompt": True, "status": "finished", "global_steps": 1},
@@ -236,7 +236,7 @@ class _Manager:
 
 
 def agent_loop(prompt_length: int) -> Any:
-    from verl_patches.agent_loop import CartridgeAgentLoop
+    from verl_patches.rollout.agent_loop import CartridgeAgentLoop
 
     rollout = SimpleNamespace(prompt_length=prompt_length)
     config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.errors import OffPolicyError
-from cartridge_distill.prefix import Prefix
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.util.errors import OffPolicyError
 from tests.tiny import random_cartridge, tiny_model
 from tests.verl.engine_rig import TEMPERATURE, Shape, rollouts, step
 

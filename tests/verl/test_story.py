@@ -10,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from tests.tiny import random_cartridge, tiny_model
-from verl_patches.history import History
-from verl_patches.story import tell
+from verl_patches.trainer.history import History
+from verl_patches.trainer.training_record import tell
 
 CONFIG: DictConfig = OmegaConf.create(
     {

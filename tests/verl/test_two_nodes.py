@@ -24,10 +24,10 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from cartridge_distill.util.processes import Supervisor, tail
 from tests.gateway.rig import TOKEN, Rig, until
 from tests.verl.engine_rig import free_port
 from tests.verl.test_end_to_end import OVER_HTTP, ROOT, World, world  # noqa: F401  (a fixture)
-from training.supervise import Supervisor, tail
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.errors import ConfigError, DocumentError
+from cartridge_distill.data.records import Question, load_questions, save_questions
 from cartridge_distill.evaluation.conditions import Fixed, FullDocument
 from cartridge_distill.evaluation.harness import Evaluation
 from cartridge_distill.evaluation.journal import Journal
 from cartridge_distill.evaluation.results import estimates
-from cartridge_distill.records import Question, load_questions, save_questions
+from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.verl.engine_rig import build_engine, process_group, questions_file, rollouts, step
 
 

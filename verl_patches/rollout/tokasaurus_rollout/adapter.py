@@ -25,16 +25,16 @@ from torch import Tensor
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.base import BaseRollout
 
-from cartridge_distill.errors import CartridgeFormatError, ConfigError, SyncError
-from cartridge_distill.http_sync import HttpPublisher
-from cartridge_distill.retrying import ClientSettings
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.sync import CartridgePublisher, SharedDirectoryPublisher
-from cartridge_distill.versions import new_run_id, version_id
-from verl_patches import run_folder
-from verl_patches.causes import in_words
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.shared_dir import CartridgePublisher, SharedDirectoryPublisher
+from cartridge_distill.sync.versions import new_run_id, version_id
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, SyncError
 from verl_patches.hooks import cartridge_config_of
+from verl_patches.rollout.ray_errors import in_words
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
+from verl_patches.trainer import run_folder
 
 
 class ServerAdapter(BaseRollout):

@@ -14,11 +14,11 @@ import sys
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cartridge_distill.client import Completion, TokasaurusClient
-from cartridge_distill.errors import CartridgeDistillError, ConfigError
-from cartridge_distill.prompts import render_document, render_prompt
-from cartridge_distill.retrying import ClientSettings
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.model.prompts import render_document, render_prompt
+from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 
 SOURCES = ("local", "huggingface", "wandb")
 DEFAULT_PROMPT = "What is the patient's name, and what is the diagnosis?"

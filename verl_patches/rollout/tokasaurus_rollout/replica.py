@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import RolloutReplica
 
-from cartridge_distill.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
 

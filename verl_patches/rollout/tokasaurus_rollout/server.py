@@ -13,12 +13,12 @@ from typing import Any
 
 from verl.workers.rollout.replica import TokenOutput
 
-from cartridge_distill.client import TokasaurusClient
-from cartridge_distill.errors import ConfigError, RolloutError, SyncError
-from cartridge_distill.mixing import STUDENT, TEACHER
-from cartridge_distill.retrying import ClientSettings
-from cartridge_distill.versions import step_of
-from cartridge_distill.wire import CartridgeRef
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.rollout.protocol import CartridgeRef
+from cartridge_distill.sync.versions import step_of
+from cartridge_distill.util.errors import ConfigError, RolloutError, SyncError
 
 
 class TokasaurusHttpServer:
@@ -31,7 +31,7 @@ class TokasaurusHttpServer:
         static_cartridges: fixed cartridges (``rollout.custom.cartridges``), for rollouts outside
             training; a training run refuses them.
         client_options: timeouts and retries, see
-            :class:`cartridge_distill.retrying.ClientSettings`.
+            :class:`cartridge_distill.rollout.http.ClientSettings`.
         sync_timeout_s: how long a rollout waits for a version that is on its way.
     """
 

@@ -29,20 +29,20 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from verl.workers.rollout.replica import TokenOutput, get_rollout_replica_class
 
-from cartridge_distill.cartridge import TrainableCache
-from cartridge_distill.checkpoint import load_cartridge
-from cartridge_distill.errors import CartridgeDistillError, ConfigError, SyncError
-from cartridge_distill.forward import packed_forward
-from cartridge_distill.http_sync import HttpPublisher
-from cartridge_distill.logprobs import chosen_logprobs
-from cartridge_distill.models import load_model
-from cartridge_distill.packing import pack
-from cartridge_distill.prompts import render_prompt
+from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.loading import load_model
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import pack
+from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.server.settings import ServerSettings
-from cartridge_distill.snapshot import Snapshot
-from cartridge_distill.sync import CartridgePublisher, SharedDirectoryPublisher
-from cartridge_distill.versions import new_run_id, step_of, version_id
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.shared_dir import CartridgePublisher, SharedDirectoryPublisher
+from cartridge_distill.sync.versions import new_run_id, step_of, version_id
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, SyncError
 
 PROMPTS = (
     "What is the patient's name?",

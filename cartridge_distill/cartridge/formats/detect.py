@@ -1,0 +1,137 @@
+"""Which format a path or a list of file names is, and reading and writing by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, get_args
+
+from cartridge_distill.cartridge.formats import hazyresearch, own, peft, tokasaurus
+from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.util.errors import CartridgeFormatError
+
+Format = Literal["own", "hazyresearch", "tokasaurus", "peft"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+# Best first: a repository may hold several, and ours says most.
+_DIRECTORIES: tuple[tuple[Format, tuple[str, ...]], ...] = (
+    ("own", own.FILES),
+    ("peft", peft.FILES),
+    ("tokasaurus", tokasaurus.FILES),
+)
+_UPSTREAM_NAME = re.compile(r"cache-(?:step|epoch)(\d+)\.pt")
+
+
+def find(names: Iterable[str]) -> tuple[Format, tuple[str, ...]] | None:
+    """The format of a directory that has these files, and those of them that belong to it.
+
+    Of several ``cache-step<n>.pt``, as upstream's training leaves them, the one with the largest
+    n is meant.
+
+    Returns:
+        None where there is no cartridge.
+
+    Raises:
+        CartridgeFormatError: several ``.pt`` files with other names.
+    """
+    there = {name for name in names if "/" not in name}
+    # One file is enough to know it: the format's reader then says what is missing.
+    for format, files in _DIRECTORIES:
+        if files[0] in there:
+            return format, tuple(name for name in files if name in there)
+    if peft.ADAPTER_CONFIG in there:
+        return "peft", (peft.ADAPTER_CONFIG,)
+    pickles = sorted(name for name in there if name.endswith(".pt"))
+    if not pickles:
+        return None
+    numbered = [
+        (int(match[1]), match[0]) for match in map(_UPSTREAM_NAME.fullmatch, pickles) if match
+    ]
+    if len(pickles) > 1 and len(numbered) < len(pickles):
+        raise CartridgeFormatError(f"several .pt files, {', '.join(pickles)}: name the one")
+    newest = max(numbered)[1] if numbered else pickles[0]
+    config = (tokasaurus.TOKASAURUS_CONFIG,) if tokasaurus.TOKASAURUS_CONFIG in there else ()
+    return "hazyresearch", (newest, *config)
+
+
+def locate(path: Path) -> tuple[Format, Path]:
+    """The format of a file or directory, and what its reader takes.
+
+    Raises:
+        CartridgeFormatError: there is no cartridge.
+    """
+    if path.is_file():
+        for format, files in _DIRECTORIES:
+            if path.name == files[0] and format != "tokasaurus":
+                return format, path.parent
+        return "hazyresearch", path
+    if not path.is_dir():
+        raise CartridgeFormatError(f"{path} is no file and no directory")
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    try:
+        found = find(names)
+    except CartridgeFormatError as error:
+        raise CartridgeFormatError(f"{path}: {error}") from None
+    if found is None:
+        raise CartridgeFormatError(
+            f"{path} holds no cartridge: neither {own.WEIGHTS_FILE} nor {peft.ADAPTER_WEIGHTS} nor "
+            f"a .pt file (it has {', '.join(names[:8]) or 'no files'})"
+        )
+    format, files = found
+    return format, path / files[0] if format == "hazyresearch" else path
+
+
+def read_local(path: Path) -> StoredCartridge:
+    """Reads a file or a directory of any format.
+
+    Raises:
+        CartridgeFormatError: it cannot be read, with the reason.
+    """
+    format, place = locate(path)
+    if format == "own":
+        return own.read(place)
+    if format == "peft":
+        return peft.read(place)
+    if format == "tokasaurus":
+        return tokasaurus.read(place)
+    stored = hazyresearch.read(place)
+    config = place.parent / tokasaurus.TOKASAURUS_CONFIG
+    if path.is_dir() and config.is_file():  # upstream's training leaves it beside the file
+        stored = stored.for_model(tokasaurus.base_model_of(tokasaurus.read_config(config)))
+    return stored
+
+
+def write_local(
+    stored: StoredCartridge, target: Path, format: Format, overwrite: bool = False
+) -> None:
+    """Writes a file or a directory in one format.
+
+    Raises:
+        CartridgeFormatError: the format cannot hold it, there is no such format, or what is to be
+            replaced is no cartridge.
+        FileExistsError: the target is there and ``overwrite`` is false.
+    """
+    writers = {
+        "own": own.write,
+        "hazyresearch": hazyresearch.write,
+        "tokasaurus": tokasaurus.write,
+        "peft": peft.write,
+    }
+    if format not in writers:
+        raise CartridgeFormatError(f"no format {format!r}; there are {', '.join(FORMATS)}")
+    if overwrite:
+        check_replaceable(target)
+    writers[format](stored, target, overwrite)
+
+
+def check_replaceable(target: Path) -> None:
+    """A mistyped target must not cost anybody a folder.
+
+    Raises:
+        CartridgeFormatError: a directory that holds other things than a cartridge.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        if any(entry.is_dir() for entry in target.iterdir()):
+            raise CartridgeFormatError(f"{target} has folders in it; it is not replaced")
+        locate(target)

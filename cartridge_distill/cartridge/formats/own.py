@@ -1,0 +1,120 @@
+"""Our own directory: ``cartridge.safetensors`` and a ``cartridge.json`` that a person can read.
+
+The only format that keeps all that is known: base model and revision, step, document, recipe,
+metrics. Training writes float32, the dtype of the master weights; a conversion writes the dtype it
+found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cartridge_distill.cartridge.formats.stored import (
+    CartridgeMeta,
+    StoredCartridge,
+    checked_snapshot,
+)
+from cartridge_distill.cartridge.snapshot import PARTS
+from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.files import replace_directory, replace_file
+
+WEIGHTS_FILE = "cartridge.safetensors"
+META_FILE = "cartridge.json"
+FILES = (WEIGHTS_FILE, META_FILE)
+_FORMAT = "cartridge-distill/1"
+
+
+def read(path: Path) -> StoredCartridge:
+    """Reads a directory.
+
+    Raises:
+        CartridgeFormatError: a file is missing or broken, or the JSON is about another cartridge.
+    """
+    described = read_json(path)
+    weights = path / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CartridgeFormatError(f"{weights} cannot be read: {error}") from error
+    layers = len(tensors) // len(PARTS)
+    names = {f"{part}.{layer}" for part in PARTS for layer in range(layers)}
+    if tensors.keys() != names:
+        odd = sorted(tensors.keys() ^ names)[:4]
+        raise CartridgeFormatError(f"{weights}: tensors missing or unknown: {', '.join(odd)}")
+    parts = {part: [tensors[f"{part}.{layer}"] for layer in range(layers)] for part in PARTS}
+    snapshot = checked_snapshot(parts, str(weights))
+    try:
+        stored = StoredCartridge(snapshot, CartridgeMeta.from_dict(described))
+    except CartridgeFormatError as error:
+        raise CartridgeFormatError(f"{path / META_FILE}: {error}") from None
+    for name, found in stored.shape().items():
+        if described.get(name) != found:
+            raise CartridgeFormatError(
+                f"{path / META_FILE} says {name}={described.get(name)}, {WEIGHTS_FILE} has {found}"
+            )
+    return stored
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON of a directory.
+
+    Raises:
+        CartridgeFormatError: it is missing, or not of this format.
+    """
+    file = path / META_FILE
+    if not file.is_file():
+        raise CartridgeFormatError(f"{file} is not there; {path} is no cartridge of ours")
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CartridgeFormatError(f"{file} is not JSON: {error}") from error
+    if not isinstance(described, dict) or described.get("format") != _FORMAT:
+        raise CartridgeFormatError(f"{file} does not say format={_FORMAT!r}")
+    return described
+
+
+def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+    """Writes a directory.
+
+    Raises:
+        CartridgeFormatError: nobody has said which model it is for.
+        FileExistsError: it is there and ``overwrite`` is false.
+    """
+    stored.base_model()
+    described = {
+        "format": _FORMAT,
+        **stored.shape(),
+        "dtype": stored.dtype_name(),
+        **stored.meta.as_dict(),
+    }
+
+    def fill(scratch: Path) -> None:
+        save_file(dict(stored.snapshot.items()), scratch / WEIGHTS_FILE)
+        _write_json(described, scratch / META_FILE)
+
+    replace_directory(path, fill, overwrite)
+
+
+def record(path: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Adds to what a directory says of itself; its tensors stay as they are.
+
+    Raises:
+        CartridgeFormatError: it is not of this format.
+    """
+    described = read_json(path)
+    meta = CartridgeMeta.from_dict(described)
+    meta.recipe |= recipe
+    meta.metrics |= metrics
+    changed = described | meta.as_dict()
+    replace_file(path / META_FILE, lambda file: _write_json(changed, file), overwrite=True)
+
+
+def _write_json(described: Mapping[str, Any], file: Path) -> None:
+    text = json.dumps(described, indent=2, default=str, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,146 @@
+"""PEFT's ``CARTRIDGE`` adapter (peft >= 0.19): ``PeftModel.from_pretrained(base, directory)``.
+
+One tensor, ``prompt_embeddings`` ``[P, L * 2 * H * D]``, per token laid out as
+``[layer][key, value][kv_head][head_dim]``; the numbers stand in ``adapter_config.json``. Written by
+hand, so that peft need not be installed.
+
+With peft, prompts follow the same rules as everywhere: no begin-of-text token and no second system
+prompt (:func:`cartridge_distill.model.prompts.render_prompt`). Positions and mask need nothing:
+peft puts the cartridge into the cache, moves the positions up by P and lengthens the mask by P
+ones, so the mask that is passed covers the prompt alone. What peft cannot do with it:
+``use_cache=False`` in ``generate``, and gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cartridge_distill.cartridge.formats.stored import (
+    NO_FROZEN_TOKEN,
+    CartridgeMeta,
+    StoredCartridge,
+    checked_snapshot,
+)
+from cartridge_distill.cartridge.snapshot import Snapshot, split_layers
+from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.files import replace_directory
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+_TENSOR = "prompt_embeddings"
+
+
+def read(path: Path) -> StoredCartridge:
+    """Reads an adapter.
+
+    Raises:
+        CartridgeFormatError: a file is missing or broken, another kind of adapter, or one whose
+            numbers differ from its tensor.
+    """
+    config = _read_config(path)
+    weights = path / ADAPTER_WEIGHTS
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CartridgeFormatError(f"{weights} cannot be read: {error}") from error
+    if list(tensors) != [_TENSOR]:
+        raise CartridgeFormatError(f"{weights} holds {sorted(tensors)}, expected [{_TENSOR!r}]")
+    tokens, frozen = _number(config, "num_virtual_tokens"), _number(config, "num_frozen_tokens", 0)
+    layers, heads = _number(config, "num_layers"), _number(config, "num_attention_heads")
+    width = _number(config, "token_dim")
+    if width % heads:
+        raise CartridgeFormatError(f"token_dim={width} does not divide by {heads} kv heads")
+    table_PE = tensors[_TENSOR]
+    if tuple(table_PE.shape) != (tokens, layers * 2 * width):
+        raise CartridgeFormatError(
+            f"{weights}: {_TENSOR} is {tuple(table_PE.shape)}; {ADAPTER_CONFIG} says "
+            f"[num_virtual_tokens={tokens}, num_layers={layers} * 2 * token_dim={width}]"
+        )
+    if frozen < 1:
+        raise CartridgeFormatError(f"{path}: {NO_FROZEN_TOKEN}")
+    parts = split_layers(*_layers_of(table_PE, layers, heads), frozen)
+    meta = CartridgeMeta(
+        config.get("base_model_name_or_path"), base_revision=config.get("revision")
+    )
+    return StoredCartridge(checked_snapshot(parts, str(weights)), meta)
+
+
+def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+    """Writes an adapter.
+
+    Raises:
+        CartridgeFormatError: nobody has said which model it is for.
+        FileExistsError: it is there and ``overwrite`` is false.
+    """
+    snapshot = stored.snapshot
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": stored.base_model(),
+        "inference_mode": True,
+        "modules_to_save": None,
+        # With prefixes peft means kv heads, and the width of all of them together.
+        "num_attention_heads": snapshot.kv_heads,
+        "num_frozen_tokens": snapshot.num_frozen_tokens,
+        "num_layers": snapshot.num_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": snapshot.num_tokens,
+        "peft_type": "CARTRIDGE",
+        "revision": stored.meta.base_revision,
+        "task_type": "CAUSAL_LM",
+        "token_dim": snapshot.kv_heads * snapshot.head_dim,
+    }
+
+    def fill(scratch: Path) -> None:
+        save_file({_TENSOR: prompt_embeddings(snapshot)}, scratch / ADAPTER_WEIGHTS)
+        (scratch / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    replace_directory(path, fill, overwrite)
+
+
+def prompt_embeddings(snapshot: Snapshot) -> Tensor:
+    """The tensor ``[P, L * 2 * H * D]``, in the snapshot's dtype."""
+    keys, values = snapshot.layers()
+    # [1, H, P, D] each -> [P, 2L, H, D], key before value in each layer
+    table = torch.stack(
+        [t[0].transpose(0, 1) for pair in zip(keys, values, strict=True) for t in pair], dim=1
+    )
+    return table.reshape(snapshot.num_tokens, -1).contiguous()
+
+
+def _layers_of(table_PE: Tensor, layers: int, heads: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values, L tensors ``[1, H, P, D]`` each."""
+    each = table_PE.view(table_PE.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)[:, None]
+    return list(each[0::2]), list(each[1::2])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / ADAPTER_CONFIG
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise CartridgeFormatError(
+            f"{path / ADAPTER_WEIGHTS} is missing; save the adapter with safe_serialization=True"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CartridgeFormatError(f"{file} cannot be read: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or kind != "CARTRIDGE":
+        raise CartridgeFormatError(f"{file}: peft_type is {kind!r}, expected 'CARTRIDGE'")
+    return config
+
+
+def _number(config: dict[str, Any], name: str, least: int = 1) -> int:
+    value = config.get(name)
+    if type(value) is not int or value < least:
+        raise CartridgeFormatError(
+            f"{ADAPTER_CONFIG}: {name} is {value!r}, expected a number of {least} or more"
+        )
+    return value

@@ -1,0 +1,193 @@
+"""What a Tokasaurus server reads for ``source: "local"``: ``cartridge.pt`` and ``config.yaml``.
+
+``cartridge.pt`` holds plain lists here, for readers that allow nothing but tensors;
+``config.yaml`` repeats the number of tokens, which the server compares, and names the base model,
+which it does not. The server itself unpickles without any restriction: give it only files that
+were written or read here.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from cartridge_distill.cartridge.formats import hazyresearch
+from cartridge_distill.cartridge.formats.stored import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.files import replace_directory
+
+TOKASAURUS_WEIGHTS = "cartridge.pt"
+TOKASAURUS_CONFIG = "config.yaml"
+FILES = (TOKASAURUS_WEIGHTS, TOKASAURUS_CONFIG)
+
+
+def read(path: Path) -> StoredCartridge:
+    """Reads a directory and checks it as the server does.
+
+    Raises:
+        CartridgeFormatError: a file is missing, or the token counts of the two files differ.
+    """
+    for name in FILES:
+        if not (path / name).is_file():
+            raise CartridgeFormatError(f"{path / name} is missing")
+    config = read_config(path / TOKASAURUS_CONFIG)
+    stored = hazyresearch.read(path / TOKASAURUS_WEIGHTS)
+    declared = _setting(config, "kv_cache_initializer", "max_tokens")
+    if declared != stored.snapshot.num_tokens:
+        raise CartridgeFormatError(
+            f"{path / TOKASAURUS_CONFIG}: kv_cache_initializer.max_tokens={declared}, "
+            f"but {TOKASAURUS_WEIGHTS} holds {stored.snapshot.num_tokens} tokens"
+        )
+    return StoredCartridge(stored.snapshot, CartridgeMeta(base_model_of(config)))
+
+
+def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+    """Writes a directory.
+
+    Raises:
+        CartridgeFormatError: nobody has said which model it is for, or the cartridge does not
+            fill whole pages.
+        FileExistsError: it is there and ``overwrite`` is false.
+    """
+    tokens = stored.snapshot.num_tokens
+    if tokens % PAGE_TOKENS:
+        raise CartridgeFormatError(
+            f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus; its "
+            "model worker dies of such a cartridge"
+        )
+    write_snapshot(stored.snapshot, path, stored.base_model(), overwrite=overwrite)
+
+
+def write_snapshot(
+    snapshot: Snapshot,
+    directory: str | Path,
+    base_model: str,
+    more_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes one version: plain lists of tensors, the token count also in ``config.yaml``.
+
+    Args:
+        base_model: recorded; the real server reads it and does not check it.
+        more_files: further text files of the directory, by name.
+
+    Raises:
+        FileExistsError: the directory is there; the server never loads an id twice.
+    """
+
+    def fill(scratch: Path) -> None:
+        _save(snapshot.parts, scratch / TOKASAURUS_WEIGHTS)
+        write_config(scratch, snapshot.num_tokens, base_model)
+        for name, text in (more_files or {}).items():
+            (scratch / name).write_text(text)
+
+    replace_directory(Path(directory), fill, overwrite)
+    return Path(directory)
+
+
+def write_config(directory: Path, num_tokens: int, base_model: str) -> None:
+    """Writes ``config.yaml``."""
+    config = {
+        "kv_cache_initializer": {"max_tokens": num_tokens},
+        "model": {"pretrained_model_name_or_path": base_model},
+    }
+    (directory / TOKASAURUS_CONFIG).write_text(yaml.safe_dump(config))
+
+
+def lay_out(
+    tensors: Iterable[tuple[str, Sequence[int]]], dtype: torch.dtype, path: Path
+) -> dict[str, int]:
+    """Writes a ``cartridge.pt`` in which the tensors' bytes are left out.
+
+    Whoever gets them piece by piece writes each where it belongs, and nothing twice.
+
+    Args:
+        tensors: ``("frozen_keys.0", [1, H, tokens, D])``, ..., layers in order.
+
+    Returns:
+        The place in the file of each tensor's first byte; its bytes are contiguous.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    numbered: list[tuple[str, Tensor]] = []
+    for name, shape in tensors:
+        # Never touched, so it takes no memory.
+        tensor = torch.empty(*shape, dtype=dtype)
+        parts.setdefault(name.rpartition(".")[0], []).append(tensor)
+        numbered.append((name, tensor))
+    with torch.serialization.skip_data():
+        torch.save(parts, path)
+    places = _records(path)
+    found = {}
+    # torch numbers tensors as it meets them.
+    for number, (name, tensor) in enumerate(numbered):
+        start, size = places[str(number)]
+        if size != tensor.nbytes:
+            raise CartridgeFormatError(
+                f"torch {torch.__version__} lays {name} out with {size} bytes, not {tensor.nbytes}"
+            )
+        found[name] = start
+    return found
+
+
+def _records(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and length of each ``data/`` record of a ``torch.save``, which is a zip."""
+    places = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for record in archive.infolist():
+            folder, _, name = record.filename.rpartition("/")
+            if folder.rpartition("/")[2] != "data":
+                continue
+            # A name and padding of any length stand between the record's header and its data.
+            file.seek(record.header_offset + 26)
+            name_length, padding = struct.unpack("<HH", file.read(4))
+            places[name] = (record.header_offset + 30 + name_length + padding, record.file_size)
+    return places
+
+
+def _save(parts: object, path: Path) -> None:
+    """``torch.save`` without the checksums in its zip, which ``torch.load`` never looks at.
+
+    They take longer than the writing. What comes over the network has a SHA-256 of its own.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(parts, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def read_config(path: Path) -> Any:
+    """The YAML of a directory.
+
+    Raises:
+        CartridgeFormatError: it cannot be read without running code, or at all.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CartridgeFormatError(f"{path} cannot be read: {error}") from error
+
+
+def base_model_of(config: Any) -> str | None:
+    """The base model that a ``config.yaml`` names; None where it names none."""
+    name = _setting(config, "model", "pretrained_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _setting(config: Any, section: str, name: str) -> Any:
+    """``section.name`` or, as Weights & Biases writes it, ``section.value.name``."""
+    there = config.get(section) if isinstance(config, dict) else None
+    for place in (there, there.get("value") if isinstance(there, dict) else None):
+        if isinstance(place, dict) and name in place:
+            return place[name]
+    return None

@@ -1,0 +1,168 @@
+"""A cartridge at one moment, as plain tensors: what is published, uploaded and written.
+
+The trainer goes on changing its cartridge in place, so a version that is sent while training goes
+on must be a copy. It is taken in the dtype it will be served in, which is also the copy's price.
+
+Needs torch alone: the gateway reads uploads with it where no model library is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.memory import recycled_empty
+
+PARTS = ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
+"""Names of the field's files; each is one ``[1, H, tokens, D]`` tensor per layer."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Keys and values of one version, on the CPU.
+
+    Attributes:
+        parts: for each name of :data:`PARTS`, L tensors ``[1, H, tokens, D]``; keys and values
+            have the same shapes, frozen parts hold at least one token.
+    """
+
+    parts: dict[str, list[Tensor]]
+
+    @classmethod
+    def take(cls, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Snapshot:
+        """Copies a cartridge's state dict (``frozen_keys.0``, ...).
+
+        Raises:
+            CartridgeFormatError: the names or shapes are not those of a cartridge.
+        """
+        parts: dict[str, list[Tensor]] = {}
+        for name in PARTS:
+            layers = sum(key.startswith(f"{name}.") for key in tensors)
+            try:
+                found = [tensors[f"{name}.{layer}"] for layer in range(layers)]
+            except KeyError as error:
+                raise CartridgeFormatError(
+                    f"the layers of {name} are not numbered 0..{layers - 1}: {error} is missing"
+                ) from None
+            parts[name] = [_copy(tensor, dtype) for tensor in found]
+        if sum(map(len, parts.values())) != len(tensors):
+            strange = sorted(
+                set(tensors) - {f"{n}.{i}" for n in PARTS for i in range(len(tensors))}
+            )
+            raise CartridgeFormatError(f"these tensors are no cartridge: {strange[:4]}")
+        return cls(parts)
+
+    def __post_init__(self) -> None:
+        counts = {len(tensors) for tensors in self.parts.values()}
+        if sorted(self.parts) != sorted(PARTS) or len(counts) != 1 or counts == {0}:
+            raise CartridgeFormatError(
+                "a cartridge has frozen and trainable keys and values, as many layers of each; "
+                f"got { {name: len(tensors) for name, tensors in self.parts.items()} }"
+            )
+        frozen, trained = self.parts["frozen_keys"][0], self.parts["trainable_keys"][0]
+        for name, tensors in self.parts.items():
+            want = frozen if name.startswith("frozen") else trained
+            for layer, tensor in enumerate(tensors):
+                if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape != want.shape:
+                    raise CartridgeFormatError(
+                        f"layer {layer} of {name} is {tuple(tensor.shape)}; expected "
+                        f"[1, kv_heads, tokens, head_dim] as in layer 0, {tuple(want.shape)}"
+                    )
+        if frozen.shape[1::2] != trained.shape[1::2] or not frozen.shape[2]:
+            raise CartridgeFormatError(
+                f"frozen {tuple(frozen.shape)} and trainable {tuple(trained.shape)} tokens must "
+                "have the same heads and head size, and at least one token must be frozen"
+            )
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """``("frozen_keys.0", tensor)``, ... in one fixed order."""
+        for name in PARTS:
+            for layer, tensor in enumerate(self.parts[name]):
+                yield f"{name}.{layer}", tensor
+
+    def layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values, L tensors ``[1, H, P, D]`` each, frozen tokens first."""
+
+        def join(kind: str) -> list[Tensor]:
+            pairs = zip(self.parts[f"frozen_{kind}"], self.parts[f"trainable_{kind}"], strict=True)
+            shape = (1, self.kv_heads, self.num_tokens, self.head_dim)
+            return [torch.cat(pair, 2, out=recycled_empty(shape, self.dtype)) for pair in pairs]
+
+        return join("keys"), join("values")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.parts["frozen_keys"])
+
+    @property
+    def num_frozen_tokens(self) -> int:
+        return self.parts["frozen_keys"][0].shape[2]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frozen_tokens + self.parts["trainable_keys"][0].shape[2]
+
+    @property
+    def kv_shape(self) -> KvShape:
+        return KvShape(self.num_layers, self.kv_heads, self.head_dim)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.parts["frozen_keys"][0].shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.parts["frozen_keys"][0].shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts["frozen_keys"][0].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.items())
+
+    def check_finite(self) -> None:
+        """Refuses NaN and infinity.
+
+        Raises:
+            CartridgeFormatError: naming the first tensor that holds one.
+        """
+        for name, tensor in self.items():
+            if not all_finite(tensor):
+                raise CartridgeFormatError(f"{name} holds values that are not finite")
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU, in memory of its own also where dtype and device are right already."""
+    source = tensor.detach()
+    if source.device.type != "cpu":
+        source = source.to(dtype)  # there, so that fewer bytes come over
+    return recycled_empty(source.shape, dtype).copy_(source)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """In a tenth of the time of ``isfinite().all()``, which writes tensors as large as this one.
+
+    The least and the largest number are NaN where one is.
+    """
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def split_layers(keys: list[Tensor], values: list[Tensor], frozen: int) -> dict[str, list[Tensor]]:
+    """The reverse of :meth:`Snapshot.layers`: the first ``frozen`` tokens become the frozen part.
+
+    Args:
+        keys, values: L tensors ``[1, H, P, D]`` each.
+    """
+    return {
+        "frozen_keys": [tensor[:, :, :frozen].contiguous() for tensor in keys],
+        "frozen_values": [tensor[:, :, :frozen].contiguous() for tensor in values],
+        "trainable_keys": [tensor[:, :, frozen:].contiguous() for tensor in keys],
+        "trainable_values": [tensor[:, :, frozen:].contiguous() for tensor in values],
+    }

@@ -1,0 +1,1 @@
+"""From documents and records to prompts, training files and what is kept aside."""

@@ -1,0 +1,129 @@
+"""The folder that training and evaluation read: prompts in veRL's schema, each document once.
+
+    train.parquet     the prompts that are trained on
+    val.parquet       prompts of the same schema that are kept aside
+    documents.jsonl   what the teacher reads, by id; a prompt names it in extra_info
+    eval.json         multiple-choice questions; an empty list where there are none
+
+docs/data.md has the columns. All recipes write the same ones, so that several folders' files can be
+given to veRL together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cartridge_distill.data.decontamination import Guard, check_held_out
+from cartridge_distill.data.documents.source import Source
+from cartridge_distill.data.records import Question, save_documents, save_questions
+
+Row = dict[str, Any]
+
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "data_source": pa.string(),
+        "patient_id": pa.string(),
+        "correct_answer": pa.string(),
+        "extra_info": pa.struct(
+            {
+                "index": pa.int64(),
+                "split": pa.string(),
+                "document_id": pa.string(),
+                "recipe": pa.string(),
+                "kind": pa.string(),
+                "chunk": pa.string(),
+                "seed": pa.int64(),
+            }
+        ),
+    }
+)
+
+
+def make_row(
+    source: Source,
+    document_id: str,
+    messages: Sequence[dict[str, str]],
+    recipe: str,
+    kind: str,
+    answer: str = "",
+    chunk: str | None = None,
+    seed: int | None = None,
+) -> Row:
+    """One prompt.
+
+    Args:
+        source: the document it is about.
+        document_id: the part of it that the teacher reads.
+        messages: the conversation; ends with the user, or with a started answer.
+        recipe, kind: what made it, and which of its kinds it is.
+        answer: how the document goes on, for a started answer.
+        chunk: `start:end`, the characters of the teacher's document it was written from.
+        seed: what it was drawn with.
+    """
+    return {
+        "prompt": list(messages),
+        "data_source": "cartridge_distill",
+        "patient_id": source.document_id,
+        "correct_answer": answer,
+        "extra_info": {
+            "document_id": document_id,
+            "recipe": recipe,
+            "kind": kind,
+            "chunk": chunk,
+            "seed": seed,
+        },
+    }
+
+
+def numbered(rows: Iterable[Row], split: str) -> list[Row]:
+    """With each row's index and split, in veRL's place for them."""
+    return [
+        {**row, "extra_info": {"index": index, "split": split, **row["extra_info"]}}
+        for index, row in enumerate(rows)
+    ]
+
+
+def alternate(makers: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    """One of each maker in turn."""
+    while True:
+        for maker in makers:
+            yield next(maker)
+
+
+def evaluation_questions(sources: Sequence[Source]) -> list[Question]:
+    """All questions; with several documents each one says which it is about."""
+    if len(sources) == 1:
+        return list(sources[0].questions)
+    return [
+        replace(question, question=f"{question.question} ({source.title})")
+        for source in sources
+        for question in source.questions
+    ]
+
+
+def write_dataset(
+    out: Path, sources: Sequence[Source], train: Sequence[Row], val: Sequence[Row]
+) -> None:
+    """Writes the folder.
+
+    Raises:
+        ConfigError: an evaluation question is among the prompts, or a held-out prompt among those
+            to be trained on; nothing is written then.
+    """
+    guard = Guard([question for source in sources for question in source.questions])
+    guard.check([*train, *val])
+    check_held_out(train, val)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("val", val)):
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), out / f"{name}.parquet")
+    save_documents(
+        out / "documents.jsonl", [part.document for source in sources for part in source.parts]
+    )
+    save_questions(out / "eval.json", evaluation_questions(sources))

@@ -1,0 +1,191 @@
+"""A document to be studied: its text, sections, questions, and the parts the teacher reads.
+
+A source comes from a LongHealth record or from a file. One that fits the teacher's context is its
+own and only part. A longer one is cut into parts (chunking.py), each a document with an id of its
+own, `<id>#<n>` counted from 1; a prompt then names the part it came from, and the teacher scores it
+with that part in context. The cartridge is one for the whole all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from cartridge_distill.data.documents import structure
+from cartridge_distill.data.documents.chunking import chunk_text
+from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_documents
+from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
+from cartridge_distill.util.errors import ConfigError
+
+LONGHEALTH = "https://raw.githubusercontent.com/kbressem/LongHealth/main/data/benchmark_v5.json"
+# The heading of a record's text: a short beginning that ends in a colon.
+_RECORD_HEADING = re.compile(r"^\W*([A-Z][\w ,/&-]{1,38}):\s")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands under a heading (None where there is none): `text[start:end]` of the source."""
+
+    heading: str | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the teacher reads at once: `text[start:end]` of the source."""
+
+    document: Document
+    start: int
+    end: int
+    torn: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """One document.
+
+    Attributes:
+        document_id: unique among the sources.
+        title: how a prompt names it.
+        text: all of it.
+        sections: in order.
+        parts: what the teacher reads, in order; together they are the text.
+        questions: for the evaluation; never trained on.
+        kind: a "record" has one fact a line and medical prompts; "file" is any text.
+    """
+
+    document_id: str
+    title: str
+    text: str
+    sections: tuple[Section, ...]
+    parts: tuple[Part, ...]
+    questions: tuple[Question, ...] = ()
+    kind: Literal["record", "file"] = "file"
+
+    @classmethod
+    def of_record(cls, record: Record) -> Source:
+        text = record.document
+        found: list[Section] = []
+        end = len(text) - sum(len(part) + 2 for part in record.texts)
+        for part in record.texts:
+            start, end = end + 2, end + 2 + len(part)
+            heading = _RECORD_HEADING.match(part)
+            body = start + (heading.end() if heading else 0)
+            found.append(Section(heading.group(1).strip() if heading else None, body, end))
+        whole = Part(Document.of(record.document_id, text), 0, len(text))
+        return cls(
+            *(record.document_id, record.name, text, tuple(found), (whole,)),
+            questions=record.questions,
+            kind="record",
+        )
+
+    @classmethod
+    def of_file(cls, read: ReadFile) -> Source:
+        whole = Part(Document.of(read.document_id, read.text, read.title), 0, len(read.text))
+        found = tuple(Section(*section) for section in structure.sections(read.text))
+        return cls(read.document_id, read.title, read.text, found, (whole,))
+
+    def split(self, limit: int | None, length: Callable[[str], int]) -> Source:
+        """With parts of at most `limit` tokens; itself where the whole text is not longer.
+
+        Args:
+            limit: tokens the teacher reads at once; None is no limit.
+            length: tokens of a text as the teacher reads it.
+
+        Raises:
+            DocumentError: the limit is too small for any text.
+        """
+        if limit is None or length(self.text) <= limit:
+            return self
+        sha256 = sha256_of(self.text)
+        parts = []
+        for number, chunk in enumerate(chunk_text(self.text, limit, length), 1):
+            document = replace(
+                Document.of(f"{self.document_id}#{number}", chunk.text, self.title),
+                parent_id=self.document_id,
+                parent_sha256=sha256,
+            )
+            parts.append(Part(document, chunk.start, chunk.end, chunk.torn))
+        return replace(self, parts=tuple(parts))
+
+    def part_at(self, offset: int) -> Part:
+        """The part that holds the character at this offset of the text."""
+        starts = [part.start for part in self.parts]
+        return self.parts[max(0, bisect_right(starts, offset) - 1)]
+
+    def sentences(self, section: Section, span: Part | None = None) -> list[str]:
+        """The sentences of a section, or of what of it stands in one part.
+
+        In a record a line end ends a sentence, in a file it does not.
+        """
+        start, end = section.start, section.end
+        if span is not None:
+            start, end = max(start, span.start), min(end, span.end)
+        text = self.text[start:end]
+        return (structure.sentences if self.kind == "file" else structure.line_sentences)(text)
+
+
+def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Source]:
+    """Reads records (a JSON file, a URL, `longhealth`) or documents (a file, a folder).
+
+    Args:
+        data: where they are.
+        say: gets a line about each file that was read or skipped.
+        skip_unreadable: of a folder: leave files out that cannot be read.
+
+    Raises:
+        ConfigError: records that cannot be read or are not in LongHealth's schema.
+        DocumentError: documents that cannot be read.
+    """
+    path = Path(data)
+    remote = data == "longhealth" or data.startswith(("http://", "https://"))
+    records = remote or path.suffix.lower() == ".json" and not path.is_dir()
+    if not records and (path.exists() or path.suffix.lower() in KINDS):
+        reading = read_documents(path, skip_unreadable)
+        for line in reading.skipped:
+            say(f"skipped {line}")
+        for read in reading.documents:
+            say("; ".join([f"read {read.document_id}: {len(read.text)} characters", *read.notes]))
+        return [Source.of_file(read) for read in reading.documents]
+    return [Source.of_record(record) for record in parse_records(_records_text(data, say), data)]
+
+
+def _records_text(data: str, say: Say) -> str:
+    data = LONGHEALTH if data == "longhealth" else data
+    try:
+        if data.startswith(("http://", "https://")):
+            say(f"Downloading {data} ...")
+            return httpx.get(data, follow_redirects=True, timeout=60).raise_for_status().text
+        return Path(data).read_text()
+    except (OSError, UnicodeDecodeError, httpx.HTTPError) as error:
+        raise ConfigError(
+            f"{data} cannot be read: {error}. Give with --data a JSON file of records or its URL, "
+            f"a folder of documents, or one document ({', '.join(KINDS)}). Without a network, copy "
+            "LongHealth's data/benchmark_v5.json to this machine."
+        ) from error
+
+
+def choose(sources: Sequence[Source], wanted: Sequence[str] | None) -> list[Source]:
+    """The sources named, in the order named; all when none is named.
+
+    Raises:
+        ConfigError: an unknown id, or one named twice.
+    """
+    if not wanted:
+        return list(sources)
+    by_id = {source.document_id: source for source in sources}
+    for name in wanted:
+        if name not in by_id:
+            raise ConfigError(f"There is no patient {name!r}; there are: {', '.join(by_id)}.")
+        if wanted.count(name) > 1:
+            raise ConfigError(f"--patients names {name!r} twice.")
+    return [by_id[name] for name in wanted]

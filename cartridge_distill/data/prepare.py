@@ -1,0 +1,214 @@
+"""What training/prepare_data.py does: reads, cuts, makes prompts, writes the training files."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from cartridge_distill.data.dataset import Row, write_dataset
+from cartridge_distill.data.decontamination import Guard
+from cartridge_distill.data.documents.source import Source, choose, load_sources
+from cartridge_distill.data.prompt_recipes import make_rows
+from cartridge_distill.data.self_study.plan import Plan
+from cartridge_distill.data.self_study.sifting import Sifted
+from cartridge_distill.data.self_study.writing import (
+    StudySettings,
+    made_with,
+    study_rows,
+    write_prompts,
+)
+from cartridge_distill.model.loading import text_config
+from cartridge_distill.model.prompts import render_document
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
+from cartridge_distill.util.errors import ConfigError, RolloutError
+from cartridge_distill.util.journal import Journal
+
+SELF_STUDY = "self_study"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Reads, cuts, makes prompts and writes."""
+    check_options(options)
+    sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    # What a document may have is checked below; transformers would warn about each long one.
+    tokenizer.model_max_length = sys.maxsize
+    sources = split_sources(sources, tokenizer, options)
+    if options.recipe == SELF_STUDY:
+        train, val = asyncio.run(self_study(sources, tokenizer, options))
+    else:
+        val_rows = 16 if options.val_rows is None else options.val_rows
+        train, val = make_rows(
+            *(tokenizer, sources, options.recipe, options.rows, val_rows, options.seed), say=say
+        )
+    write_dataset(options.out, sources, train, val)
+    say(f"Wrote {len(train)} training and {len(val)} validation prompts to {options.out}")
+    parts = [part.document.document_id for source in sources for part in source.parts]
+    if len(parts) > 1:
+        say(
+            f"{len(parts)} documents for the teacher. To start the cartridge from a text, name "
+            f"one: actor_rollout_ref.actor.cartridge.init_document={parts[0]!r}"
+        )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses what does not belong to the recipe.
+
+    Raises:
+        ConfigError: names the option and the mend.
+    """
+    if options.recipe != SELF_STUDY:
+        for name in ("server", "held_out"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} belongs to --recipe self_study, not to "
+                    f"{options.recipe}; leave it out, or choose that recipe."
+                )
+        return
+    if options.server is None:
+        raise ConfigError(
+            f"--recipe self_study needs --server URL: a server of the base model. {HOW_TO_START}; "
+            "`cartridge-distill serve` speaks another protocol."
+        )
+    if options.val_rows is not None:
+        raise ConfigError("With --recipe self_study, say --held-out FRACTION, not --val-rows.")
+
+
+def split_sources(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> list[Source]:
+    """Cuts what is longer than the teacher's context; says how long everything is."""
+
+    def length(text: str) -> int:
+        return len(render_document(tokenizer, text))
+
+    limit = teacher_context(options)
+    split = []
+    for source in sources:
+        tokens = length(source.text)
+        source = source.split(limit, length)
+        said = f"{source.document_id}: {tokens} tokens, {len(source.questions)} questions"
+        if len(source.parts) > 1:
+            said += f"; longer than the teacher's {limit}: {len(source.parts)} parts"
+            if torn := sum(part.torn for part in source.parts):
+                said += f", {torn} of which end inside a sentence that is longer by itself"
+            if source.questions:
+                said += "; no teacher can read all of it to answer its questions"
+        say(said)
+        split.append(source)
+    return split
+
+
+def teacher_context(options: argparse.Namespace) -> int | None:
+    """Tokens of a document that the teacher reads at most; None when nothing is known about it.
+
+    Raises:
+        ConfigError: no room for a document.
+    """
+    if options.teacher_context is not None:
+        limit = options.teacher_context
+    else:
+        try:
+            config = text_config(AutoConfig.from_pretrained(options.tokenizer))
+        except (OSError, ValueError):
+            say(
+                f"{options.tokenizer} has a tokenizer but no model config: whether the documents "
+                "fit the teacher's context is not checked (--teacher-context sets it)"
+            )
+            return None
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is None:
+            return None  # positions without a bound
+        limit -= options.prompt_tokens + options.response_tokens
+    if limit < 1:
+        raise ConfigError(
+            f"{limit} tokens are left for a document: the model's context less --prompt-tokens "
+            f"{options.prompt_tokens} and --response-tokens {options.response_tokens}, or "
+            "--teacher-context. Make the prompts shorter, or take a model with a longer context."
+        )
+    return int(limit)
+
+
+async def self_study(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> tuple[list[Row], list[Row]]:
+    """Has the prompts written by the server's model; goes on where an earlier run stopped.
+
+    Raises:
+        ConfigError: other settings than those of the prompts that are already there.
+        RolloutError: the server is not there, refuses, or has gone.
+    """
+    held_out = 0.1 if options.held_out is None else options.held_out
+    if not 0 < held_out < 1:
+        raise ConfigError(f"--held-out {held_out}: must be a fraction between 0 and 1.")
+    settings = StudySettings(
+        prompts=options.rows + max(1, round(options.rows * held_out / (1 - held_out))),
+        chunk_tokens=options.chunk_tokens,
+        write_tokens=options.write_tokens,
+        prompt_tokens=options.prompt_tokens,
+        temperature=options.temperature,
+        attempts=options.attempts,
+        concurrency=options.concurrency,
+        seed=options.seed,
+    )
+    plan = Plan(
+        sources,
+        settings.chunk_tokens,
+        settings.seed,
+        lambda text: len(render_document(tokenizer, text)),
+        options.openings,
+    )
+    guard = Guard([question for source in sources for question in source.questions])
+    patience = ClientSettings(startup_timeout_s=options.wait, max_connections=options.concurrency)
+    path = options.out / "self_study.jsonl"
+    async with TokasaurusClient(options.server, patience) as client:
+        await client.wait_until_ready()
+        about = made_with(plan, tokenizer, settings, await client.models())
+        with Journal(path, about) as journal, tqdm(unit=" prompts", mininterval=1) as bar:
+            if journal.rows or journal.torn:
+                say(f"{path} holds {len(journal.rows)} generations; going on from there")
+            say(f"{settings.prompts} prompts to write from {len(plan.chunks)} chunks")
+            try:
+                found = await write_prompts(
+                    *(client, tokenizer, plan, journal, guard, settings),
+                    progress=partial(show_progress, bar),
+                )
+            except RolloutError as error:
+                raise RolloutError(
+                    f"{error}\n{len(journal.rows)} generations are kept in {path}; the same "
+                    "command goes on from there."
+                ) from error
+            say_outcome(found, settings, len(journal.rows))
+    return study_rows(found.kept, plan, held_out, settings.seed)
+
+
+def show_progress(bar: tqdm, done: int, planned: int) -> None:
+    bar.total = planned
+    bar.update(done - bar.n)
+
+
+def say_outcome(found: Sifted, settings: StudySettings, generations: int) -> None:
+    kinds = Counter(written.row["kind"] for written in found.kept)
+    kept = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    say(f"{len(found.kept)} prompts kept of {generations} generations: {kept}")
+    for reason, count in found.dropped.most_common():
+        say(f"   {count} dropped: {reason}")
+    if len(found.kept) < settings.prompts:
+        say(
+            f"Only {len(found.kept)} of {settings.prompts} prompts: {settings.attempts} attempts "
+            "each were used up. More --attempts go on from here; a larger model, smaller "
+            "--chunk-tokens or more --write-tokens (for those cut off) help more."
+        )
+
+
+def say(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()

@@ -1,0 +1,251 @@
+"""Training prompts that are cut out of the documents: started answers and open questions.
+
+*Started*: the user asks about a section, and the assistant's answer has already begun with a true
+sentence of the document, cut at a random token; the student goes on from there. This is what
+teaches a small model. *Open*: questions about a section, for models that can answer them. *Mixed*:
+one of each in turn. What a model writes itself is in `self_study/`.
+
+No prompt contains an evaluation question or the stem of one: colliding cuts are dropped, counted.
+
+Not done here: answers. They are sampled from the student as it trains, and the teacher, who has
+the document, judges them; there is no reward.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from cartridge_distill.data.dataset import Row, alternate, make_row, numbered
+from cartridge_distill.data.decontamination import Guard, words
+from cartridge_distill.data.documents.source import Source
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.util.errors import ConfigError
+
+RECIPES = ("started", "open", "mixed")
+_FEWEST_WORDS = 3  # of a sentence in a file, where page numbers and captions stand around
+
+# Short, because every token of the user's turn is paid for in each of the three forwards.
+STARTED_TURNS = (
+    "Tell me about {section}.",
+    "Describe {section}.",
+    "What about {section}?",
+    "{section}?",
+)
+OPEN_TURNS = {
+    "record": (
+        "Summarize what the record says about {section}.",
+        "Which names, places and numbers does the record give about {section}?",
+        "Explain {section} to the patient's family in plain words.",
+        "List the facts that the record gives about {section}.",
+        "Write three questions about {section} and answer them from the record.",
+        "What should a new doctor know about {section}?",
+    ),
+    "file": (
+        "Summarize what the document says about {section}.",
+        "Which names, places and numbers does the document give about {section}?",
+        "Explain {section} in plain words to someone who has not read the document.",
+        "List the facts that the document gives about {section}.",
+        "Write three questions about {section} and answer them from the document.",
+        "What should someone who has to work with {section} know?",
+    ),
+}
+# What a record's text without a heading of its own is asked about.
+OPEN_TOPICS = (
+    "the diagnoses",
+    "the medication",
+    "the laboratory values",
+    "the imaging",
+    "the operations and procedures",
+    "the course of the illness",
+    "the patient's history",
+    "the plan after discharge",
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The beginning of a sentence, to be continued: one started answer less its user turn."""
+
+    source: Source
+    document_id: str
+    section: str
+    start: str
+    rest: str
+
+
+def cut_points(tokenizer: PreTrainedTokenizerBase, sentence: str) -> list[str]:
+    """The beginnings of a sentence at which a started answer may stop.
+
+    They lie in the later half of the sentence, at least 2 tokens in, before the last word: what is
+    new in a sentence comes late, and there the teacher knows what the student does not. A cut
+    counts only if its text, tokenised again behind the rendered prompt, gives the very tokens that
+    the whole sentence begins with: the student must go on from a token sequence that the sentence
+    itself could have.
+    """
+
+    def render(answer: str) -> list[int]:
+        user = {"role": "user", "content": "?"}
+        return render_prompt(tokenizer, [user, {"role": "assistant", "content": answer}])
+
+    head, whole = render(""), render(sentence)
+    if whole[: len(head)] != head:
+        return []
+    starts = []
+    tokens = len(whole) - len(head)
+    for cut in range(max(2, tokens // 2), max(3, tokens - 1)):
+        end = len(head) + cut
+        if end >= len(whole):
+            break
+        start = str(tokenizer.decode(whole[len(head) : end]))
+        if sentence.startswith(start) and render(start) == whole[:end]:
+            starts.append(start)
+    return starts
+
+
+def all_cuts(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], most: int, seed: int
+) -> list[Cut]:
+    """Every cut of the documents' sentences, of `most` sentences at random where there are more.
+
+    Text that stands in a document twice is cut once.
+    """
+    found = [
+        (source, part.document.document_id, section.heading, sentence)
+        for source in sources
+        for part in source.parts
+        for section in source.sections
+        if section.start < part.end and part.start < section.end
+        for sentence in source.sentences(section, part)
+        if source.kind == "record" or len(words(sentence)) >= _FEWEST_WORDS
+    ]
+    if len(found) > most:
+        chosen = sorted(random.Random(seed).sample(range(len(found)), most))
+        found = [found[number] for number in chosen]
+    cuts: dict[tuple[str, str], Cut] = {}
+    bar = tqdm(found, desc="cutting sentences", unit="", leave=False, delay=3, disable=None)
+    for source, document_id, heading, sentence in bar:
+        fallback = "the patient" if source.kind == "record" else source.title
+        section = heading.lower() if heading and source.kind == "record" else heading or fallback
+        for start in cut_points(tokenizer, sentence):
+            cut = Cut(source, document_id, section, start, sentence[len(start) :])
+            cuts.setdefault((source.document_id, start), cut)
+    return list(cuts.values())
+
+
+def shuffled_passes(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
+    """All items in random order, over and over: even coverage at any number of rows."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def started_rows(cuts: Sequence[Cut], rng: random.Random, name_it: bool) -> Iterator[Row]:
+    for cut in shuffled_passes(cuts, rng):
+        section = _about(cut.section, cut.source, name_it)
+        user = rng.choice(STARTED_TURNS).format(section=section)
+        messages = [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": cut.start},
+        ]
+        rest = cut.rest.strip()
+        yield make_row(cut.source, cut.document_id, messages, "started", "started", rest)
+
+
+def open_prompts(sources: Sequence[Source], name_it: bool) -> list[tuple[Source, str, str]]:
+    """(source, id of what the teacher reads, prompt): every topic in every wording, once."""
+    found = [
+        (source, document_id, turn.format(section=_about(topic, source, name_it)))
+        for source in sources
+        for document_id, topic in _topics(source)
+        for turn in OPEN_TURNS[source.kind]
+    ]
+    return list(
+        {(source.document_id, text): (source, i, text) for source, i, text in found}.values()
+    )
+
+
+def open_rows(prompts: Sequence[tuple[Source, str, str]], rng: random.Random) -> Iterator[Row]:
+    for source, document_id, text in shuffled_passes(prompts, rng):
+        yield make_row(source, document_id, [{"role": "user", "content": text}], "open", "open")
+
+
+def _topics(source: Source) -> list[tuple[str, str]]:
+    """(id of what the teacher reads, topic): headings where there are some."""
+    headed = [
+        (source.part_at(section.start).document.document_id, section.heading)
+        for section in source.sections
+        if section.heading
+    ]
+    if source.kind == "record":
+        headed = [(document_id, heading.lower()) for document_id, heading in headed]
+    if headed:
+        return headed
+    ids = [part.document.document_id for part in source.parts]
+    topics = OPEN_TOPICS if source.kind == "record" else (source.title,)
+    if len(ids) == 1:
+        return [(ids[0], topic) for topic in topics]
+    # The same words to two teachers with different parts would ask for two answers at once.
+    return [(i, f"{topic}, part {n}") for n, i in enumerate(ids, 1) for topic in topics]
+
+
+def _about(section: str, source: Source, name_it: bool) -> str:
+    return f"{section} ({source.title})" if name_it and section != source.title else section
+
+
+def make_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    recipe: str,
+    rows: int,
+    val_rows: int,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Row], list[Row]]:
+    """(train, val) rows in veRL's schema; the same arguments give the same rows.
+
+    No cut and no open prompt of `val` is in `train`.
+
+    Raises:
+        ConfigError: unknown recipe, nothing to make prompts of, or a collision with evaluation.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"The recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
+    if rows < 1 or val_rows < 1:
+        raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")
+    rng = random.Random(seed)
+    guard = Guard([question for source in sources for question in source.questions])
+    name_it = len(sources) > 1
+    makers: dict[str, list[Iterator[Row]]] = {"train": [], "val": []}
+    if recipe in ("started", "mixed"):
+        every = all_cuts(tokenizer, sources, rows + val_rows, seed)
+        cuts = [cut for cut in every if guard.collision(cut.start) is None]
+        say(f"{len(cuts)} started answers, {len(every) - len(cuts)} dropped: evaluation stems.")
+        if len(cuts) <= val_rows:
+            raise ConfigError(
+                f"Only {len(cuts)} started answers can be made, and {val_rows} are kept for "
+                "validation. Use longer documents, or fewer --val-rows."
+            )
+        rng.shuffle(cuts)
+        makers["val"].append(started_rows(cuts[:val_rows], rng, name_it))
+        makers["train"].append(started_rows(cuts[val_rows:], rng, name_it))
+    if recipe in ("open", "mixed"):
+        prompts = [p for p in open_prompts(sources, name_it) if guard.collision(p[2]) is None]
+        if len(prompts) < 2:
+            raise ConfigError("Every open prompt collides with an evaluation question.")
+        rng.shuffle(prompts)
+        # An eighth at most: the wordings are few, and what is kept aside is not trained on.
+        kept = max(1, min(val_rows, len(prompts) // 8))
+        makers["val"].append(open_rows(prompts[:kept], rng))
+        makers["train"].append(open_rows(prompts[kept:], rng))
+    train, val = (
+        numbered(islice(alternate(makers[split]), count), split)
+        for split, count in (("train", rows), ("val", val_rows))
+    )
+    guard.check(train + val)
+    return train, val

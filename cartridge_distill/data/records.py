@@ -1,0 +1,210 @@
+"""Patient records in LongHealth's JSON schema: reading, checking, and the document's text.
+
+    {id: {name, birthday, diagnosis, texts: {text_0: ...},
+          questions: [{question, answer_a ... answer_e, correct, stem?}]}}
+
+`stem` is an optional key of ours: the beginning of an answer sentence that each option completes.
+LongHealth (github.com/kbressem/LongHealth) has no stems. Other keys are ignored.
+
+The evaluation questions travel as `eval.json` (`save_questions`, `load_questions`), the documents
+as `documents.jsonl` (`save_documents`; `teacher.DocumentStore` reads it), each document once.
+
+Not done here: training prompts (`recipes.py`, `self_study/`) and anything with tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cartridge_distill.util.errors import ConfigError, DocumentError
+
+OPTION_KEYS = ("answer_a", "answer_b", "answer_c", "answer_d", "answer_e")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question about one document.
+
+    Attributes:
+        document_id: the document that answers it.
+        question: the user's turn.
+        options: the texts to choose from.
+        correct: index of the right option.
+        stem: beginning of an answer sentence that each option completes, or None.
+    """
+
+    document_id: str
+    question: str
+    options: tuple[str, ...]
+    correct: int
+    stem: str | None = None
+
+    @property
+    def answer(self) -> str:
+        return self.options[self.correct]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One patient: a document of several texts, and the questions about it."""
+
+    document_id: str
+    name: str
+    birthday: str
+    diagnosis: str
+    texts: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+    @property
+    def document(self) -> str:
+        """The document's text: a heading line, then the texts, with blank lines between."""
+        heading = f"Patient record of {self.name}, born {self.birthday}."
+        return "\n\n".join([f"{heading} Diagnosis: {self.diagnosis}.", *self.texts])
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as the teacher reads it: a line of `documents.jsonl`.
+
+    Attributes:
+        document_id: what prompts name it by; `<parent>#<n>` for a part of a longer one.
+        text: all of it.
+        sha256: of the text.
+        title: of the document, where it has one of its own.
+        parent_id, parent_sha256: the whole document that this is a part of; None for a whole one.
+    """
+
+    document_id: str
+    text: str
+    sha256: str
+    title: str | None = None
+    parent_id: str | None = None
+    parent_sha256: str | None = None
+
+    @classmethod
+    def of(cls, document_id: str, text: str, title: str | None = None) -> Document:
+        return cls(document_id, text, sha256_of(text), title)
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_records(text: str, source: str) -> list[Record]:
+    """Reads and checks the records of a JSON text.
+
+    Args:
+        text: the JSON.
+        source: where it is from, for the messages.
+
+    Raises:
+        ConfigError: not JSON, duplicate ids, missing keys, or a right answer that is no option;
+            each names the patient and the key.
+        DocumentError: a patient's text is empty.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ConfigError(f"{source}: the key {key!r} occurs twice; ids must be unique.")
+            seen[key] = value
+        return seen
+
+    try:
+        data = json.loads(text, object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source} is not JSON: {error}") from error
+    if not isinstance(data, dict) or not data:
+        raise ConfigError(
+            f"{source} must be a JSON object {{patient id: record}} with at least one patient, "
+            f"as LongHealth's benchmark_v5.json; it holds a {type(data).__name__}."
+        )
+    return [_record(document_id, entry, source) for document_id, entry in data.items()]
+
+
+def _record(document_id: str, entry: Any, source: str) -> Record:
+    where = f"{source}, patient {document_id!r}"
+    _need(entry, ("name", "birthday", "diagnosis", "texts", "questions"), where)
+    for key, kind in (("texts", dict), ("questions", list)):
+        if not isinstance(entry[key], kind):
+            raise ConfigError(f"{where}: {key!r} must be a JSON {kind.__name__}.")
+    if not entry["texts"]:
+        raise DocumentError(f"{where} has no texts; a record needs at least one.")
+    for key, text in entry["texts"].items():
+        if not isinstance(text, str) or not text.strip():
+            raise DocumentError(f"{where}: {key!r} is empty. Fill it, or take the key out.")
+    return Record(
+        document_id=document_id,
+        name=str(entry["name"]),
+        birthday=str(entry["birthday"]),
+        diagnosis=str(entry["diagnosis"]),
+        texts=tuple(text.strip() for text in entry["texts"].values()),
+        questions=tuple(
+            _question(document_id, question, f"{where}, question {number}")
+            for number, question in enumerate(entry["questions"])
+        ),
+    )
+
+
+def _question(document_id: str, entry: Any, where: str) -> Question:
+    _need(entry, ("question", *OPTION_KEYS, "correct"), where)
+    options = tuple(str(entry[key]).strip() for key in OPTION_KEYS)
+    correct = str(entry["correct"]).strip()
+    if correct not in options:
+        raise ConfigError(
+            f"{where}: the right answer {correct!r} is not among the options {list(options)}. "
+            "`correct` must repeat the text of one of them."
+        )
+    stem = entry.get("stem")
+    if stem is not None and (not isinstance(stem, str) or not stem.strip()):
+        raise ConfigError(f"{where}: 'stem' must be a text that the options complete, or absent.")
+    return Question(
+        document_id=document_id,
+        question=str(entry["question"]).strip(),
+        options=options,
+        correct=options.index(correct),
+        stem=stem.strip() if stem else None,
+    )
+
+
+def _need(entry: Any, keys: Iterable[str], where: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} must be a JSON object, not a {type(entry).__name__}.")
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        raise ConfigError(f"{where}: missing {', '.join(repr(key) for key in missing)}.")
+
+
+def save_questions(path: Path, questions: Iterable[Question]) -> None:
+    """Writes `eval.json`: a list of questions."""
+    rows = [asdict(question) for question in questions]
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_questions(path: Path) -> list[Question]:
+    """Reads what `save_questions` wrote.
+
+    Raises:
+        ConfigError: the file is not such a list.
+    """
+    try:
+        rows = json.loads(path.read_text())
+        return [Question(**{**row, "options": tuple(row["options"])}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is not a file of evaluation questions ({error!r}). "
+            "Write it with training/prepare_data.py."
+        ) from error
+
+
+def save_documents(path: Path, documents: Iterable[Document]) -> None:
+    """Writes `documents.jsonl`: a document a line, without the keys that are None."""
+    rows = (asdict(document).items() for document in documents)
+    lines = [json.dumps({k: v for k, v in row if v is not None}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")

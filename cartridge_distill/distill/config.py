@@ -1,0 +1,112 @@
+"""The checks a cartridge's settings must pass before anything is loaded.
+
+They work on any object that has the attributes: veRL's `CartridgeConfig`, an OmegaConf node, a
+namespace in a test. Checks that need the rest of a run's configuration (the rollout, the batch
+sizes) are not here but in `verl_patches.config.checks`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cartridge_distill.distill.loss import LOSSES
+from cartridge_distill.distill.mixing import Schedule
+from cartridge_distill.model.attention import BACKENDS as ATTENTIONS
+from cartridge_distill.util.errors import ConfigError
+
+INITS = ("text", "random", "checkpoint")
+TRANSPORTS = ("shared_dir", "http")
+SYNC_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+KEY = "actor_rollout_ref.actor.cartridge"
+"""Where these settings stand in veRL's configuration; messages name the full key."""
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
+    """What is wrong with `config`, one line each: the key, its value, the mend. Empty when fine."""
+    problems: list[str] = []
+
+    def refuse(field: str, mend: str) -> None:
+        problems.append(f"{key}.{field}={getattr(config, field)!r}: {mend}")
+
+    def at_least(field: str, smallest: int, why: str) -> None:
+        value = getattr(config, field)
+        if not _is_int(value) or value < smallest:
+            refuse(field, f"{why}; set a whole number, {smallest} or more")
+
+    def above_zero(field: str, why: str) -> None:
+        value = getattr(config, field)
+        # `not (value > 0)` also catches NaN
+        if not _is_number(value) or not value > 0 or value == float("inf"):
+            refuse(field, f"{why}; set a number above 0")
+
+    def one_of(field: str, known: tuple[str, ...]) -> None:
+        if getattr(config, field) not in known:
+            refuse(field, f"unknown; choose one of {', '.join(known)}")
+
+    at_least("num_tokens", 2, "one frozen and one trained token are the least a cartridge can have")
+    at_least("num_frozen_tokens", 1, "Tokasaurus cannot read a cartridge without a frozen token")
+    frozen, tokens = config.num_frozen_tokens, config.num_tokens
+    if _is_int(frozen) and _is_int(tokens) and frozen >= tokens >= 2:
+        refuse(
+            "num_frozen_tokens",
+            f"nothing is left to train of num_tokens={tokens}; set it below {tokens} (1 is usual)",
+        )
+    above_zero("lr", "the cartridge would not learn")
+    one_of("init", INITS)
+    if config.init == "checkpoint" and not config.checkpoint_path:
+        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a repo id")
+    if config.init != "checkpoint" and config.checkpoint_path:
+        refuse(
+            "checkpoint_path",
+            f"would be ignored with init={config.init}; "
+            f"set {key}.init=checkpoint, or {key}.checkpoint_path=null",
+        )
+    if not isinstance(config.document_key, str) or not config.document_key:
+        refuse("document_key", "name the key in extra_info that holds the document's id")
+    one_of("loss", tuple(LOSSES))
+    at_least("topk", 1, "the loss compares the teacher's k likeliest tokens (20 is usual)")
+    above_zero("kl_temperature", "logits are divided by it (1.0 leaves them alone)")
+    one_of("attention", ATTENTIONS)
+    at_least("teacher_cache_documents", 1, "the teacher needs the document it is reading")
+    if config.max_logprob_diff is not None:  # null compares with the trainer's own rounding
+        above_zero("max_logprob_diff", "every step would be refused (1e-3 suits float32)")
+    try:
+        Schedule.of(config.on_policy_fraction)
+    except ConfigError as error:
+        refuse("on_policy_fraction", str(error))
+    heat = config.teacher_temperature
+    if heat is not None and (not _is_number(heat) or not 0 <= heat < float("inf")):
+        refuse("teacher_temperature", "set a number, 0 (greedy) or more, or null (the rollout's)")
+    if config.teacher_cache is not None and Path(str(config.teacher_cache)).expanduser().is_file():
+        refuse("teacher_cache", "is a file; name a directory, or null to keep no answers")
+    one_of("transport", TRANSPORTS)
+    at_least("sync_keep", 1, "the version being sampled must stay")
+    one_of("sync_dtype", SYNC_DTYPES)
+    if config.run_name is not None and not _RUN_NAME.fullmatch(str(config.run_name)):
+        refuse("run_name", "version ids start with it; use letters, digits and single - or _")
+    at_least("seed", 0, "torch wants a seed of 0 or more")
+    return problems
+
+
+def check_cartridge_config(config: Any) -> None:
+    """Refuse a cartridge configuration that makes no sense.
+
+    Raises:
+        ConfigError: every problem found, each with its full Hydra key, its value and the mend.
+    """
+    problems = cartridge_problems(config)
+    if problems:
+        raise ConfigError("\n".join(["the cartridge cannot be trained like this:", *problems]))

@@ -1,0 +1,71 @@
+"""The lengths of a training step that its memory depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cartridge_distill.util.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The lengths of a step.
+
+    Attributes:
+        cartridge_tokens: P.
+        row_tokens: T, tokens in a packed row.
+        trained_tokens: N of them whose logits are asked for; all of them where that is not known.
+        document_tokens: of the longest document.
+        documents: how many there are.
+        documents_kept: of how many the teacher keeps the KV.
+        sequence_tokens: of the longest sequence: what a token attends to in its row at most.
+        dtype: of the model.
+        backend: "flex", "grouped" or "dense", see :mod:`cartridge_distill.model.attention`.
+        gradient_checkpointing: a layer keeps its input alone.
+        micro_batches: rows of one optimizer step; from the second on gradients are there already.
+        ranks: that share the base.
+        topk: tokens of the teacher's distribution.
+
+    Raises:
+        ConfigError: a length under 1, or more trained tokens than the row has.
+    """
+
+    cartridge_tokens: int
+    row_tokens: int
+    document_tokens: int
+    trained_tokens: int | None = None
+    documents: int = 1
+    documents_kept: int = 8
+    sequence_tokens: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    backend: str = "flex"
+    gradient_checkpointing: bool = False
+    micro_batches: int = 2
+    ranks: int = 1
+    topk: int = 20
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("cartridge_tokens", "row_tokens", "document_tokens", "documents", "documents_kept"),
+            *("micro_batches", "ranks", "topk"),
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("trained_tokens", "sequence_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= self.row_tokens:
+                raise ConfigError(
+                    f"{name}={value}: must be 1 to row_tokens={self.row_tokens}, or left out"
+                )
+        if self.backend not in ("flex", "grouped", "dense"):
+            raise ConfigError(f"backend={self.backend!r}: choose flex, grouped or dense")
+
+    @property
+    def trained(self) -> int:
+        return self.row_tokens if self.trained_tokens is None else self.trained_tokens
+
+    @property
+    def longest(self) -> int:
+        return self.row_tokens if self.sequence_tokens is None else self.sequence_tokens

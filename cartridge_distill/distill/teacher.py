@@ -1,0 +1,173 @@
+"""The teacher: the student's own frozen weights, with the whole document as prefix.
+
+No second model and no second server. A document's KV is computed once, kept (bounded, least
+recently used out) and reused for every sample and every step. A sample without its document is an
+error that names it; nothing is scored by the bare model instead.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.distill.loss import TeacherTopK
+from cartridge_distill.model.forward import decoder_config, packed_forward
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import HostMask, host_mask, on_device, pack
+from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.util.errors import DocumentError
+
+
+class Teacher:
+    """Scores tokens with a document in context.
+
+    Args:
+        model: the frozen base model, the very object the student runs.
+        documents: where the texts are.
+        render: text -> token ids, normally
+            ``functools.partial(cartridge_distill.model.prompts.render_document, tokenizer)``.
+        max_cached: how many documents' KV is kept.
+        backend: attention backend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        documents: DocumentStore,
+        render: Callable[[str], list[int]],
+        max_cached: int = 8,
+        backend: str = "auto",
+    ) -> None:
+        self.model = model
+        self.documents = documents
+        self.render = render
+        self.max_cached = max_cached
+        self.backend = backend
+        self.prefills = 0  # how often a document's KV was computed; a metric
+        self._cache: OrderedDict[str, Prefix] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        return getattr(decoder_config(self.model), "max_position_embeddings", None)
+
+    def document_ids(self, document_id: str) -> list[int]:
+        """The token ids of a document, as the teacher reads it.
+
+        Raises:
+            DocumentError: missing, or longer than the model's context.
+        """
+        ids = self.render(self.documents.text(document_id))
+        if self.context is not None and len(ids) >= self.context:
+            raise DocumentError(
+                f"document {document_id!r} has {len(ids)} tokens, the model's context is "
+                f"{self.context}; split the document or use a model with a longer context"
+            )
+        return ids
+
+    def prefix(self, document_id: str) -> Prefix:
+        """The document's KV, computed on first use."""
+        if document_id in self._cache:
+            self._cache.move_to_end(document_id)
+            return self._cache[document_id]
+        ids = self.document_ids(document_id)
+        tokens = on_device(ids, self.device, torch.long)
+        prefix = prefix_from_tokens(self.model, tokens, self.backend)
+        self.prefills += 1
+        self._cache[document_id] = prefix
+        while len(self._cache) > self.max_cached:
+            self._cache.popitem(last=False)
+        return prefix
+
+    @torch.no_grad()
+    def topk(
+        self,
+        sequences: Sequence[Tensor],
+        wanted: Sequence[Tensor | HostMask],
+        document_ids: Sequence[str],
+        k: int,
+        temperature: float = 1.0,
+        chosen_at: float | None = None,
+    ) -> TeacherTopK:
+        """The teacher's distributions over the wanted tokens, looked at.
+
+        As :meth:`score`, and the host waits for the result.
+
+        Raises:
+            DocumentError: as :meth:`score`, or the logits are not finite.
+        """
+        found = self.score(sequences, wanted, document_ids, k, temperature, chosen_at)
+        if not bool(found.finite):
+            raise not_finite(document_ids)
+        return found
+
+    @torch.no_grad()
+    def score(
+        self,
+        sequences: Sequence[Tensor],
+        wanted: Sequence[Tensor | HostMask],
+        document_ids: Sequence[str],
+        k: int,
+        temperature: float = 1.0,
+        chosen_at: float | None = None,
+    ) -> TeacherTopK:
+        """The teacher's distributions over the wanted tokens; the host waits for nothing.
+
+        Args:
+            sequences: B ``[length]`` id tensors (prompt + response), without the document.
+            wanted: B ``[length]`` bool masks, the tokens whose distribution is asked for; on the
+                host, or the host waits for them.
+            document_ids: B ids.
+            k, temperature: of the top-k.
+            chosen_at: a temperature; when given, the log-probs of the wanted tokens themselves are
+                taken at it, too (``chosen``).
+
+        Returns:
+            N = total wanted tokens rows, in the order of the sequences. Whether they are finite
+            stands in it and is for the caller to look at.
+
+        Raises:
+            DocumentError: a document is missing, or document + sequence exceed the context.
+        """
+        results: list[list[Tensor]] = [[]] * len(sequences)
+        masks = [host_mask(mask) for mask in wanted]
+        finite = []
+        for document_id in dict.fromkeys(document_ids):
+            members = [b for b, other in enumerate(document_ids) if other == document_id]
+            prefix = self.prefix(document_id)
+            longest = max(len(sequences[b]) for b in members)
+            if self.context is not None and prefix.num_tokens + longest > self.context:
+                raise DocumentError(
+                    f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
+                    f"{longest} tokens exceed the model's context of {self.context}"
+                )
+            batch = pack([sequences[b] for b in members]).to(self.device)
+            mask = np.concatenate([masks[b] for b in members])
+            logits = packed_forward(self.model, prefix, batch, batch.predicts(mask), self.backend)
+            top = TeacherTopK.from_logits(logits, k, temperature)
+            assert top.finite is not None
+            finite.append(top.finite)
+            parts = [top.ids, top.logprobs]
+            if chosen_at is not None:
+                parts.append(chosen_logprobs(logits, batch.tokens(mask), chosen_at))
+            counts = [int(masks[b].sum()) for b in members]
+            for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
+                results[b] = own
+        ids, logprobs, *rest = (torch.cat(part) for part in zip(*results, strict=True))
+        chosen = rest[0] if rest else None
+        return TeacherTopK(ids, logprobs, chosen, torch.stack(finite).all())
+
+
+def not_finite(document_ids: Sequence[str]) -> DocumentError:
+    """What to raise when the teacher's logits are not finite."""
+    names = ", ".join(repr(name) for name in list(dict.fromkeys(document_ids))[:3])
+    return DocumentError(f"the teacher's logits are not finite for a document among {names}")

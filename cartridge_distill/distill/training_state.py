@@ -1,0 +1,179 @@
+"""What training needs besides the cartridge to go on as if it had never stopped.
+
+Two files beside a saved cartridge: ``training_state.safetensors`` (the optimizer's state and the
+random number generators) and ``training_state.json`` (how far training is, and what it was set up
+with, so that another run's state is refused). Nothing in them depends on the number of ranks, and
+nothing in them is code: no file is read with pickle.
+
+Not here: the cartridge (``checkpoint``), the data position (the trainer's), atomic writing (whoever
+fills the directory does that, so that cartridge and state appear together).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+
+STATE_FILE = "training_state.safetensors"
+ABOUT_FILE = "training_state.json"
+FORMAT = "cartridge-distill-training-state/1"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything but the cartridge.
+
+    Attributes:
+        step: optimizer steps done.
+        version: batches trained on; the number of the version that is served next.
+        schedule: steps of the learning-rate schedule done.
+        optimizer: parameter name -> the optimizer's tensors for it, by their names.
+        rng: from :func:`rng_state`.
+        recipe: settings that must be the same when training goes on; JSON values.
+    """
+
+    step: int
+    version: int
+    schedule: int
+    optimizer: dict[str, dict[str, Tensor]]
+    rng: dict[str, Tensor]
+    recipe: dict[str, Any]
+
+
+def rng_state(device: torch.device | None = None) -> dict[str, Tensor]:
+    """The generators of torch, numpy and Python, and of the device when it has one of its own.
+
+    No step draws a number today (the base model has no dropout); kept for what may be added.
+    """
+    _, numpy_keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, python_keys, python_gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*map(int, numpy_keys), int(position), int(has_gauss)]),
+        "numpy_gauss": torch.tensor([float(gauss)], dtype=torch.float64),
+        "python": torch.tensor(python_keys),
+        "python_gauss": torch.tensor(
+            [] if python_gauss is None else [python_gauss], dtype=torch.float64
+        ),
+    }
+    if device is not None and device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+    """Puts back what :func:`rng_state` took; a device state only where there is such a device."""
+    torch.set_rng_state(state["torch"])
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(
+        ("MT19937", np.array(keys, np.uint32), position, has_gauss, state["numpy_gauss"].item())
+    )
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    if "cuda" in state and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def save_state(state: TrainingState, directory: str | Path) -> None:
+    """Writes both files into a directory that is there.
+
+    Raises:
+        CartridgeFormatError: a name that the file could not be read back from.
+    """
+    tensors: dict[str, Tensor] = {f"rng/{name}": tensor for name, tensor in state.rng.items()}
+    for parameter, found in state.optimizer.items():
+        for name, tensor in found.items():
+            if "/" in parameter or "/" in name:
+                raise CartridgeFormatError(f"{parameter!r}, {name!r}: a name must not have a slash")
+            tensors[f"optimizer/{parameter}/{name}"] = tensor
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        Path(directory) / STATE_FILE,
+    )
+    about = {
+        "format": FORMAT,
+        "step": state.step,
+        "version": state.version,
+        "schedule": state.schedule,
+        "recipe": state.recipe,
+    }
+    (Path(directory) / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def load_state(directory: str | Path) -> TrainingState:
+    """Reads both files.
+
+    Raises:
+        CartridgeFormatError: one is missing or is not what :func:`save_state` writes.
+    """
+    about_path, state_path = Path(directory) / ABOUT_FILE, Path(directory) / STATE_FILE
+    if not about_path.is_file() or not state_path.is_file():
+        raise CartridgeFormatError(
+            f"{directory} has no {ABOUT_FILE} and {STATE_FILE}: a cartridge was saved there "
+            "without its optimizer. Start a new run from it with actor.cartridge.init=checkpoint"
+        )
+    try:
+        about = json.loads(about_path.read_text())
+        tensors = load_file(state_path)
+    except (ValueError, SafetensorError) as error:
+        raise CartridgeFormatError(
+            f"{directory}: the training state is damaged: {error}"
+        ) from error
+    if about.get("format") != FORMAT:
+        raise CartridgeFormatError(
+            f"{about_path} is in format {about.get('format')!r}, this program reads {FORMAT!r}"
+        )
+    rng: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, *names = key.split("/")
+        if kind == "rng":
+            rng[names[0]] = tensor
+        else:
+            optimizer.setdefault(names[0], {})[names[1]] = tensor
+    return TrainingState(
+        step=about["step"],
+        version=about["version"],
+        schedule=about["schedule"],
+        optimizer=optimizer,
+        rng=rng,
+        recipe=about["recipe"],
+    )
+
+
+def check_same_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuses to go on with another run's state.
+
+    Raises:
+        ConfigError: names every setting that differs, with both values.
+    """
+    plain = json.loads(json.dumps(dict(now)))  # tuples become lists, as in the file
+    different = [
+        f"{key}: {saved.get(key)!r} there, {plain.get(key)!r} now"
+        for key in sorted({*saved, *plain})
+        if saved.get(key) != plain.get(key)
+    ]
+    if different:
+        raise ConfigError(
+            "\n- ".join(
+                [
+                    f"{where} was saved by a run with other settings, so this run cannot go on "
+                    "from it. Give the same settings; or another trainer.default_local_dir for a "
+                    "new run, which may start from that cartridge with "
+                    "actor.cartridge.init=checkpoint",
+                    *different,
+                ]
+            )
+        )

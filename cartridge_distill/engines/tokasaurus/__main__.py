@@ -1,0 +1,122 @@
+"""Command line: ``python -m cartridge_distill.engines.tokasaurus --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import NoReturn
+
+EXAMPLES = """\
+examples:
+  # is the installed Tokasaurus the one that the repairs were written for?
+  python -m cartridge_distill.engines.tokasaurus --check
+
+  # serve a model; everything in key=value form goes to Tokasaurus as it is
+  python -m cartridge_distill.engines.tokasaurus \\
+      model=meta-llama/Llama-3.2-3B-Instruct port=10210 \\
+      cartridge_dir=./cartridges kv_cache_num_tokens=131072
+
+  # another Tokasaurus, or none of our changes: have something count blocks and restart it in time,
+  # as the gateway does with --defence restart
+  python -m cartridge_distill.engines.tokasaurus --unrepaired model=... port=10210
+
+good to know:
+  * Tokasaurus is not installed with this project: it wants torch 2.6, transformers 4.53 and CUDA.
+    Give it an environment of its own, and this package on its PYTHONPATH.
+  * Listens on 127.0.0.1, for Tokasaurus asks nobody for a password. --host 0.0.0.0 opens it to all.
+  * An id is a version: its files must never change. One that was pushed out of the cache is read
+    from its files again, so keep them until nobody asks for it any more.
+  * exit codes: 0 stopped, or --check is fine; 1 --check found a difference, or the port is taken;
+    2 refused to start, see the message; 70 the manager, a model worker or the download worker
+    ended: start it again.
+"""
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and what is for Tokasaurus."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cartridge_distill.engines.tokasaurus",
+        usage="%(prog)s [--check | --unrepaired] [--host HOST] [key=value ...]",
+        description="Start a real Tokasaurus server that can be sent thousands of cartridges.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument(
+        "--check",
+        action="store_true",
+        help="only compare the installed Tokasaurus with the known one, a line per function",
+    )
+    one_of.add_argument(
+        "--unrepaired",
+        action="store_true",
+        help="start Tokasaurus as it is; it stops after some 64 versions of 2,048 tokens in a "
+        "cache of 131,072",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    return parser.parse_known_args(arguments)
+
+
+def check() -> int:
+    """Print a line per function; 0 if all are as expected."""
+    from cartridge_distill.engines.tokasaurus import guard
+    from cartridge_distill.engines.tokasaurus.known import COMMIT
+
+    findings = guard.check()
+    for finding in findings:
+        print(finding.line())
+    wrong = sum(finding.state != "ok" for finding in findings)
+    if wrong:
+        print(
+            f"{wrong} of {len(findings)} functions are not the known ones.\n{guard.OTHER_DEFENCE}"
+        )
+        return 1
+    print(f"all {len(findings)} functions are those of commit {COMMIT[:7]}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs until told to stop; returns the exit code."""
+    options, for_tokasaurus = parse(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    from cartridge_distill.util.errors import CartridgeDistillError
+
+    try:
+        if options.check:
+            return check()
+        if not for_tokasaurus:
+            print(
+                "what to serve? For example model=meta-llama/Llama-3.2-3B-Instruct; --help shows "
+                "more",
+                file=sys.stderr,
+            )
+            return 2
+        from cartridge_distill.engines.tokasaurus.launch import Preparation, serve
+
+        serve(for_tokasaurus, Preparation(repair=not options.unrepaired, host=options.host))
+    except CartridgeDistillError as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as end:  # SIGTERM, or the HTTP server could not start
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def run() -> NoReturn:
+    """:func:`main`, then the end of the process at once: otherwise it would wait until someone has
+    taken what is left in its queues, and who would have done so is gone."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""The frozen model: loading, prompts, packing, packed attention, the one forward."""

@@ -1,0 +1,93 @@
+"""Log-probs of a model in bfloat16 without its rounding: the same weights, computed in float32.
+
+No second model: each product takes its weights over as it needs them, so memory grows by one
+layer's largest matrix. The cartridge is rounded to what is served first. Slow on a GPU, and meant
+for a bounded number of tokens (:func:`leading`), to tell two versions of a cartridge apart that
+differ by less than the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import HostMask, host_mask, pack
+
+PACKED_TOKENS = 512
+"""Tokens that a check may cost: two forwards of so many in float32, each step."""
+
+
+class _InFloat32(TorchFunctionMode):
+    """Embeddings come out in float32, and linear layers take their weights in it.
+
+    What lies between (norms, attention, activations) goes on in the dtype it is given.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            args = tuple(_widened(value) for value in args)
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        found = func(*args, **kwargs)
+        return _widened(found) if func is functional.embedding else found
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def leading(sequences: Sequence[Tensor]) -> int:
+    """How many sequences, from the first on, have :data:`PACKED_TOKENS`; at least one."""
+    taken, tokens = 0, 0
+    for sequence in sequences:
+        tokens += int(sequence.numel())
+        if taken and tokens > PACKED_TOKENS:
+            break
+        taken += 1
+    return taken
+
+
+@torch.no_grad()
+def float32_logprobs(
+    model: nn.Module,
+    prefix: Prefix,
+    sequences: Sequence[Tensor],
+    wanted: Sequence[Tensor | HostMask],
+    temperature: float,
+    served: torch.dtype,
+) -> Tensor:
+    """Log-probs ``[N]`` of the wanted tokens.
+
+    Args:
+        model: from :func:`cartridge_distill.model.loading.load_model`, in any dtype.
+        prefix: the cartridge; it is rounded to ``served``.
+        sequences: B ``[length]`` id tensors, on the host.
+        wanted: B ``[length]`` bool masks, on the host.
+        temperature: logits are divided by it; 0 leaves them alone.
+        served: the number format that the server has the cartridge in.
+
+    Raises:
+        ConfigError: as :func:`cartridge_distill.model.forward.packed_forward`.
+    """
+    batch = pack(sequences).to(prefix.keys[0].device)
+    mask = np.concatenate([host_mask(some) for some in wanted])
+    rounded = prefix.to(dtype=served).to(dtype=torch.float32)
+    with _InFloat32():
+        # Plain products on every device: another kernel would be compiled for another dtype.
+        logits = packed_forward(model, rounded, batch, batch.predicts(mask), backend="grouped")
+    return chosen_logprobs(logits, batch.tokens(mask), temperature)

@@ -1,0 +1,159 @@
+"""The one forward of the project: frozen model, shared prefix, packed row.
+
+Student (prefix = cartridge) and teacher (prefix = document KV) both call
+:func:`packed_forward`; so do initialisation and evaluation. Positions are
+``prefix length + index``, as in Tokasaurus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cartridge_distill.cartridge.kv_shape import check_fits
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
+from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
+from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.packing import HostMask, PackedBatch, host_mask, on_device
+from cartridge_distill.util.errors import ConfigError
+
+
+def decoder_config(model: nn.Module) -> Any:
+    """The transformers config of the decoder; FSDP's wrapper passes the attribute through."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def run_packed(
+    model: nn.Module,
+    prefix: Prefix | None,
+    batch: PackedBatch,
+    keep: Tensor | HostMask | None = None,
+    backend: str = "auto",
+    cache: Any = None,
+) -> Tensor:
+    """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
+    config = decoder_config(model)
+    if config._attn_implementation != ATTENTION_NAME:
+        raise ConfigError(
+            f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
+            "packed sequences would see each other. Load it with "
+            "cartridge_distill.model.loading.load_model or pass it through prepare_model()"
+        )
+    if cache is not None and any(layer.training for layer in _checkpointing_layers(model)):
+        raise ConfigError(
+            "transformers' gradient checkpointing throws away the cache that collects the KV; "
+            "collect it outside of recomputing_layers() and in eval mode"
+        )
+    if prefix is not None:
+        check_fits(prefix.kv_shape, config)
+    prefix_tokens = prefix.num_tokens if prefix is not None else 0
+    longest = prefix_tokens + max(batch.lengths)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"prefix of {prefix_tokens} + sequence of {max(batch.lengths)} = {longest} tokens is "
+            f"over the model's context of {limit}; shorten the document, prompt or response"
+        )
+    # A cache that collects the row's KV wants every token of it.
+    wanted = None if keep is None else host_mask(keep)
+    if wanted is not None and cache is None:
+        batch, wanted = batch.up_to_last(wanted)
+    if wanted is None:
+        wanted = np.ones(batch.num_tokens, dtype=bool)
+    backend = resolve_backend(backend, batch.device)
+    if backend == "flex":
+        batch = batch.filled_up(BLOCK, LEAST_ROW)
+    layout = PackedLayout(batch, prefix, backend, share_beginnings=cache is None)
+    rows = layout.of_token[np.flatnonzero(wanted)]
+    ids = batch.input_ids
+    if len(layout.computed) < batch.num_tokens:
+        ids = ids[on_device(layout.computed, batch.device, torch.long)]
+    positions = prefix_tokens + batch.index[layout.computed]
+    output = model(
+        input_ids=ids[None],
+        position_ids=on_device(positions, batch.device, torch.long)[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        packed_layout=layout,
+        logits_to_keep=on_device(rows, batch.device, torch.long),
+    )
+    layout.check_used_by_all(config.num_hidden_layers)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that recompute themselves in the backward when they are in training mode."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+
+
+@contextmanager
+def recomputing_layers(model: nn.Module) -> Iterator[None]:
+    """In here, a forward keeps each layer's input alone; the backward computes the rest again.
+
+    Exact, a quarter to a third slower, and of a layer's activations only one is kept. The prefix
+    stays: it comes with the call and not as a transformers cache, which checkpointing would drop.
+    Nothing but the layers themselves changes to training mode, so no dropout starts.
+
+    Args:
+        model: from :func:`cartridge_distill.model.loading.load_model`.
+
+    Raises:
+        ConfigError: the model's layers cannot do it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} has no gradient checkpointing; "
+            "set actor_rollout_ref.model.enable_gradient_checkpointing=False"
+        )
+    if not _checkpointing_layers(model):
+        # Not reentrant: the layers' inputs need no gradient, what they attend to does.
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    layers = _checkpointing_layers(model)
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def packed_forward(
+    model: nn.Module,
+    prefix: Prefix | None,
+    batch: PackedBatch,
+    keep: Tensor | HostMask | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Logits of a packed batch behind a shared prefix.
+
+    Args:
+        model: frozen decoder from :func:`cartridge_distill.model.loading.load_model`.
+        prefix: P tokens visible to every token, or None for the bare model.
+        batch: the packed sequences, T tokens.
+        keep: ``[T]`` bool; only these rows go through the vocabulary projection, and what follows
+            a sequence's last one is not computed at all. All by default. A mask on a GPU is
+            fetched, for which the host waits; :meth:`PackedBatch.predicts` gives one on the host.
+        backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.model.attention`.
+
+    Returns:
+        ``[T or kept, V]`` logits in the model's dtype; row i is the distribution of token i + 1.
+
+    Raises:
+        ConfigError: wrong attention implementation, or too many positions for the model.
+        CartridgeFormatError: the prefix does not fit the model.
+    """
+    return run_packed(model, prefix, batch, keep, backend)

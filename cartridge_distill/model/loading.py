@@ -1,0 +1,128 @@
+"""Loading the frozen base model that student and teacher share.
+
+Any decoder that transformers serves through its attention interface will do; no model file is
+forked. What the packed attention cannot compute exactly is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from cartridge_distill.model.attention import ATTENTION_NAME, register
+from cartridge_distill.model.frozen_linear import onednn_is_faster, use_frozen_linear
+from cartridge_distill.util.errors import ConfigError
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's own config, also of multimodal models."""
+    return config.get_text_config(decoder=True)
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuses architectures on which a packed forward with a prefix would be wrong.
+
+    Raises:
+        ConfigError: the architecture keeps state other than per-layer KV, or shares KV.
+    """
+    text = text_config(config)
+    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ConfigError(
+            f"{text.model_type}: layers of kind {sorted(kinds)} keep more than keys and values; "
+            "use a model with full or sliding-window attention only"
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ConfigError(
+            f"{text.model_type}: num_kv_shared_layers={text.num_kv_shared_layers}; "
+            "a cartridge needs one KV per layer"
+        )
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Freezes a model in place and sets the packed attention.
+
+    Raises:
+        ConfigError: the model class cannot take a custom attention function.
+    """
+    check_supported(model.config)
+    register()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"{type(model).__name__} does not take its attention from transformers' attention "
+            "interface; without it a cartridge cannot be attached"
+        )
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.requires_grad_(False)
+    model.eval()
+    if onednn_is_faster():
+        use_frozen_linear(model)
+    return model
+
+
+def load_model(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Loads a decoder from a folder or a hub id: frozen, eval mode, ready for packed forwards."""
+    config = AutoConfig.from_pretrained(str(name_or_path))
+    check_supported(config)
+    with _no_weights_bar():
+        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype)
+    return prepare_model(model.to(device))
+
+
+def model_identity(name_or_path: str | Path, commit: str | None = None) -> str:
+    """What stands for a model's content: other weights, other identity; another path, the same.
+
+    Args:
+        name_or_path: a folder, of which every file is read (a gigabyte a second or so), or a hub
+            id.
+        commit: of the hub id, as transformers' config knows it.
+
+    Raises:
+        ConfigError: a hub id without a commit.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        if commit is None:
+            raise ConfigError(
+                f"{str(name_or_path)!r} is no folder, and its revision on the Hub is not known, so "
+                "answers cannot be kept for it; give the folder of a snapshot as model.path, or "
+                "no teacher_cache"
+            )
+        return f"{name_or_path}@{commit}"
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        with file.open("rb") as handle:
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def _no_weights_bar() -> Iterator[None]:
+    """Without transformers' bar over the tensors, which says not of what; downloads keep theirs."""
+    shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # of both
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if not downloads_shown:
+            disable_progress_bars()

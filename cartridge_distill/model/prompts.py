@@ -1,0 +1,205 @@
+"""Chat messages and documents as token ids, the same for the student, the teacher and the server.
+
+A sequence is always `prefix + prompt + response`. The prefix is the cartridge (student) or the
+document's KV (teacher); the prompt's ids are the same for both, so the two differ by the prefix
+alone. `render_document` gives the ids of the document prefix, `render_prompt` the ids that follow
+any prefix: without a begin-of-text token and without the default system prompt that some chat
+templates put in (SmolLM2, Qwen2).
+
+A conversation that ends with an assistant message is a *started answer*: the turn is left open and
+the model goes on in the middle of the sentence.
+
+Not done here: truncation (a document or a prompt that is too long is the caller's error to raise)
+and guarding against special tokens that stand in the text of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from cartridge_distill.util.errors import ConfigError, DocumentError
+
+Message = Mapping[str, Any]
+
+_ROLES = ("system", "user", "assistant", "tool")
+_PROBE = "A"
+# Llama 3 templates write today's date into the system message; the same document must give the
+# same ids (and the same cached KV) tomorrow.
+_TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+
+
+def render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of the document prefix [P].
+
+    The document is the system message of the chat template. Where the template has no system role
+    (Gemma, older Mistral), or there is no template, it is begin-of-text + text + a blank line.
+
+    Raises:
+        DocumentError: the document is empty.
+    """
+    if not text.strip():
+        raise DocumentError("The document is empty: there is no text to compute a prefix from.")
+    rendered = _system_rendering(tokenizer, text)
+    if rendered is None:
+        return _begin_of_text(tokenizer) + _tokenize(tokenizer, text + "\n\n")
+    ids = _tokenize(tokenizer, rendered)
+    # A tokenizer that adds begin-of-text by itself means it to be there, also under a template
+    # that leaves it out: it is the attention sink that the first, frozen cartridge slot carries.
+    own = _own_begin_of_text(tokenizer)
+    return ids if ids[: len(own)] == own else own + ids
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids [T] that follow a prefix, ready for the model to go on from.
+
+    Args:
+        tokenizer: with or without a chat template.
+        messages: chat messages (`role`, `content`). When the last one is from the assistant, its
+            content is the beginning of the answer: it is appended verbatim, the turn stays open.
+            A system message of the caller's own is kept, after the prefix.
+
+    Raises:
+        ConfigError: messages are empty, have unknown roles or contents that are not text, or the
+            chat template refuses them.
+    """
+    turns = _checked(messages)
+    started = ""
+    if turns[-1]["role"] == "assistant":
+        started = turns.pop()["content"]
+        if not turns:
+            raise ConfigError(
+                "The conversation has only a started assistant answer. Put the user's message "
+                "that it answers before it."
+            )
+    if tokenizer.chat_template is None:
+        return _tokenize(tokenizer, _plain_chat(turns) + started)
+    try:
+        rendered = _render_without_prefix(tokenizer, turns)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ConfigError(
+            f"The tokenizer's chat template refuses a conversation of the roles [{roles}]: "
+            f"{error}. Use roles that the model's template knows."
+        ) from error
+    return _tokenize(tokenizer, rendered + started)
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
+    if len(messages) == 0:
+        raise ConfigError("The conversation is empty: a prompt needs at least one message.")
+    turns = []
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES:
+            raise ConfigError(
+                f"Message {number} has the role {role!r}; it must be one of {', '.join(_ROLES)}."
+            )
+        if not isinstance(content, str):
+            raise ConfigError(
+                f"Message {number} ({role}) has content of type {type(content).__name__}; "
+                "only text is supported."
+            )
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def _render_without_prefix(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    """The conversation with an open assistant turn, less begin-of-text and system prompt."""
+    system = None if turns[0]["role"] == "system" else _system_rendering(tokenizer, _PROBE)
+    if system is None:
+        rendered = _apply_template(tokenizer, turns, add_generation_prompt=True)
+        return _strip_begin_of_text(tokenizer, rendered)
+    # With a system message of ours the template puts in none of its own; what is left after it
+    # is what follows a document prefix.
+    with_system = [{"role": "system", "content": _PROBE}, *turns]
+    rendered = _apply_template(tokenizer, with_system, add_generation_prompt=True)
+    if not rendered.startswith(system):
+        raise ConfigError(
+            "The tokenizer's chat template renders a system message differently when a "
+            f"conversation follows it: {system!r} alone, {rendered[: len(system) + 40]!r} with it. "
+            "Such a template cannot be split into a prefix and a prompt."
+        )
+    return rendered[len(system) :]
+
+
+def _system_rendering(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """How the template renders a system message, begin-of-text included; None without such a role.
+
+    A template that folds the system message into the user's turn (Gemma 3, Mistral before v7) has
+    no system role in this sense: there is nothing that could stand before the turn by itself.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    system = {"role": "system", "content": text}
+    try:
+        alone = _apply_template(tokenizer, [system])
+        if text.strip() in alone:
+            return alone
+    except TemplateError:
+        pass  # No system role, or no conversation without a user: the second attempt tells.
+    user = {"role": "user", "content": "B"}
+    try:
+        both = _apply_template(tokenizer, [system, user])
+        turn = _strip_begin_of_text(tokenizer, _apply_template(tokenizer, [user]))
+    except TemplateError:
+        return None
+    before = both.removesuffix(turn)
+    return before if before != both and text.strip() in before else None
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+) -> str:
+    rendered = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        **_TEMPLATE_ARGUMENTS,
+    )
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _strip_begin_of_text(tokenizer: PreTrainedTokenizerBase, rendered: str) -> str:
+    """Takes a leading begin-of-text token off, if the tokenizer's bos really is one.
+
+    SmolLM2 calls `<|im_start|>` its bos, which opens every message: that one stays.
+    """
+    bos = tokenizer.bos_token
+    if not isinstance(bos, str) or not rendered.startswith(bos):
+        return rendered
+    conversation = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+    ]
+    if _apply_template(tokenizer, conversation).count(bos) > 1:
+        return rendered
+    return rendered.removeprefix(bos)
+
+
+def _plain_chat(turns: list[dict[str, str]]) -> str:
+    """A conversation for models without a chat template; ends with an open assistant turn."""
+    lines = [f"{turn['role'].capitalize()}:\n{turn['content']}\n\n" for turn in turns]
+    return "".join(lines) + "Assistant:\n"
+
+
+def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return [] if bos is None else [bos]
+
+
+def _own_begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token that the tokenizer puts before any text by itself, if it does."""
+    bos = _begin_of_text(tokenizer)
+    return bos if bos and list(tokenizer("a").input_ids)[:1] == bos else []
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

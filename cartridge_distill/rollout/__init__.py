@@ -1,0 +1,1 @@
+"""The client's side of a rollout: the protocol, HTTP with patience, the client."""

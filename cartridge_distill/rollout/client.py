@@ -1,0 +1,262 @@
+"""Client of a Tokasaurus server: many requests in flight, checked answers.
+
+``retrying`` has the patience. What it does not mend fails at once with the server's own words: a
+prompt over the limit, a missing cartridge, and answers whose tokens or log-probs are malformed or
+not finite. Nothing is replaced by a default: a caller gets tokens with log-probs, or an error.
+
+A server that starts cold (minutes, on a rented GPU) is waited for with
+:meth:`TokasaurusClient.wait_until_ready`.
+
+Not done here: batching (the server batches what is in flight), streaming, files and batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import httpx
+from pydantic import ValidationError
+
+from cartridge_distill.rollout.fingerprint import decode_fingerprint
+from cartridge_distill.rollout.http import (
+    CREDENTIALS,
+    HOW_TO_START,
+    ClientSettings,
+    RetryingHttp,
+    describe,
+    detail,
+)
+from cartridge_distill.rollout.protocol import (
+    CartridgeCompletionRequest,
+    CartridgeRef,
+    CompletionResponse,
+    ModelList,
+)
+from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation.
+
+    Attributes:
+        token_ids: n ids, the end token included when one was sampled.
+        logprobs: n log-probs of the *tempered* distribution the tokens were sampled from.
+        finish_reason: "stop" or "length".
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class TokasaurusClient:
+    """Async client of one server; an async context manager.
+
+    >>> async with TokasaurusClient("http://127.0.0.1:10210") as client:
+    ...     await client.wait_until_ready()
+    ...     v1 = CartridgeRef(id="v1", source="local")
+    ...     [completion] = await client.complete(ids, 16, 0.7, [v1])
+
+    Args:
+        url: base URL of the server, without a path.
+        settings: timeouts and attempts.
+        vocab_size: when given, sampled ids must be below it.
+
+    Raises:
+        RolloutError: a URL that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: ClientSettings | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._http = RetryingHttp(url, settings)
+        self.url, self.settings = self._http.url, self._http.settings
+        self._vocab_size = vocab_size
+
+    async def __aenter__(self) -> TokasaurusClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._http.close()
+
+    # --- requests ---------------------------------------------------------------------------
+
+    async def ping(self) -> bool:
+        """One attempt: does the server answer?"""
+        try:
+            response = await self._http.http.get("/ping", timeout=self.settings.connect_timeout_s)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == 200
+
+    async def wait_until_ready(self) -> None:
+        """Polls ``/ping`` until the server answers, saying so every few seconds.
+
+        Raises:
+            ServerUnreachable: it did not within ``startup_timeout_s``, or refuses the credentials.
+        """
+        start = time.monotonic()
+        deadline = start + self.settings.startup_timeout_s
+        pause, cause = 0.2, ""
+        reporter = asyncio.create_task(
+            self._report_waiting(start, lambda: cause or "no answer yet")
+        )
+        try:
+            while True:
+                try:
+                    # A cold start on a rented GPU holds the request open: give it the time left.
+                    left = max(0.1, deadline - time.monotonic())
+                    response = await self._http.http.get("/ping", timeout=left)
+                    if response.status_code == 200:
+                        return
+                    said, cause = cause, f"HTTP {response.status_code}: {detail(response)}"
+                    if response.status_code in (401, 403):
+                        raise ServerUnreachable(
+                            f"{self.url} refuses the credentials ({cause}); {CREDENTIALS}"
+                        )
+                except httpx.HTTPError as error:
+                    said, cause = cause, describe(error)
+                if not said:  # the first; then every few seconds
+                    self._say_waiting(start, cause)
+                now = time.monotonic()
+                if now >= deadline:
+                    raise ServerUnreachable(
+                        f"no inference server at {self.url} after {now - start:.0f} s "
+                        f"(last: {cause}). {HOW_TO_START}"
+                    )
+                await asyncio.sleep(min(pause, max(0.0, deadline - now)))
+                pause = min(pause * 1.5, 3.0)
+        finally:
+            reporter.cancel()
+
+    async def _report_waiting(self, start: float, cause: Callable[[], str]) -> None:
+        """A line every few seconds, also while one request is held open for minutes."""
+        while True:
+            await asyncio.sleep(_REPORT_SECONDS)
+            self._say_waiting(start, cause())
+
+    def _say_waiting(self, start: float, cause: str) -> None:
+        logger.warning(
+            "waiting for the inference server at %s: %.0f of %.0f s (%s)",
+            self.url,
+            time.monotonic() - start,
+            self.settings.startup_timeout_s,
+            cause,
+        )
+
+    async def models(self) -> list[str]:
+        """Names of the models the server has loaded."""
+        body = await self._http.json("GET", "/v1/models")
+        try:
+            return [card.id for card in ModelList.model_validate(body).data]
+        except ValidationError as error:
+            raise RolloutError(f"{self.url}/v1/models: {_first_problem(error)}") from error
+
+    async def check_takes_uploads(self) -> None:
+        """Is there a gateway, which takes new cartridge versions over HTTP?
+
+        Raises:
+            RolloutError: there is not.
+        """
+        try:
+            await self._http.json("GET", "/cartridges")
+        except ServerRefused as error:
+            if error.status not in (404, 405):
+                raise
+            raise RolloutError(
+                f"{self.url} takes no uploads: it is a bare server. Put the gateway in front of it "
+                "(python -m cartridge_distill.gateway --help), or give the server's cartridge "
+                "directory as this machine sees it (SYNC_DIR)"
+            ) from error
+
+    async def complete(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        cartridges: Sequence[CartridgeRef] = (),
+        n: int = 1,
+        seed: int | None = None,
+    ) -> list[Completion]:
+        """Samples n continuations of a prompt behind some cartridges.
+
+        Args:
+            prompt_ids: the prompt, used as given.
+            max_tokens: new tokens at most.
+            temperature: 0 is greedy.
+            cartridges: joined by the server in alphabetical order of id.
+            n: continuations.
+            seed: makes the embedded server repeat itself; the real one ignores it.
+
+        Returns:
+            n completions, checked: as many log-probs as tokens, all finite, ids in the vocabulary.
+
+        Raises:
+            ServerUnreachable: no connection after all attempts.
+            RolloutError: the server refused, kept failing, or answered nonsense.
+        """
+        request = CartridgeCompletionRequest(
+            model="default",
+            prompt=list(prompt_ids),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            n=n,
+            cartridges=list(cartridges),
+            logprobs_in_fingerprint=True,
+        )
+        if seed is not None:
+            request.seed = seed  # set only when given: unset fields are not sent
+        path = "/custom/cartridge/completions"
+        body = await self._http.json("POST", path, request.model_dump(exclude_unset=True))
+        try:
+            answer = CompletionResponse.model_validate(body)
+        except ValidationError as error:
+            raise RolloutError(f"{self.url}{path}: {_first_problem(error)}") from error
+        tokens = decode_fingerprint(answer.system_fingerprint, n, self._vocab_size)
+        if len(answer.choices) != n:
+            raise RolloutError(f"{self.url}{path}: {len(answer.choices)} choices, asked for {n}")
+        completions = []
+        for number, (choice, sampled) in enumerate(zip(answer.choices, tokens, strict=True)):
+            if len(sampled.token_ids) > max_tokens:
+                raise RolloutError(
+                    f"choice {number} has {len(sampled.token_ids)} tokens, asked for at most "
+                    f"{max_tokens}"
+                )
+            if choice.finish_reason not in ("stop", "length"):
+                raise RolloutError(
+                    f"choice {number} ended with finish_reason {choice.finish_reason!r}, "
+                    "not 'stop' or 'length'"
+                )
+            assert sampled.logprobs is not None  # decode_fingerprint requires them
+            completions.append(
+                Completion(sampled.token_ids, sampled.logprobs, choice.finish_reason)
+            )
+        return completions
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"the answer does not follow the protocol: {where}: {problem['msg']}"

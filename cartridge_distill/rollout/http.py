@@ -1,0 +1,254 @@
+"""HTTP with patience: what can pass is tried again, what cannot fails at once.
+
+Tried again, with exponential backoff and jitter, a bounded number of times: connection errors,
+timeouts, HTTP 408, 425, 429 and 5xx, and answers that are cut short or are not JSON. A server's
+``Retry-After`` is the least wait, the backoff still grows. Other statuses fail with the server's
+own words.
+
+Credentials come from the environment and are never logged: ``TOKASAURUS_API_KEY`` (bearer token),
+``MODAL_PROXY_KEY`` and ``MODAL_PROXY_SECRET`` (Modal's proxy authentication).
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import tenacity
+
+from cartridge_distill.rollout.connections import OneEach, proxy_for
+from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
+
+logger = logging.getLogger(__name__)
+
+HOW_TO_START = (
+    "Start one with `python -m cartridge_distill.server --model MODEL --cartridge-dir DIR`, or "
+    "deploy a real one (modal/), and pass its URL (TOKASAURUS_URL)"
+)
+CREDENTIAL_VARIABLES = ("TOKASAURUS_API_KEY", "MODAL_PROXY_KEY", "MODAL_PROXY_SECRET")
+CREDENTIALS = (
+    "set TOKASAURUS_API_KEY to the gateway's token, and for Modal's proxy authentication "
+    "MODAL_PROXY_KEY and MODAL_PROXY_SECRET"
+)
+_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Of no use to try again, though they are above 500: not implemented; the disk bound is reached.
+_FINAL_STATUS = frozenset({501, 505, 507})
+# A server that asks for more patience than this is not worth a training step's time.
+_LONGEST_RETRY_AFTER = 60.0
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Patience of a client.
+
+    Attributes:
+        max_attempts: attempts for one request, the first included.
+        backoff_s, max_backoff_s: first and longest wait between attempts; jitter is added.
+        connect_timeout_s, read_timeout_s: per attempt; reading covers the whole generation.
+        startup_timeout_s: how long ``TokasaurusClient.wait_until_ready`` waits.
+        max_connections: requests in flight; more wait for a connection.
+    """
+
+    max_attempts: int = 6
+    backoff_s: float = 0.5
+    max_backoff_s: float = 20.0
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 600.0
+    startup_timeout_s: float = 600.0
+    max_connections: int = 256
+
+
+class _Passing(Exception):
+    """An attempt failed in a way that may pass. ``wait_s``: what the server asked for."""
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def auth_headers(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Headers from the environment.
+
+    Raises:
+        RolloutError: one half of Modal's pair is missing.
+    """
+    headers = {}
+    if key := environment.get("TOKASAURUS_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    modal_key = environment.get("MODAL_PROXY_KEY")
+    modal_secret = environment.get("MODAL_PROXY_SECRET")
+    if modal_key and modal_secret:
+        headers |= {"Modal-Key": modal_key, "Modal-Secret": modal_secret}
+    elif modal_key or modal_secret:
+        raise RolloutError(
+            "only one of MODAL_PROXY_KEY and MODAL_PROXY_SECRET is set; Modal needs both"
+        )
+    return headers
+
+
+class RetryingHttp:
+    """JSON over HTTP to one server.
+
+    Args:
+        url: base URL of the server, without a path.
+        settings: timeouts and attempts.
+
+    Raises:
+        RolloutError: a URL that is none.
+    """
+
+    def __init__(self, url: str, settings: ClientSettings | None = None) -> None:
+        self.url = url.rstrip("/")
+        if not self.url.startswith(("http://", "https://")):
+            raise RolloutError(f"server URL {url!r} must begin with http:// or https://")
+        self.settings = settings or ClientSettings()
+        self.http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=auth_headers(),
+            timeout=httpx.Timeout(
+                self.settings.read_timeout_s,
+                connect=self.settings.connect_timeout_s,
+                pool=None,  # waiting for a free connection is not the server's fault
+            ),
+            transport=OneEach(self.settings.max_connections, 60.0, proxy_for(self.url)),
+            trust_env=False,  # the proxy is chosen above; credentials are those of auth_headers
+            # Modal answers 303 when a request takes long; the result is fetched from there.
+            follow_redirects=True,
+            max_redirects=50,
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self.http.aclose()
+
+    async def json(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        content: Callable[[], AsyncIterator[bytes]] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """The JSON of the answer, after as many attempts as it takes or are allowed.
+
+        Args:
+            body: sent as JSON.
+            content: instead of ``body``; called anew for each attempt.
+            headers: further headers.
+
+        Raises:
+            ServerUnreachable: no connection after all attempts.
+            ServerRefused: a status that no further attempt would change.
+            RolloutError: it kept failing.
+        """
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((_Passing, httpx.TransportError)),
+            stop=tenacity.stop_after_attempt(self.settings.max_attempts),
+            wait=self._wait,
+            before_sleep=self._note,
+        )
+        try:
+            return await retrying(self._attempt, method, path, body, content, headers)
+        except tenacity.RetryError as error:
+            cause = error.last_attempt.exception()
+            made = error.last_attempt.attempt_number
+            message = (
+                f"{method} {self.url}{path} failed {made} times; the last time: {describe(cause)}"
+            )
+            if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
+                raise ServerUnreachable(f"{message}. {HOW_TO_START}") from cause
+            raise RolloutError(f"{message}. Look into the server's log") from cause
+
+    async def _attempt(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        content: Callable[[], AsyncIterator[bytes]] | None,
+        headers: Mapping[str, str] | None,
+    ) -> Any:
+        try:
+            response = await self.http.request(
+                method, path, json=body, content=content() if content else None, headers=headers
+            )
+        except httpx.TooManyRedirects as error:
+            raise RolloutError(f"{method} {self.url}{path}: {error}; is the URL right?") from error
+        except httpx.DecodingError as error:
+            raise _Passing(f"the answer could not be decompressed: {error}") from error
+        status = response.status_code
+        if status in _PASSING_STATUS or (status >= 500 and status not in _FINAL_STATUS):
+            raise _Passing(f"HTTP {status}: {detail(response)}", _retry_after(response))
+        if not 200 <= status < 300:
+            mend = f"; {CREDENTIALS}" if status in (401, 403) else ""
+            raise ServerRefused(
+                f"{method} {self.url}{path} was refused with HTTP {status}: "
+                f"{detail(response)}{mend}",
+                status,
+            )
+        try:
+            return response.json()
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            text = response.text
+            raise _Passing(
+                f"the answer is not JSON ({error}): {len(text)} characters, ending {text[-40:]!r}"
+            ) from error
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        settings = self.settings
+        backoff = tenacity.wait_exponential(settings.backoff_s, settings.max_backoff_s)(state)
+        backoff += tenacity.wait_random(0.0, settings.backoff_s)(state)
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.wait_s if isinstance(error, _Passing) else None
+        return backoff if asked is None else max(asked, backoff)
+
+    def _note(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning(
+            "attempt %d of %d at %s failed (%s); the next in %.1f s",
+            state.attempt_number,
+            self.settings.max_attempts,
+            self.url,
+            describe(error),
+            state.upcoming_sleep,
+        )
+
+
+def describe(error: BaseException | None) -> str:
+    """An error in words; httpx leaves the message of some errors empty."""
+    if isinstance(error, _Passing):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def detail(response: httpx.Response) -> str:
+    """The server's own words: FastAPI's ``detail``, or the beginning of the body."""
+    try:
+        body = response.json()
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return response.text[:300] or "no text"
+    words = body.get("detail", body) if isinstance(body, dict) else body
+    return str(words)[:600]
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds the server asks for, in either form of the header, bounded; None without one."""
+    value = response.headers.get("Retry-After")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    if seconds != seconds:
+        return None
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)

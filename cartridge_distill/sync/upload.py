@@ -1,0 +1,221 @@
+"""A cartridge version on the network: one safetensors file that describes itself.
+
+The file's metadata says what is in it (:class:`UploadHeader`), its tensors are those of
+:data:`cartridge_distill.cartridge.snapshot.PARTS`. So ``curl -T version.safetensors`` is a complete
+upload, and the receiver can refuse it after the first kilobytes: the header alone gives every name,
+shape and size. No pickle in either direction.
+
+The header is written here and not by the safetensors library, because it holds the SHA-256 of the
+tensors that follow, and because the tensors are sent from where they lie: no second copy of a
+quarter of a gigabyte. What is written, that library reads, and the reverse (tested). Format:
+https://github.com/huggingface/safetensors#format
+
+Needs torch and pydantic alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.util.errors import CartridgeFormatError
+
+MAX_HEADER_BYTES = 2**20
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_COUNT = Field(ge=1, le=2**24)
+
+
+class UploadHeader(BaseModel):
+    """What an upload says of itself (safetensors metadata, so every value is a string there).
+
+    Attributes:
+        base_model: the model the cartridge was trained on, as the server calls it.
+        step: optimizer steps behind it.
+        num_tokens, num_frozen_tokens, num_layers, kv_heads, head_dim, dtype: its shape.
+        sha256: of all tensor bytes, in the order of their offsets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["cartridge-version/1"] = "cartridge-version/1"
+    base_model: str = Field(min_length=1, max_length=512)
+    step: int = Field(ge=0, le=2**40)
+    num_tokens: int = _COUNT
+    num_frozen_tokens: int = _COUNT
+    num_layers: int = _COUNT
+    kv_heads: int = _COUNT
+    head_dim: int = _COUNT
+    dtype: Literal["bfloat16", "float32", "float16"]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def tensors(self) -> Iterator[tuple[str, list[int]]]:
+        """Names and shapes, in the order in which :func:`encode` sends them."""
+        trained = self.num_tokens - self.num_frozen_tokens
+        for part, tokens in (("frozen", self.num_frozen_tokens), ("trainable", trained)):
+            for kind in ("keys", "values"):
+                for layer in range(self.num_layers):
+                    yield f"{part}_{kind}.{layer}", [1, self.kv_heads, tokens, self.head_dim]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        per_token = 2 * self.num_layers * self.kv_heads * self.head_dim * _BYTES[self.dtype]
+        return self.num_tokens * per_token
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An encoded version: what goes over the wire, still lying in the snapshot's memory."""
+
+    header: UploadHeader
+    head: bytes
+    buffers: list[memoryview]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.head) + self.header.data_bytes
+
+    def chunks(self, size: int = 2**20) -> Iterator[bytes | memoryview]:
+        """The file in pieces of at most ``size`` bytes."""
+        yield self.head
+        for buffer in self.buffers:
+            for start in range(0, len(buffer), size):
+                yield buffer[start : start + size]
+
+
+def encode(snapshot: Snapshot, base_model: str, step: int) -> Upload:
+    """Describes a snapshot; copies nothing, hashes everything once."""
+    buffers, digest = [], hashlib.sha256()
+    for _, tensor in snapshot.items():
+        buffer = memoryview(tensor.view(torch.uint8).numpy().reshape(-1).data)
+        digest.update(buffer)
+        buffers.append(buffer)
+    described = {
+        "base_model": base_model,
+        "step": step,
+        "num_tokens": snapshot.num_tokens,
+        "num_frozen_tokens": snapshot.num_frozen_tokens,
+        "num_layers": snapshot.num_layers,
+        "kv_heads": snapshot.kv_heads,
+        "head_dim": snapshot.head_dim,
+        "dtype": str(snapshot.dtype).removeprefix("torch."),
+        "sha256": digest.hexdigest(),
+    }
+    header = UploadHeader.model_validate(described)
+    entries: dict[str, Any] = {"__metadata__": {k: str(v) for k, v in header}}
+    offset = 0
+    for (name, tensor), buffer in zip(snapshot.items(), buffers, strict=True):
+        entries[name] = {
+            "dtype": _SAFETENSORS_DTYPES[header.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(buffer)],
+        }
+        offset += len(buffer)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin aligned
+    return Upload(header, struct.pack("<Q", len(text)) + text, buffers)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the beginning of an upload tells.
+
+    Attributes:
+        num_bytes: after which the tensors begin.
+        starts: of each tensor, counted from there.
+    """
+
+    header: UploadHeader
+    num_bytes: int
+    starts: dict[str, int]
+
+
+def read_head(beginning: bytes | bytearray) -> Head | None:
+    """Reads the description from a file's first bytes.
+
+    Args:
+        beginning: as many bytes as have come so far.
+
+    Returns:
+        None while bytes are missing.
+
+    Raises:
+        CartridgeFormatError: not such a file, or its tensors are not those it describes.
+    """
+    if len(beginning) < 8:
+        return None
+    (length,) = struct.unpack("<Q", beginning[:8])
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        hint = ""
+        if beginning[:2] == b"PK" or beginning[:1] == b"\x80":
+            hint = ". It looks like a .pt file: pickled files are never accepted, convert it"
+        raise CartridgeFormatError(
+            f"this is no safetensors file (a header of {length} bytes){hint}"
+        )
+    if len(beginning) < 8 + length:
+        return None
+    try:
+        entries = json.loads(beginning[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise CartridgeFormatError(f"the safetensors header is not JSON: {error}") from error
+    if not isinstance(entries, dict) or not isinstance(entries.get("__metadata__"), dict):
+        raise CartridgeFormatError(
+            "the safetensors file has no metadata; it must describe the version: "
+            + ", ".join(UploadHeader.model_fields)
+        )
+    try:
+        header = UploadHeader.model_validate(entries.pop("__metadata__"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CartridgeFormatError(f"metadata {where}: {first['msg']}") from error
+    return Head(header, 8 + length, _checked_starts(header, entries))
+
+
+def _checked_starts(header: UploadHeader, entries: dict[str, Any]) -> dict[str, int]:
+    """Names, shapes, types and places are those the metadata says, with no gap between them."""
+    if header.num_frozen_tokens >= header.num_tokens:
+        raise CartridgeFormatError(
+            f"num_frozen_tokens={header.num_frozen_tokens} of num_tokens={header.num_tokens}: one "
+            "trained token is the least"
+        )
+    if 4 * header.num_layers != len(entries):
+        raise CartridgeFormatError(
+            f"num_layers={header.num_layers} makes {4 * header.num_layers} tensors, the file has "
+            f"{len(entries)}"
+        )
+    dtype, places, starts = _SAFETENSORS_DTYPES[header.dtype], [], {}
+    for name, shape in header.tensors():
+        entry = entries.get(name)
+        if not isinstance(entry, dict):
+            raise CartridgeFormatError(f"tensor {name} is missing")
+        if entry.get("dtype") != dtype or entry.get("shape") != shape:
+            raise CartridgeFormatError(
+                f"tensor {name} is {entry.get('dtype')!s:.20} {entry.get('shape')!s:.60}; the "
+                f"metadata says {dtype} {shape}"
+            )
+        offsets = entry.get("data_offsets")
+        size = shape[1] * shape[2] * shape[3] * _BYTES[header.dtype]
+        if (
+            not isinstance(offsets, list)
+            or [type(offset) for offset in offsets] != [int, int]
+            or offsets[1] - offsets[0] != size
+        ):
+            raise CartridgeFormatError(f"tensor {name}: data_offsets {offsets!s:.60} are wrong")
+        places.append(offsets)
+        starts[name] = offsets[0]
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            raise CartridgeFormatError(f"the tensors leave a gap or overlap at byte {end}")
+        end = stop
+    return starts

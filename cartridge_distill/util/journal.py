@@ -1,0 +1,121 @@
+"""A file of rows that survives the end of its writer at any moment: JSON lines, only appended.
+
+The first line says what the rows were made with; a run that goes on must say the same. A line
+counts when it ends: one that was cut off by a kill is taken away on opening, and its row is made
+again. One writer at a time; a second one is refused while the first lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cartridge_distill.util.errors import ConfigError
+
+
+class OtherSettings(ConfigError):
+    """The journal's rows were made with other settings.
+
+    Attributes:
+        names: of those that differ.
+    """
+
+    def __init__(self, message: str, names: list[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
+class Journal:
+    """Rows read and rows to be appended; a context manager.
+
+    >>> with Journal(path, {"seed": 0}) as journal:
+    ...     done = {row["task"] for row in journal.rows}
+    ...     journal.append({"task": 3, "text": "..."})
+
+    Args:
+        path: the file; made, with its folder, when it is not there.
+        made_with: JSON values that must be the same when a run goes on.
+
+    Attributes:
+        rows: all rows, those appended by this writer included.
+        torn: a cut-off line was taken away on opening.
+
+    Raises:
+        OtherSettings: it was made with others.
+        ConfigError: being written by another process, or not a journal.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = path.open("a+b")
+        try:
+            self._lock()
+            self.rows, self.torn = self._read(json.loads(json.dumps(dict(made_with))))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the writing; the next writer may come."""
+        self._file.close()
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Writes rows; when this returns, they outlive this process and the machine."""
+        self._write(*rows)
+        self.rows.extend(map(dict, rows))
+
+    def _write(self, *values: Mapping[str, Any]) -> None:
+        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{self.path} is being written by another process. Wait for its end, or give "
+                "another folder."
+            ) from error
+
+    def _read(self, made_with: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data.rfind(b"\n") + 1
+        torn = whole < len(data)
+        if torn:
+            self._file.truncate(whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            self._write(made_with)
+            return [], torn
+        try:
+            before, *rows = [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path} is not a journal, or damaged: {error}. Move it away to start afresh."
+            ) from error
+        self._check_same(before, made_with)
+        return rows, torn
+
+    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        names = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if names:
+            different = [f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in names]
+            said = (
+                f"{self.path} holds what another run wrote, so this one cannot go on from it. Give "
+                "the same settings, another folder, or move the file away"
+            )
+            raise OtherSettings("\n- ".join([said, *different]), names)

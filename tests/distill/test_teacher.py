@@ -1,0 +1,120 @@
+"""The teacher: one model, documents by id, KV kept and reused, nothing without its document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.distill.loss import TeacherTopK, forward_kl_topk
+from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.loading import prepare_model
+from cartridge_distill.model.packing import pack
+from cartridge_distill.model.prefill import cartridge_from_text
+from cartridge_distill.util.errors import DocumentError
+from tests.tiny import VOCAB, tiny_model
+
+TEXTS = {"a": "first document " * 3, "b": "another one " * 5}
+
+
+def render(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def teacher(model: object = None, **options: object) -> Teacher:
+    model = model or prepare_model(tiny_model())
+    return Teacher(model, DocumentStore(TEXTS), render, **options)  # type: ignore[arg-type]
+
+
+def samples() -> tuple[list[Tensor], list[Tensor], list[str]]:
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (9, 4, 12, 6)]
+    wanted = [
+        torch.arange(len(s)) >= start for s, start in zip(sequences, (5, 3, 1, 2), strict=True)
+    ]
+    return sequences, wanted, ["b", "a", "b", "a"]
+
+
+def test_scores_equal_a_plain_forward_over_document_and_sample() -> None:
+    sequences, wanted, ids = samples()
+    plain = tiny_model()
+    expected = []
+    with torch.no_grad():
+        for sequence, mask, document in zip(sequences, wanted, ids, strict=True):
+            context = torch.tensor(render(TEXTS[document]))
+            logits = plain(input_ids=torch.cat([context, sequence])[None]).logits[0]
+            rows = len(context) + mask.nonzero()[:, 0] - 1
+            expected.append(logits[rows])
+    reference = TeacherTopK.from_logits(torch.cat(expected), 7, 1.5)
+    got = teacher().topk(sequences, wanted, ids, 7, 1.5)
+    assert torch.equal(got.ids, reference.ids)  # in the order of the sequences, not of documents
+    torch.testing.assert_close(got.logprobs, reference.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_documents_kv_is_computed_once_and_kept_within_bounds() -> None:
+    sequences, wanted, ids = samples()
+    kept = teacher(max_cached=2)
+    for _ in range(3):
+        kept.topk(sequences, wanted, ids, 3)
+    assert kept.prefills == 2
+    tight = teacher(max_cached=1)
+    tight.topk(sequences, wanted, ids, 3)
+    tight.topk(sequences[:1], wanted[:1], ["a"], 3)  # "a" was used last: still there
+    assert tight.prefills == 2
+    tight.topk(sequences[:1], wanted[:1], ["b"], 3)
+    assert tight.prefills == 3
+
+
+def test_the_oracle_has_no_loss_and_no_gradient() -> None:
+    """A cartridge that is the document's KV: student equals teacher."""
+    model = prepare_model(tiny_model("qwen3"))
+    judge = teacher(model)
+    document = torch.tensor(judge.document_ids("b"))
+    oracle = cartridge_from_text(model, document, len(document))
+    sequences, wanted, _ = samples()
+    batch = pack(sequences)
+    logits = packed_forward(model, oracle.prefix(), batch, batch.predicts(torch.cat(wanted)))
+    loss = forward_kl_topk(logits, judge.topk(sequences, wanted, ["b"] * 4, 20))
+    assert loss.abs().max() < 1e-4
+    loss.mean().backward()
+    gradients = [p.grad for p in oracle.trainable_parameters() if p.grad is not None]
+    assert len(gradients) == 4 and max(g.abs().max() for g in gradients) < 1e-5
+
+
+def test_a_missing_document_is_named() -> None:
+    sequences, wanted, _ = samples()
+    with pytest.raises(DocumentError, match="'zebra' is not in memory .it has: a, b.*bare model"):
+        teacher().topk(sequences, wanted, ["a", "b", "a", "zebra"], 3)
+
+
+def test_a_document_longer_than_the_context_is_named() -> None:
+    store = DocumentStore({"long": "x" * 600})
+    judge = Teacher(prepare_model(tiny_model()), store, render)
+    with pytest.raises(DocumentError, match="'long' has 600 tokens, the model's context is 512"):
+        judge.prefix("long")
+    judge = Teacher(prepare_model(tiny_model()), DocumentStore({"edge": "x" * 505}), render)
+    sequences, wanted, _ = samples()
+    with pytest.raises(DocumentError, match="'edge' .505 tokens. and a sample of 12 tokens exceed"):
+        judge.topk(sequences, wanted, ["edge"] * 4, 3)
+
+
+def test_document_files(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text("\n".join(json.dumps({"document_id": k, "text": v}) for k, v in TEXTS.items()))
+    assert DocumentStore.from_file(path).ids == ["a", "b"]
+    for rows, message in (
+        ([{"document_id": "a", "text": " "}], "'a' is empty"),
+        ([{"document_id": "a"}], "row 0: needs document_id and text"),
+        ([{"document_id": "a", "text": "x"}] * 2, "'a' appears twice"),
+        ([], "holds no document"),
+    ):
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        with pytest.raises(DocumentError, match=message):
+            DocumentStore.from_file(path)
+    with pytest.raises(DocumentError, match="prepare_data.py"):
+        DocumentStore.from_file(tmp_path / "none.jsonl")

@@ -1,0 +1,397 @@
+"""The REAL branch with the repairs, as far as a machine without a GPU goes.
+
+Skipped unless told where it is. In an environment of its own (the branch pins old versions)::
+
+    git clone -b geoff/cartridges https://github.com/ScalingIntelligence/tokasaurus
+    git -C tokasaurus checkout 845f115f5bc38aee266821a094fba1cd702dafff
+    python3.11 -m venv real && real/bin/pip install torch==2.6.0 transformers==4.53.0 \\
+        pydra-config accelerate art statsd fastapi tabulate uvicorn 'openai<2' loguru wandb \\
+        python-multipart psutil requests typer
+    TOKASAURUS_SOURCE=$PWD/tokasaurus TOKASAURUS_PYTHON=$PWD/real/bin/python \\
+        pytest tests/engines/tokasaurus/test_real_branch.py
+
+flashinfer is stood in for where it is not installed (``stand_ins``), and each check runs in a
+process of its own, for the repairs are for a whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.engines.tokasaurus.launch import CHILD_ENDED
+from cartridge_distill.rollout.fingerprint import decode_fingerprint
+from cartridge_distill.sync.http import HttpPublisher
+from cartridge_distill.sync.versions import version_id
+from tests.gateway.rig import TOKEN, until
+from tests.tiny import byte_tokenizer, plain_logprobs, random_cartridge, tiny_model, write_cartridge
+
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[2]
+SOURCE = os.environ.get("TOKASAURUS_SOURCE")
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        not SOURCE,
+        reason="TOKASAURUS_SOURCE is not set to a checkout of the branch; how to run it stands at "
+        "the top of this file",
+    ),
+]
+
+
+def environment() -> dict[str, str]:
+    stand_ins = [] if importlib.util.find_spec("flashinfer") else [str(HERE / "stand_ins")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(SOURCE), *stand_ins, str(PROJECT)]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def python() -> str:
+    return os.environ.get("TOKASAURUS_PYTHON", sys.executable)
+
+
+def check(name: str, *, repaired: bool) -> Any:
+    """The result of one of ``real_checks``, or what it raised."""
+    done = subprocess.run(
+        [
+            python(),
+            "-m",
+            "tests.engines.tokasaurus.real_checks",
+            name,
+            *(["--repaired"] * repaired),
+        ],
+        env=environment(),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_branch_is_the_known_one() -> None:
+    done = subprocess.run(
+        [python(), "-m", "cartridge_distill.engines.tokasaurus", "--check"],
+        env=environment(),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unrepaired_it_runs_dry_at_version_65() -> None:
+    result = check("runs_dry", repaired=False)
+    assert result["step"] == 65 and result["error"].startswith("Could not pick 128 blocks")
+
+
+def test_repaired_a_thousand_versions_pass() -> None:
+    assert check("runs_dry", repaired=True) == {"step": None}
+    assert check("thousand_versions", repaired=True)["versions"] == 1_000
+
+
+def test_repaired_random_interleavings_lose_nothing() -> None:
+    result = check("random_interleavings", repaired=True)
+    assert result["started"] > 1_000 and result["refused"] > 10
+    assert "AssertionError" in check("random_interleavings", repaired=False)
+
+
+def test_a_cartridge_in_use_needs_no_room_once_more() -> None:
+    assert check("full_cache_with_a_cartridge_in_use", repaired=False) == {"fits": False}
+    assert check("full_cache_with_a_cartridge_in_use", repaired=True) == {"fits": True}
+
+
+def test_an_evicted_id_is_read_from_its_file_again() -> None:
+    name = "evicted_id_of_one_block_comes_back"
+    assert check(name, repaired=False) == {"read": [[1.0], [2.0], [3.0], [-1.0]]}, "a wrong read"
+    assert check(name, repaired=True) == {"read": [[1.0], [2.0], [3.0], [1.0]]}
+    assert check("evicted_id_comes_back", repaired=True) == {"wrong": []}
+
+
+def test_parameters_in_a_file_do_not_stay_in_memory() -> None:
+    assert check("parameters_in_a_file", repaired=False) == {"cache_hangs_on_parameters": True}
+    assert check("parameters_in_a_file", repaired=True) == {"cache_hangs_on_parameters": False}
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    answers = check("requests_that_cannot_be_served", repaired=True)
+    assert answers["fine"] == answers["before"] == "accepted"
+    assert "multiple of 16" in answers["odd"]
+    assert "has been deleted" in answers["deleted"] and "never uploaded" in answers["never"]
+    assert "named twice" in answers["twice"]
+
+
+def test_the_debug_file_is_not_written() -> None:
+    assert check("debug_file", repaired=True) == {"written": False, "other": [1.0, 1.0]}
+
+
+def test_answered_requests_are_forgotten() -> None:
+    assert check("answers_are_forgotten", repaired=False) == {"kept": 1}
+    assert check("answers_are_forgotten", repaired=True) == {"kept": 0}
+
+
+# --- the whole server, on a CPU -----------------------------------------------------------------
+
+CARTRIDGE = 64
+CACHE = 1_024
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, as the branch's older transformers reads it, and a folder for cartridges."""
+    directory = tmp_path_factory.mktemp("real")
+    tiny_model().save_pretrained(directory / "model")
+    byte_tokenizer().save_pretrained(directory / "model")
+    settings = directory / "model" / "tokenizer_config.json"
+    text = re.sub(r'"tokenizer_class": "\w+"', '"tokenizer_class": "PreTrainedTokenizerFast"',
+                  settings.read_text())  # fmt: skip
+    settings.write_text(text)
+    (directory / "cartridges").mkdir()
+    return directory
+
+
+@contextmanager
+def serving(files: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = files / "log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [
+                *(python(), "-m", "tests.engines.tokasaurus.real_server", *options),
+                *(f"model={files / 'model'}", f"port={port}"),
+                *(f"cartridge_dir={files / 'cartridges'}", f"kv_cache_num_tokens={CACHE}"),
+                *("max_num_tokens_per_request=200", "use_cudagraphs=False", "dtype=float32"),
+                *("max_tokens_per_forward=256", "max_seqs_per_forward=32"),
+            ],
+            env=environment(),
+            cwd=PROJECT,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None, log.read_text()[-4000:]
+                try:
+                    client.get("/ping")
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline, log.read_text()[-4000:]
+                    time.sleep(0.2)
+            yield process, client
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def ask(client: httpx.Client, *ids: str, prompt: tuple[int, ...] = (65, 66, 67)) -> httpx.Response:
+    body = {
+        "model": "default",
+        "prompt": list(prompt),
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "ignore_eos": True,
+        "logprobs_in_fingerprint": True,
+        "cartridges": [{"id": name, "source": "local"} for name in ids],
+    }
+    return client.post("/custom/cartridge/completions", json=body)
+
+
+def error_of(answer: httpx.Response, version: int, prompt: tuple[int, ...]) -> float:
+    """Greatest difference to the log-probs of a plain forward with this version's cartridge."""
+    model = tiny_model()
+    prefix = random_cartridge(model, CARTRIDGE, seed=version).prefix()
+    (completion,) = decode_fingerprint(answer.json()["system_fingerprint"], 1)
+    expected = plain_logprobs(model, prefix, list(prompt), completion.token_ids)
+    assert completion.logprobs is not None
+    return max(abs(a - b) for a, b in zip(completion.logprobs, expected, strict=True))
+
+
+def publish(files: Path, version: int) -> str:
+    name = f"v{version}"
+    write_cartridge(random_cartridge(tiny_model(), CARTRIDGE, version), files / "cartridges", name)
+    return name
+
+
+def test_the_whole_server_serves_each_version_with_its_own_weights(files: Path) -> None:
+    """Sixty versions through room for sixteen; then old ones again, and what is refused."""
+    long = tuple(range(40, 80))
+    with serving(files) as (process, client):
+        for version in range(60):
+            name = publish(files, version)
+            for prompt in ((65, 66, 67), long, long):
+                answer = ask(client, name, prompt=prompt)
+                assert answer.status_code == 200, answer.text
+                assert error_of(answer, version, prompt) < 1e-3, (version, prompt)
+        for version in (0, 59, 7, 0, 30):
+            answer = ask(client, f"v{version}", prompt=long)
+            assert error_of(answer, version, long) < 1e-3, version
+        # Twenty versions at once, of which sixteen would fit, with prompts that begin alike.
+        rng = random.Random(0)
+        asked = [
+            (rng.randrange(40, 60), rng.choice([long, long[:33] + (1, 2), (65, 66, 67)]))
+            for _ in range(80)
+        ]
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda it: ask(client, f"v{it[0]}", prompt=it[1]), asked))
+        for (version, prompt), answer in zip(asked, answers, strict=True):
+            assert error_of(answer, version, prompt) < 1e-3, (version, prompt)
+        (files / "cartridges" / "v1" / "cartridge.pt").unlink()
+        for ids, said in ((["v1"], "has been deleted"), (["v2", "v2"], "named twice")):
+            answer = ask(client, *ids)
+            assert answer.status_code == 400 and said in answer.text
+        assert ask(client, "v59").status_code == 200
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(30) == 0
+        assert not psutil.wait_procs(children, timeout=20)[1]
+    log = (files / "log").read_text()
+    repaired = re.findall(r"install: Tokasaurus is repaired in this process", log)
+    assert len(repaired) == 4, "server, manager, model worker, download worker"
+
+
+def test_unrepaired_the_whole_server_ends_with_a_reason(files: Path) -> None:
+    with serving(files, "--unrepaired") as (process, client):
+        with pytest.raises(httpx.RemoteProtocolError):
+            for version in range(100, 130):
+                assert ask(client, publish(files, version)).status_code == 200
+        assert process.wait(30) == CHILD_ENDED
+    log = (files / "log").read_text()
+    assert re.search(r"Could not pick \d+ blocks", log)
+    assert re.search(r"process manager \(pid \d+\) ended", log)
+
+
+@pytest.mark.parametrize("name", ["manager", "model_worker"])
+def test_a_process_that_dies_ends_the_whole_server(files: Path, name: str) -> None:
+    with serving(files) as (process, client):
+        assert ask(client, publish(files, 200 + len(name))).status_code == 200
+        (pid,) = re.findall(rf"process {name} has pid (\d+)", (files / "log").read_text())
+        os.kill(int(pid), signal.SIGKILL)
+        assert process.wait(30) == CHILD_ENDED
+    said = f"process {name} (pid {pid}) ended with exit code -9"
+    assert said in (files / "log").read_text()
+
+
+# --- the gateway in front of it -----------------------------------------------------------------
+
+
+@contextmanager
+def gateway(files: Path, *options: str) -> Iterator[HttpPublisher]:
+    """The gateway over the real server; what it yields uploads to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = files / "gateway.log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [
+                *(
+                    python(),
+                    "-m",
+                    "tests.engines.tokasaurus.real_gateway",
+                    "--backend",
+                    "tokasaurus",
+                ),
+                *("--model", str(files / "model"), "--model-name", "tiny", "--port", str(port)),
+                *("--cartridge-dir", str(files / "uploaded"), "--max-request-tokens", "200"),
+                *("--kv-cache-tokens", str(CACHE), "--max-cartridge-tokens", "128", *options),
+                *("--", "use_cudagraphs=False", "dtype=float32", "max_tokens_per_forward=256"),
+                "max_seqs_per_forward=32",
+            ],
+            env=environment() | {"TOKASAURUS_API_KEY": TOKEN},
+            cwd=PROJECT,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def up() -> bool:
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                return httpx.get(url + "/ping", timeout=5).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        until(up, "the gateway and the real server", timeout_s=120)
+        yield HttpPublisher([url], "tiny")
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def upload_and_ask(publisher: HttpPublisher, versions: range) -> None:
+    """Each version is uploaded, asked, and has to be the one that answered."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=publisher.urls[0], headers=headers, timeout=120) as client:
+        for number in versions:
+            cartridge = random_cartridge(tiny_model(), CARTRIDGE, number)
+            version = version_id("run", number)
+            publisher.publish(version, Snapshot.take(cartridge.state_dict(), torch.float32))
+            answer = ask(client, version)
+            assert answer.status_code == 200, answer.text
+            assert error_of(answer, number, (65, 66, 67)) < 1e-3, version
+
+
+def restarts(publisher: HttpPublisher, reason: str) -> float:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    text = httpx.get(publisher.urls[0] + "/metrics", headers=headers).text
+    name = f'cartridge_gateway_server_restarts_total{{reason="{reason}"}} '
+    return sum(float(line.removeprefix(name)) for line in text.splitlines() if name in line)
+
+
+def test_behind_the_gateway_versions_come_and_go(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with gateway(files) as publisher:
+        upload_and_ask(publisher, range(40))  # room for sixteen
+        assert restarts(publisher, "died") == restarts(publisher, "pages") == 0
+        # the manager dies, the launcher ends the server, the gateway starts it again
+        pids = re.findall(r"process manager has pid (\d+)", (files / "gateway.log").read_text())
+        os.kill(int(pids[-1]), signal.SIGKILL)
+        upload_and_ask(publisher, range(40, 45))
+        assert restarts(publisher, "died") == 1
+
+
+def test_the_second_defence_lets_the_unrepaired_branch_live(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
+    with gateway(files, "--defence", "restart") as publisher:
+        upload_and_ask(publisher, range(100, 130))  # unrepaired, it dies at the twentieth
+        assert restarts(publisher, "died") == 0
+        assert restarts(publisher, "pages") == 3  # half of the cache holds eight

@@ -1,0 +1,235 @@
+"""The small run that ``kill_harness.py`` kills: its data, its processes, the killing itself.
+
+Real veRL, real Ray, a real gateway over HTTP; a Llama of two layers with random weights. Rollouts
+are greedy, through veRL's own ``__do_sample__`` column: a run then repeats to the last bit,
+whatever its run id is and however often its server was started. The data is shuffled and walked
+through several times and the learning rate follows a schedule, so that a resume that lost its place
+shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from transformers import AutoTokenizer
+
+from cartridge_distill.util.processes import Supervisor, tail
+from tests.faults.gateway_rig import (
+    BASE_MODEL,
+    RunningGateway,
+    Shape,
+    child_environment,
+    make_model,
+    save_model,
+)
+from tests.faults.kill_phases import MARKS_VARIABLE, Mark, read_marks
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = 4  # prompts a step
+STEPS_PER_EPOCH = 8
+CARTRIDGE_TOKENS = 32
+_TEXT = "The harbour master keeps the keys of every house but one, and that one has no door. " * 2
+_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# What Ray calls the processes. The driver is veRL's command, which is no actor.
+ACTORS = {
+    "task-runner": "TaskRunnerV1",
+    "worker": "WorkerDict",
+    "proxy": "TokasaurusHttpServer",
+    "agent-loop": "_CartridgeAgentLoopWorker",
+    "storage": "SimpleStorageUnit",
+}
+
+
+def write_inputs(folder: Path, seed: int) -> None:
+    """Model, tokenizer, document and prompts; the same for the same seed."""
+    shape = Shape(context=1024)
+    save_model(make_model(shape, seed), folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    # The model never ends an answer by itself; veRL wants to know these ids all the same.
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.chat_template = _TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "documents.jsonl").write_text(json.dumps({"document_id": "harbour", "text": _TEXT}))
+    rows = range(ROWS * STEPS_PER_EPOCH)
+    frame = pd.DataFrame(
+        {
+            "prompt": [
+                [{"role": "user", "content": f"Who keeps key {n}{'?' * (n % 5)}"}] for n in rows
+            ],
+            "data_source": "kill_harness",
+            "extra_info": [{"index": n, "document_id": "harbour"} for n in rows],
+            "__do_sample__": False,
+        }
+    )
+    frame.to_parquet(folder / "train.parquet")
+
+
+@dataclass
+class Victim:
+    """A process to be killed, and when it began, in seconds since the epoch."""
+
+    pid: int
+    name: str
+    began: float
+
+    def kill(self) -> float:
+        """SIGKILL; returns the moment.
+
+        Raises:
+            ProcessLookupError: it has ended by itself.
+        """
+        now = time.time()
+        os.kill(self.pid, signal.SIGKILL)
+        return now
+
+
+class KeptGateway:
+    """A gateway that keeps its address and its cartridges when it is killed and started again.
+
+    Args:
+        inputs: what :func:`write_inputs` wrote.
+        folder: cartridges, and a folder for each start, with its log.
+    """
+
+    def __init__(self, supervisor: Supervisor, inputs: Path, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._supervisor, self._inputs, self._folder = supervisor, inputs, folder
+        self.running = self._start()
+
+    def _start(self) -> RunningGateway:
+        number = len(list(self._folder.glob("start-*")))
+        arguments = ["--port", str(self._port), "--cartridge-dir", str(self._folder / "cartridges")]
+        return RunningGateway(
+            self._supervisor,
+            self._inputs / "model",
+            self._folder / f"start-{number:03d}",
+            [*arguments, "--keep-versions", "3"],
+            ["--threads", "1"],
+        )
+
+    def restart(self) -> None:
+        """After it was killed; its server ends by itself."""
+        self.running = self._start()
+
+    def victim(self, name: str) -> Victim | None:
+        """``gateway``, or ``server`` behind it; None between two servers."""
+        process = self.running.process if name == "gateway" else self.running.server_process()
+        return Victim(process.pid, name, process.create_time()) if process is not None else None
+
+    def wait_up(self) -> None:
+        """Until the server behind it answers."""
+        while not self.running.is_up():
+            time.sleep(0.1)
+
+
+class Attempt:
+    """One start of the run: its processes, its log, its marks.
+
+    Args:
+        folder: of this attempt; log and marks.
+        run: ``trainer.default_local_dir``, which all attempts of a run share.
+        inputs: what :func:`write_inputs` wrote.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, folder: Path, run: Path, inputs: Path, url: str, steps: int
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._supervisor = supervisor
+        self.log, self._marks = folder / "train.log", folder / "marks.txt"
+        environment = {
+            **child_environment(),
+            "VERL_PLATFORM": "cpu",
+            "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
+            "VERL_FILE_LOGGER_PATH": str(run / "metrics.jsonl"),
+            MARKS_VARIABLE: str(self._marks),
+            "OMP_NUM_THREADS": "1",
+        }
+        run.mkdir(parents=True, exist_ok=True)
+        self.began = time.time()
+        self.process = supervisor.start(_command(run, inputs, url, steps), self.log, environment)
+
+    def marks(self) -> list[Mark]:
+        return read_marks(self._marks)
+
+    def words(self) -> str:
+        """The log so far."""
+        return self.log.read_text(errors="replace")
+
+    def tail(self) -> str:
+        return tail(self.log)
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def victim(self, name: str) -> Victim | None:
+        """``driver`` or one of :data:`ACTORS`; None while there is none."""
+        if name == "driver":
+            return Victim(self.process.pid, name, self.began)
+        for process in self._descendants():
+            try:
+                title = " ".join(process.cmdline())
+                if re.match(rf"ray::{ACTORS[name]}\b", title):
+                    return Victim(process.pid, name, process.create_time())
+            except psutil.NoSuchProcess:
+                pass  # it ended between two looks
+        return None
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def left_behind(self) -> list[psutil.Process]:
+        """Processes of this attempt that still run."""
+        return list(self._supervisor.marked())
+
+
+def _command(run: Path, inputs: Path, url: str, steps: int) -> list[str]:
+    cartridge, rollout = "actor_rollout_ref.actor.cartridge", "actor_rollout_ref.rollout"
+    return [
+        *(sys.executable, "-m", "verl.trainer.main_ppo"),
+        *("--config-path", str(ROOT / "training" / "config")),
+        *("--config-name", "cartridge_distill", "platform=cpu"),
+        f"data.train_files={inputs}/train.parquet",
+        f"data.val_files={inputs}/train.parquet",
+        f"data.train_batch_size={ROWS}",
+        "data.max_prompt_length=64",
+        "data.max_response_length=6",
+        f"actor_rollout_ref.model.path={inputs}/model",
+        f"{cartridge}.num_tokens={CARTRIDGE_TOKENS}",
+        f"{cartridge}.documents={inputs}/documents.jsonl",
+        f"{cartridge}.transport=http",
+        f"{cartridge}.sync_base_model={BASE_MODEL}",
+        f"{rollout}.custom.tokasaurus_url={url}",
+        # The gateway's server takes seconds to come back.
+        f"{rollout}.custom.client.max_attempts=60",
+        f"{rollout}.custom.client.backoff_s=0.2",
+        f"{rollout}.custom.client.max_backoff_s=2",
+        f"{rollout}.agent.agent_loop_manager_class=tests.faults.kill_marks.MarkedAgentLoopManager",
+        f"{rollout}.temperature=1.0",  # what greedy log-probs are divided by
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=2",
+        "trainer.logger=[file]",
+        f"trainer.total_training_steps={steps}",
+        f"trainer.total_epochs={-(-steps // STEPS_PER_EPOCH)}",
+        "trainer.save_freq=1",
+        f"trainer.default_local_dir={run}",
+    ]

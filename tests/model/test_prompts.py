@@ -1,0 +1,125 @@
+"""Documents and prompts as token ids, under the chat templates of the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cartridge_distill.model.prompts import render_document, render_prompt
+from cartridge_distill.util.errors import ConfigError, DocumentError
+from tests.model.templates import SHAPES, tokenizer_of
+from training.get_demo_model import FOLDER, cache_dir, verify
+
+WHO = [{"role": "user", "content": "Who?"}]
+
+
+def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+@pytest.fixture(params=list(SHAPES))
+def shape_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_a_document_is_the_system_message_or_plain_text(shape_name: str) -> None:
+    shape = SHAPES[shape_name]
+    tokenizer = tokenizer_of(shape)
+    assert text(tokenizer, render_document(tokenizer, "DOC")) == shape.document
+
+
+def test_a_prompt_has_no_begin_of_text_and_no_system_prompt(shape_name: str) -> None:
+    shape = SHAPES[shape_name]
+    tokenizer = tokenizer_of(shape)
+    assert text(tokenizer, render_prompt(tokenizer, WHO)) == shape.prompt
+
+
+def test_a_started_answer_is_appended_verbatim(shape_name: str) -> None:
+    shape = SHAPES[shape_name]
+    tokenizer = tokenizer_of(shape)
+    started = "  Dr. Ost\n"  # No template may trim it.
+    ids = render_prompt(tokenizer, [*WHO, {"role": "assistant", "content": started}])
+    assert text(tokenizer, ids) == shape.prompt + started
+    assert ids[: len(render_prompt(tokenizer, WHO))] == render_prompt(tokenizer, WHO)
+
+
+def test_earlier_turns_stay(shape_name: str) -> None:
+    tokenizer = tokenizer_of(SHAPES[shape_name])
+    ids = render_prompt(tokenizer, [*WHO, {"role": "assistant", "content": "Me."}, *WHO])
+    rendered = text(tokenizer, ids)
+    assert rendered.count("Who?") == 2 and rendered.count("Me.") == 1
+    if shape_name not in ("smollm2", "qwen2"):  # There bos is a role header, or there is none.
+        assert tokenizer.bos_token_id not in ids
+
+
+def test_the_default_system_prompt_is_really_there_without_us() -> None:
+    tokenizer = tokenizer_of(SHAPES["smollm2"])
+    plain = tokenizer.apply_chat_template(WHO, tokenize=False)
+    assert "named SmolLM" in plain
+    assert "named SmolLM" not in text(tokenizer, render_prompt(tokenizer, WHO))
+
+
+def test_the_callers_own_system_message_is_kept_once() -> None:
+    for name in ("smollm2", "llama3"):
+        tokenizer = tokenizer_of(SHAPES[name])
+        ids = render_prompt(tokenizer, [{"role": "system", "content": "Be short."}, *WHO])
+        rendered = text(tokenizer, ids)
+        assert rendered.count("system") == 1 and "Be short." in rendered
+        assert not rendered.startswith("<|begin_of_text|>")
+
+
+def test_a_tokenizer_that_adds_begin_of_text_has_it_before_the_document_alone() -> None:
+    tokenizer = tokenizer_of(SHAPES["qwen2"])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    document = render_document(tokenizer, "DOC")
+    assert document[0] == bos and document.count(bos) == 1
+    assert bos not in render_prompt(tokenizer, WHO)
+
+
+def test_messages_from_a_parquet_file_come_as_an_array() -> None:
+    tokenizer = tokenizer_of(SHAPES["llama3"])
+    array = np.array([*WHO, {"role": "assistant", "content": "Dr."}], dtype=object)
+    assert render_prompt(tokenizer, array) == render_prompt(tokenizer, list(array))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "empty"),
+        ([{"role": "assistant", "content": "I"}], "only a started"),
+        ([{"role": "teacher", "content": "I"}], "'teacher'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "list"),
+    ],
+)
+def test_bad_conversations_are_refused(messages: list[dict], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        render_prompt(tokenizer_of(SHAPES["llama3"]), messages)
+
+
+def test_a_refusal_of_the_template_is_told() -> None:
+    tokenizer = tokenizer_of(SHAPES["gemma2"])
+    with pytest.raises(ConfigError, match=r"\[system, user\]: System role not supported"):
+        render_prompt(tokenizer, [{"role": "system", "content": "Be short."}, *WHO])
+
+
+def test_an_empty_document_is_refused() -> None:
+    with pytest.raises(DocumentError, match="empty"):
+        render_document(tokenizer_of(SHAPES["llama3"]), " \n")
+
+
+def test_the_demo_model_itself() -> None:
+    folder: Path = cache_dir() / FOLDER
+    if not folder.exists() or verify(folder) is not None:
+        pytest.skip("the demo model is not in the cache; training/get_demo_model.py gets it")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
+    assert text(tokenizer, render_document(tokenizer, "DOC")) == SHAPES["smollm2"].document
+    assert text(tokenizer, render_prompt(tokenizer, WHO)) == SHAPES["smollm2"].prompt

@@ -1,0 +1,146 @@
+"""training/demo.py and the comparison made of it: which run veRL is asked for, and its refusals.
+
+That run itself takes ten minutes and is `make demo`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from tests.training.conftest import ROOT, child_environment
+from training import demo
+from verl_patches.config.checks import check_run_config
+
+OPTIM = "actor_rollout_ref.actor.optim"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run's folder in which the data are prepared; their contents are the workers' business."""
+    (tmp_path / "data").mkdir()
+    for name in ("train.parquet", "val.parquet", "documents.jsonl", "eval.json"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    return tmp_path
+
+
+def configured(arguments: list[str], patched: Path, model: Path, out: Path) -> Any:
+    """The configuration that veRL gets from the demo with these arguments."""
+    search = f"hydra.searchpath=[file://{patched / 'verl/trainer/config'}]"
+    overrides = demo.overrides(demo.parse(arguments), str(model), "http://127.0.0.1:1", out)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "training" / "config"), version_base=None):
+        return compose("cartridge_distill", overrides=[*overrides, search])
+
+
+def test_the_demo_is_a_configuration_that_can_train(
+    patched: Path, model_folder: Path, out: Path
+) -> None:
+    config = configured([], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert (actor.cartridge.lr, actor.optim.lr, actor.optim.min_lr_ratio) == (0.03, 0.03, 0.1)
+    assert actor.optim.lr_scheduler_type == "cosine"
+    assert actor.cartridge.on_policy_fraction == 1.0
+    assert config.data.train_batch_size == 48 and config.data.max_response_length == 6
+    steps = config.trainer.total_training_steps
+    assert steps % config.trainer.test_freq == 0  # the last validation is of the finished cartridge
+
+
+def test_what_a_person_adds_wins(patched: Path, model_folder: Path, out: Path) -> None:
+    typed = ["--steps", "2", "--lr", "0.01", f"{OPTIM}.lr_scheduler_type=constant"]
+    config = configured(typed, patched, model_folder, out)
+    check_run_config(config)
+    optim = config.actor_rollout_ref.actor.optim
+    assert (optim.lr_scheduler_type, optim.lr) == ("constant", 0.01)
+    assert config.trainer.total_training_steps == 2
+
+
+def test_on_a_gpu_server_and_trainer_compute_alike(
+    patched: Path, model_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = configured(["--device", "cuda"], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert config.trainer.device == "cuda" and actor.fsdp_config.model_dtype == "bfloat16"
+    assert config.ray_kwargs.ray_init.num_cpus >= 8  # fewer, and TransferQueue waits for ever
+    assert actor.cartridge.max_logprob_diff is None  # compares with the rounding
+    config = configured(["--device", "cuda", "--dtype", "float32"], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert actor.fsdp_config.model_dtype == "float32"
+    assert 1e-3 < actor.cartridge.max_logprob_diff < 0.5
+    options = demo.parse(["--device", "cuda"])
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")  # left over from a run on the CPU
+    assert demo.environment(options, out)["VERL_PLATFORM"] == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--device", "cuda"], "sees no GPU here"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 needs --device cuda"),
+    ],
+)
+def test_a_device_that_cannot_be_is_refused(
+    typed: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        demo.parse(typed)
+    assert said in capsys.readouterr().err
+
+
+def test_the_comparison_keeps_the_recipe_of_its_table(
+    patched: Path, model_folder: Path, out: Path
+) -> None:
+    """The demo may be tuned; runs of the comparison must stay comparable with those before."""
+    python = out / "python"  # it notes what it was asked to run, and runs nothing
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {out}/asked\nexit 1\n')
+    python.chmod(0o755)
+    subprocess.run(
+        ["bash", str(ROOT / "training" / "compare_policies.sh")],
+        env=child_environment(
+            PYTHON=str(python), OUT=str(out / "runs"), SEEDS="3", POLICIES="mixed", THREADS="2"
+        ),
+        timeout=60,
+        check=False,
+    )
+    script, *arguments = (out / "asked").read_text().splitlines()
+    assert script == str(ROOT / "training" / "demo.py")
+    config = configured(arguments, patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert (actor.optim.lr, actor.optim.lr_scheduler_type) == (0.02, "constant")
+    assert actor.cartridge.on_policy_fraction == 0.25
+    assert config.data.train_batch_size == 48 and config.data.max_response_length == 4
+    assert (config.trainer.total_training_steps, config.data.seed) == (16, 3)
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        demo.parse(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "make demo" in text and "falls to a tenth along a cosine (0.03)" in text
+
+
+def test_a_stage_that_fails_is_named_and_ends_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    missing = tmp_path / "no_such_model"
+    status = demo.main(["--out", str(out), "--model", str(missing), "--data", str(ROOT / "none")])
+    assert status == 1
+    said = capsys.readouterr()
+    assert "the demo failed: data ended with status" in said.err and f"all logs: {out}" in said.err
+    assert (out / "data.log").exists()

@@ -1,0 +1,91 @@
+"""What the engine begins with: frozen model, first cartridge, questions to validate on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from verl.utils.device import get_device_id
+from verl.utils.torch_dtypes import PrecisionType
+
+from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.cartridge.kv_shape import check_fits
+from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.data.records import load_questions
+from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.evaluation.validation import Validation
+from cartridge_distill.model.loading import load_model
+from cartridge_distill.model.prefill import cartridge_from_text
+from cartridge_distill.util.errors import ConfigError
+
+
+def load_base(model_config: Any, engine_config: Any) -> Any:
+    """The frozen model, whole, on this rank's device.
+
+    Raises:
+        ConfigError: ``actor.fsdp_config.model_dtype`` is not set.
+    """
+    if engine_config.model_dtype is None:
+        raise ConfigError(
+            "actor.fsdp_config.model_dtype is null; say bfloat16 (GPU) or float32 (CPU)"
+        )
+    return load_model(
+        model_config.local_path,
+        dtype=PrecisionType.to_dtype(engine_config.model_dtype),
+        device=get_device_id(),
+    )
+
+
+def initial_cartridge(settings: Any, module: Any, teacher: Teacher) -> TrainableCache:
+    """As ``actor.cartridge.init`` says: from a checkpoint, at random, or from a document.
+
+    Raises:
+        ConfigError: the checkpoint has another number of tokens, or it is open which document.
+        CartridgeFormatError: it does not fit the model.
+    """
+    if settings.init == "checkpoint":
+        cartridge = load_cartridge(settings.checkpoint_path)
+        if cartridge.num_tokens != settings.num_tokens:
+            raise ConfigError(
+                f"{settings.checkpoint_path} holds {cartridge.num_tokens} tokens, "
+                f"actor.cartridge.num_tokens is {settings.num_tokens}; make them equal"
+            )
+    elif settings.init == "random":
+        cartridge = TrainableCache.from_random(
+            module.config, settings.num_tokens, settings.num_frozen_tokens, settings.seed
+        )
+    else:
+        ids = teacher.document_ids(initial_document(settings, teacher.documents.ids))
+        cartridge = cartridge_from_text(
+            module,
+            torch.tensor(ids, device=get_device_id()),
+            settings.num_tokens,
+            settings.num_frozen_tokens,
+        )
+    check_fits(cartridge.prefix().kv_shape, module.config)
+    return cartridge
+
+
+def initial_document(settings: Any, known: list[str]) -> str:
+    """The document whose first tokens a cartridge begins as.
+
+    Raises:
+        ConfigError: there are several, and none is chosen.
+    """
+    if settings.init_document is not None:
+        return str(settings.init_document)
+    if len(known) > 1:
+        raise ConfigError(
+            f"{settings.documents} holds {len(known)} documents; set "
+            f"actor.cartridge.init_document to the one to start from, e.g. {known[0]!r}"
+        )
+    return known[0]
+
+
+def load_validation(settings: Any, tokenizer: Any, teacher: Teacher) -> Validation | None:
+    """Reads the questions now, so that a wrong one does not wait for the first validation."""
+    if settings.eval_questions is None:
+        return None
+    questions = load_questions(Path(settings.eval_questions).expanduser())
+    return Validation(tokenizer, questions, teacher)

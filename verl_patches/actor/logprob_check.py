@@ -1,0 +1,251 @@
+"""Server against trainer: both hold the same numbers, or nothing is trained on them.
+
+The student's tokens are compared with the student's forward, the teacher's with the teacher's. A
+stale cartridge shows in the one, an answer that was written without the document in the other.
+
+With ``max_logprob_diff`` a number, that bounds the largest difference (:class:`Agreement`). With
+null, :class:`RoundingCheck` runs the test of ``cartridge_distill.distill.agreement``, which holds
+where server and trainer round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.distill.agreement import (
+    LEVEL_FIGURES,
+    Rounding,
+    StepLevel,
+    VersionEvidence,
+    level_figures,
+    nudged,
+    rounding_figures,
+    version_figures,
+)
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.util.errors import OffPolicyError
+
+_CAUSES = {
+    STUDENT: "the server does not serve this cartridge version, or not this base model, dtype or "
+    "temperature",
+    TEACHER: "the server wrote without the document, or with another base model, dtype or "
+    "temperature, or teacher_cache keeps the answers of such a server",
+}
+
+ROUNDING_EVERY = 64
+"""Versions after which the rounding is measured again; a cartridge that grows rounds more."""
+
+_VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the log-probs of one author's tokens are apart. Nothing here waits for the device.
+
+    Attributes:
+        author: who wrote the tokens.
+        own: ``[N]`` the trainer's log-probs, N at least 1.
+        server: ``[N]`` the server's.
+        tokens: ``[N]`` their ids.
+    """
+
+    author: str
+    own: Tensor
+    server: Tensor
+    tokens: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """``[N]``, absolute; NaN where either is."""
+        return (self.own - self.server).abs()
+
+    def check(self, largest: float, bound: float | None) -> None:
+        """Refuses the tokens when the numbers differ.
+
+        Args:
+            largest: the largest difference, fetched.
+            bound: None only wants finite numbers.
+
+        Raises:
+            OffPolicyError: it is over the bound, or not finite.
+        """
+        limit = torch.finfo(torch.float32).max if bound is None else bound
+        if largest <= limit:
+            return
+        worst = int(self.difference.nan_to_num(float("inf")).argmax())
+        raise OffPolicyError(
+            f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
+            f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
+            f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
+            f"{_CAUSES[self.author]}. "
+            "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
+            "the rounding instead"
+        )
+
+
+class RoundingCheck:
+    """The test where both round, of one engine: what it measured, and the evidence so far.
+
+    Ranks of a sharded model must run it equally often, and do: the extra forwards belong to a
+    rank's first micro-batch of a step, whatever is in it.
+
+    Args:
+        dtype: that the model computes in, and the server.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounding: Rounding | None = None
+        self._measured_at = 0
+        self._previous: Prefix | None = None
+        self._levels: dict[str, StepLevel] = {}
+        self._evidence = VersionEvidence()
+        self._first = True
+
+    def begin_batch(self) -> None:
+        """Before the first micro-batch of a batch."""
+        self._levels = {}
+        self._first = True
+
+    def remember(self, prefix: Prefix) -> None:
+        """Keeps the cartridge that the next version is compared with: a copy, in what is served.
+
+        Called before the optimizer moves it.
+        """
+        served = prefix.to(dtype=self._dtype)
+        self._previous = Prefix(
+            [key.detach().clone() for key in served.keys],
+            [value.detach().clone() for value in served.values],
+        )
+
+    def student_figures(
+        self,
+        version: int,
+        own: Tensor,
+        server: Tensor,
+        counted: Tensor,
+        current: Prefix,
+        behind: Callable[[Prefix], Tensor],
+        exactly: Callable[[Prefix], Tensor],
+    ) -> dict[str, Tensor]:
+        """What is to be known of a micro-batch of the student's tokens.
+
+        The host waits where the rounding is measured, every :data:`ROUNDING_EVERY` versions.
+
+        Args:
+            version: that the tokens should be of.
+            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            server: ``[N]`` the log-probs that came with them.
+            counted: ``[N]`` bool, those that the student wrote.
+            current: the cartridge.
+            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+                the trainer's own forward.
+            exactly: the same without rounding, behind the cartridge as it is served.
+
+        Returns:
+            For :meth:`judge`, fetched.
+        """
+        first, self._first = self._first, False
+        if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
+            self._measure(version, own, behind(nudged(current, self._dtype)))
+        figures: dict[str, Tensor] = {}
+        if first and self._previous is not None:
+            here, before = exactly(current), exactly(self._previous)
+            some = slice(len(before))
+            figures[_VERSION] = version_figures(here, before, server[some], counted[some])
+        return figures | self._level_figures(STUDENT, own, server, counted, 1.0)
+
+    def teacher_figures(
+        self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> dict[str, Tensor]:
+        """What is to be known of a micro-batch of the teacher's tokens.
+
+        Args:
+            chosen, server, counted: as for the student.
+            temperature_ratio: the teacher's over the student's.
+        """
+        return self._level_figures(TEACHER, chosen, server, counted, temperature_ratio)
+
+    def judge(self, version: int, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Checks a micro-batch before anything is trained on it.
+
+        Args:
+            version: that the student's tokens should be of.
+            figures: fetched; others than this check's are left alone.
+
+        Returns:
+            Metrics.
+
+        Raises:
+            OffPolicyError: another base, cartridge or temperature, or the version before; or the
+                teacher's forward does not agree with the teacher's tokens.
+        """
+        metrics: dict[str, float] = {}
+        if _VERSION in figures:  # first: it names the cause
+            metrics |= self._version(version, figures[_VERSION])
+        if _LEVEL[STUDENT] in figures:
+            metrics |= self._level(STUDENT, figures[_LEVEL[STUDENT]])
+        if _LEVEL[TEACHER] in figures:
+            self._level(TEACHER, figures[_LEVEL[TEACHER]])
+        return metrics
+
+    def _measure(self, version: int, own: Tensor, repeat: Tensor) -> None:
+        count = int(repeat.shape[0])
+        figures = rounding_figures(own[:count], repeat).tolist()
+        self._rounding = Rounding.of(count, figures, self._dtype)
+        self._measured_at = version
+
+    def _level_figures(
+        self, author: str, own: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+    ) -> dict[str, Tensor]:
+        if self._rounding is None:
+            raise RuntimeError(
+                "the rounding was not measured: the student comes before the teacher"
+            )
+        if author not in self._levels:
+            self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
+        bound = self._levels[author].rounding.high_bound
+        return {_LEVEL[author]: level_figures(own, server, counted, bound)}
+
+    def _level(self, author: str, figures: Sequence[float]) -> dict[str, float]:
+        level = self._levels[author]
+        if problem := level.add(figures):
+            raise OffPolicyError(
+                f"server and trainer disagree on the log-probs of tokens written by the {author}: "
+                f"{problem}: {_CAUSES[author]}. If the server is right and only rounds more than "
+                "the trainer, bound the largest difference instead, with "
+                "actor.cartridge.max_logprob_diff (0.5 suits bfloat16)"
+            )
+        found = dict(zip(LEVEL_FIGURES, figures, strict=True))
+        if not found["tokens"]:
+            return {}
+        return {
+            "logprob_diff/scaled_mean": level.mean,
+            "logprob_diff/scaled_mean_bound": level.rounding.mean_bound(level.tokens),
+            "logprob_diff/scaled_q95": found["scaled_high"],
+            "logprob_diff/scaled_q95_bound": level.rounding.high_bound,
+        }
+
+    def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
+        evidence = self._evidence
+        evidence.add(figures)
+        coefficient, error = evidence.coefficient
+        if evidence.stale:
+            self._evidence = VersionEvidence()  # a caller that goes on asks anew
+            raise OffPolicyError(
+                f"rollouts stamped step {version} were made, all or some, by the version before: "
+                f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
+                f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
+                "server does not serve the version it names. The rollout proxy or the sync is out "
+                "of order"
+            )
+        metrics = {"logprob_diff/version_decided": float(evidence.current)}
+        if error < 1.0:  # else the versions differ by too little, and a curve would show noise
+            metrics["logprob_diff/stale_coefficient"] = coefficient
+            metrics["logprob_diff/stale_coefficient_error"] = error
+        return metrics

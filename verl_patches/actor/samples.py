@@ -1,0 +1,108 @@
+"""A veRL micro-batch as the core wants it: ragged sequences, masks, documents, versions.
+
+veRL's jagged tensors carry a prompt and a response of their own length in each row. Tokens are
+taken by mask: nothing here derives a position from a padded width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.model.packing import HostMask, host_mask
+from cartridge_distill.util.errors import DocumentError, RolloutError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """B rollouts.
+
+    Attributes:
+        sequences: B ``[prompt + response]`` token ids, on the host.
+        wanted: B bool masks over them, true at the response tokens that are trained on.
+        rollout_logprobs: ``[N]`` the server's log-probs of the wanted tokens, in order, on the
+            host.
+        document_ids: B ids.
+        steps: B cartridge steps that made the rollouts; None where a rollout has no stamp.
+        sources: B authors; a sample without a label is held against the student.
+        temperature: that the server sampled at.
+    """
+
+    sequences: list[Tensor]
+    wanted: list[HostMask]
+    rollout_logprobs: Tensor
+    document_ids: list[str]
+    steps: list[int | None]
+    sources: list[str]
+    temperature: float
+
+    @classmethod
+    def from_micro_batch(cls, data: TensorDict, document_key: str) -> Samples:
+        """Reads veRL's fields, which are on the host: nothing here waits for a device.
+
+        Raises:
+            DocumentError: a sample names no document.
+            RolloutError: a rollout has no log-probs, or not one for each token.
+        """
+        sequences = [ids.contiguous() for ids in data["input_ids"].unbind()]
+        prompts = [int(ids.numel()) for ids in data["prompts"].unbind()]
+        masks = [host_mask(mask.bool()) for mask in data["response_mask"].unbind()]
+        if "rollout_log_probs" not in data:
+            raise RolloutError(
+                "the rollouts carry no log-probs; "
+                "set actor_rollout_ref.rollout.calculate_log_probs=True"
+            )
+        logprobs = list(data["rollout_log_probs"].unbind())
+        wanted = []
+        for row, (ids, prompt, mask) in enumerate(zip(sequences, prompts, masks, strict=True)):
+            if prompt + mask.size != ids.numel() or logprobs[row].numel() != mask.size:
+                raise RolloutError(
+                    f"sample {row}: prompt {prompt} + response {mask.size} tokens, "
+                    f"{ids.numel()} ids, {logprobs[row].numel()} log-probs do not fit together"
+                )
+            wanted.append(np.concatenate([np.zeros(prompt, dtype=bool), mask]))
+        info = column(data, "extra_info", len(sequences))
+        stamps = column(data, "extra_fields", len(sequences))
+        return cls(
+            sequences=sequences,
+            wanted=wanted,
+            rollout_logprobs=torch.cat(
+                [values[torch.from_numpy(m)] for values, m in zip(logprobs, masks, strict=True)]
+            ),
+            document_ids=[document_id_of(item, document_key, row) for row, item in enumerate(info)],
+            steps=[(stamp or {}).get("global_steps") for stamp in stamps],
+            sources=[(stamp or {}).get("source", STUDENT) for stamp in stamps],
+            temperature=float(data["temperature"]),
+        )
+
+    @property
+    def by_teacher(self) -> HostMask:
+        """``[N]`` bool: the wanted tokens that the teacher wrote."""
+        teacher = [source == TEACHER for source in self.sources]
+        return np.repeat(teacher, [int(mask.sum()) for mask in self.wanted])
+
+
+def column(data: TensorDict, key: str, rows: int) -> list[Any]:
+    """A field that holds no tensors, one value a row; all None where there is no such field."""
+    if key not in data:
+        return [None] * rows
+    values = data[key]
+    return list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def document_id_of(info: Any, key: str, row: int) -> str:
+    """The id of a sample's document, from its ``extra_info``; DocumentError when there is none."""
+    value = (info or {}).get(key)
+    if value is None:
+        raise DocumentError(
+            f"sample {row} (extra_info {info!r}) has no {key!r}; without its document the teacher "
+            "would be the bare model. Prepare the data with training/prepare_data.py, or set "
+            "actor_rollout_ref.actor.cartridge.document_key"
+        )
+    return str(value)

@@ -1,0 +1,238 @@
+"""What must hold before a micro-batch is trained on, and the one transfer that tells.
+
+Versions are known on the host. Everything else is computed on the device first and fetched
+together, so that the host waits once for student and teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.distill.loss import TeacherTopK
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.distill.teacher import not_finite
+from cartridge_distill.model.float32_forward import float32_logprobs, leading
+from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.logprobs import chosen_logprobs
+from cartridge_distill.model.packing import on_device, pack
+from cartridge_distill.util.errors import OffPolicyError
+from verl_patches.actor.device import StageSeconds, fetch
+from verl_patches.actor.logprob_check import Agreement, RoundingCheck
+from verl_patches.actor.samples import Samples
+
+
+def check_versions(samples: Samples, version: int) -> None:
+    """Refuses rollouts of another cartridge version, and a teacher's answer that carries one.
+
+    Raises:
+        OffPolicyError: names the versions.
+    """
+    authors = list(zip(samples.sources, samples.steps, strict=True))
+    if stamped := sorted({step for who, step in authors if who == TEACHER and step is not None}):
+        raise OffPolicyError(
+            f"answers of the teacher carry cartridge steps {stamped}; the teacher has the "
+            "document and no cartridge. The rollout proxy is out of order"
+        )
+    stale = sorted({step for who, step in authors if who != TEACHER} - {version}, key=str)
+    if stale:
+        raise OffPolicyError(
+            f"rollouts of cartridge step {stale} reached the trainer at step {version}; "
+            f"on-policy training takes step {version} only. The rollout proxy or the sync is out "
+            "of order"
+        )
+
+
+def answer_temperature(samples: Samples, teacher_temperature: float | None) -> float | None:
+    """At which the teacher's answers were sampled; None when there are none.
+
+    Args:
+        teacher_temperature: as the settings have it; None is the rollout's.
+    """
+    if TEACHER not in samples.sources:
+        return None
+    return samples.temperature if teacher_temperature is None else float(teacher_temperature)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the forwards of one micro-batch gave, on the device.
+
+    Attributes:
+        tokens: ``[N]`` the wanted tokens.
+        logits: ``[N, V]`` of the student, detached.
+        teacher: distributions over the same tokens, not looked at yet.
+        loss: scalar.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    teacher: TeacherTopK
+    loss: Tensor
+
+
+class StepChecks:
+    """The checks of one engine.
+
+    Args:
+        bound: on the largest difference of server and trainer; None compares with the rounding.
+        model: the frozen base, sharded or not.
+        teacher_temperature: of the teacher's answers; None is the rollout's.
+        backend: attention backend of the engine.
+        stage: times what the checks compute besides.
+    """
+
+    def __init__(
+        self,
+        bound: float | None,
+        model: nn.Module,
+        teacher_temperature: float | None,
+        backend: str,
+        stage: StageSeconds,
+    ) -> None:
+        self._bound = bound
+        self._teacher_temperature = teacher_temperature
+        self._model, self._backend, self._stage = model, backend, stage
+        self._dtype = next(model.parameters()).dtype
+        # With a bound on the largest difference, nothing else is measured.
+        self._rounding = RoundingCheck(self._dtype) if bound is None else None
+
+    def begin_batch(self) -> None:
+        """Before the first micro-batch of a batch."""
+        if self._rounding is not None:
+            self._rounding.begin_batch()
+
+    def remember(self, prefix: Prefix) -> None:
+        """Before the optimizer moves the cartridge, at the first of a batch's steps."""
+        if self._rounding is not None:
+            self._rounding.remember(prefix)
+
+    def run(
+        self, samples: Samples, found: Computed, version: int, stale: bool, cartridge: Prefix
+    ) -> dict[str, float]:
+        """Checks a micro-batch.
+
+        Args:
+            version: that the student's tokens should be of.
+            stale: optimizer steps were taken on this batch already. The trainer has moved away from
+                the server by intent; the difference is a metric of its own.
+            cartridge: the student's prefix.
+
+        Returns:
+            Metrics, and ``loss``.
+
+        Raises:
+            OffPolicyError: log-probs that are not those of whoever wrote the tokens.
+            DocumentError: the teacher's logits are not finite.
+            FloatingPointError: the loss is not finite.
+        """
+        own = chosen_logprobs(found.logits, found.tokens, samples.temperature)
+        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
+        compared = _compared(samples, own, server, found)
+        counted = [
+            agreement.difference
+            for author, agreement in compared.items()
+            if not (author == STUDENT and stale)
+        ]
+        assert found.teacher.finite is not None
+        values = {f"largest/{a}": agreement.difference.max() for a, agreement in compared.items()}
+        values |= {
+            "loss": found.loss,
+            "finite": found.teacher.finite,
+            "student_logprob": own.mean(),
+            "teacher_tail_mass": found.teacher.tail_logprob.exp().mean(),
+        }
+        if counted:
+            values["logprob_diff/mean"] = torch.cat(counted).mean()
+        if self._rounding is not None:
+            values |= self._figures(samples, own, server, found, version, stale, cartridge)
+        fetched = fetch(values)  # the one time that the host waits for student and teacher
+
+        got = {name: figures[0] for name, figures in fetched.items() if len(figures) == 1}
+        for author, agreement in compared.items():
+            moved = author == STUDENT and stale
+            agreement.check(got[f"largest/{author}"], None if moved else self._bound)
+        if self._rounding is not None:
+            got |= self._rounding.judge(version, fetched)
+        if not got.pop("finite"):
+            raise not_finite(samples.document_ids)
+        if not math.isfinite(got["loss"]):
+            raise FloatingPointError(
+                f"the distillation loss is {got['loss']}; nothing was trained on it"
+            )
+        largest = {author: got.pop(f"largest/{author}") for author in compared}
+        if TEACHER in largest:
+            got["logprob_diff/teacher_max"] = largest[TEACHER]
+        if stale and STUDENT in largest:
+            got["stale_logprob_diff/max"] = largest.pop(STUDENT)
+        if largest:
+            got["logprob_diff/max"] = max(largest.values())
+            if self._bound is not None:
+                got["logprob_diff/bound"] = self._bound  # the report draws it
+        return got
+
+    def _figures(
+        self,
+        samples: Samples,
+        own: Tensor,
+        server: Tensor,
+        found: Computed,
+        version: int,
+        stale: bool,
+        cartridge: Prefix,
+    ) -> dict[str, Tensor]:
+        """What the test in units of the rounding wants to know of a micro-batch."""
+        assert self._rounding is not None
+        theirs = on_device(samples.by_teacher, own.device)
+        figures = {}
+        if not stale:
+            # Also when the teacher wrote all of it: every rank runs the model equally often.
+            ways = (partial(way, samples) for way in (self._behind, self._exactly))
+            figures = self._rounding.student_figures(
+                version, own, server, ~theirs, cartridge, *ways
+            )
+        if found.teacher.chosen is not None:
+            # Greedy leaves the logits alone.
+            at = answer_temperature(samples, self._teacher_temperature) or 1.0
+            ratio = at / (samples.temperature or 1.0)
+            figures |= self._rounding.teacher_figures(found.teacher.chosen, server, theirs, ratio)
+        return figures
+
+    @torch.no_grad()
+    def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Log-probs of the first samples' wanted tokens behind another cartridge."""
+        count = leading(samples.sequences)
+        batch = pack(samples.sequences[:count]).to(prefix.keys[0].device)
+        wanted = np.concatenate(samples.wanted[:count])
+        with self._stage("version_check"):
+            keep = batch.predicts(wanted)
+            logits = packed_forward(self._model, prefix, batch, keep, self._backend)
+            return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
+
+    def _exactly(self, samples: Samples, prefix: Prefix) -> Tensor:
+        """Of the same tokens, without rounding, behind the cartridge as a server has it."""
+        count = leading(samples.sequences)
+        some = samples.sequences[:count], samples.wanted[:count]
+        with self._stage("version_check"):
+            return float32_logprobs(self._model, prefix, *some, samples.temperature, self._dtype)
+
+
+def _compared(
+    samples: Samples, own: Tensor, server: Tensor, found: Computed
+) -> dict[str, Agreement]:
+    """The tokens of each author against the forward of whoever wrote them."""
+    compared = {}
+    for author, numbers in ((STUDENT, own), (TEACHER, found.teacher.chosen)):
+        mine = samples.by_teacher == (author == TEACHER)
+        if not mine.any():
+            continue
+        assert numbers is not None
+        rows = on_device(np.flatnonzero(mine), own.device, torch.long)
+        compared[author] = Agreement(author, numbers[rows], server[rows], found.tokens[rows])
+    return compared

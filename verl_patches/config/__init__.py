@@ -1,0 +1,1 @@
+"""What is added to veRL's configuration, and what is refused."""

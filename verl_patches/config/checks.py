@@ -1,0 +1,356 @@
+"""Refuses veRL configurations that would run with a cartridge and be wrong, or fail much later.
+
+Called by veRL's own `validate_config` (config/validate.patch) in the driver, before Ray starts.
+All problems are named at once. Settings that merely cost speed are left to the user, and what
+only a worker can know (does the server answer, does the document fit) is checked there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cartridge_distill.distill.config import KEY, cartridge_problems
+from cartridge_distill.util.errors import ConfigError
+from verl_patches.hooks import TRAINER_MODE
+from verl_patches.platform.cluster import joins_a_cluster
+
+PAGE_SIZE = 16
+"""Tokens in a page of Tokasaurus' KV cache."""
+
+MIN_RAY_CPUS = 4
+
+_ACTOR = "actor_rollout_ref.actor"
+_MODEL = "actor_rollout_ref.model"
+_ROLLOUT = "actor_rollout_ref.rollout"
+
+_FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    # (key, values that work, why no other does)
+    (
+        f"{_MODEL}.use_remove_padding",
+        (False,),
+        "veRL's packing lets samples see each other through the cartridge and says nothing; "
+        "the cartridge engine packs by seq_ids itself",
+    ),
+    (f"{_MODEL}.use_fused_kernels", (False,), "they replace the forward that reads the cartridge"),
+    (f"{_MODEL}.use_liger", (False, None), "it replaces the forward that reads the cartridge"),
+    (f"{_MODEL}.lora_rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
+    (f"{_MODEL}.lora.rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
+    (f"{_MODEL}.lora_adapter_path", (None,), "server, student and teacher share the bare model"),
+    (
+        f"{_ACTOR}.strategy",
+        ("fsdp2",),
+        "several ranks shard the frozen base with FSDP2 (FSDP1 cannot run on a CPU)",
+    ),
+    (
+        f"{_ACTOR}.fsdp_config.mixed_precision",
+        (None,),
+        "the base computes in fsdp_config.model_dtype; cartridge, gradients and optimizer state "
+        "are float32",
+    ),
+    (f"{_ACTOR}.fsdp_config.offload_policy", (False,), "the frozen base stays on the device"),
+    (
+        f"{_ACTOR}.optim.optimizer_impl",
+        ("torch.optim",),
+        "the optimizer's state is kept in float32 and saved as plain tensors",
+    ),
+    (
+        f"{_ACTOR}.ulysses_sequence_parallel_size",
+        (1,),
+        "a packed row with a prefix cannot be cut across ranks",
+    ),
+    (
+        f"{_ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
+        (1, None),
+        "a packed row with a prefix cannot be cut across ranks",
+    ),
+    (f"{_ACTOR}.ppo_epochs", (1,), "the second pass over a batch would be off-policy"),
+    (f"{_ACTOR}.use_kl_loss", (False,), "it starts a reference model that nothing needs"),
+    ("algorithm.use_kl_in_reward", (False,), "it starts a reference model that nothing needs"),
+    ("reward.reward_model.enable", (False,), "there is no reward, the loss is the teacher's KL"),
+    (
+        "distillation.enabled",
+        (False, None),
+        "it starts a second model as teacher; here the teacher is the student's own model",
+    ),
+    (
+        "trainer.resume_mode",
+        ("auto", "disable", "resume_path"),
+        "veRL knows no other",
+    ),
+    ("trainer.default_hdfs_dir", (None,), "checkpoints go to trainer.default_local_dir alone"),
+    (
+        "trainer.del_local_ckpt_after_load",
+        (False, None),
+        "a run that dies before its next save could not go on",
+    ),
+    (
+        "trainer.remove_previous_ckpt_in_save",
+        (False, None),
+        "veRL deprecates it; trainer.max_actor_ckpt_to_keep says how many stay",
+    ),
+    (f"{_ACTOR}.checkpoint.async_save", (False, None), "a cartridge is written in a moment"),
+    (f"{_ACTOR}.fsdp_config.param_offload", (False,), "the frozen base stays on the device"),
+    (f"{_ACTOR}.fsdp_config.optimizer_offload", (False,), "the cartridge's state is megabytes"),
+    ("trainer.use_v1", (True,), "the cartridge trainer is a v1 trainer"),
+    ("trainer.v1.trainer_mode", (TRAINER_MODE,), "no other trainer refuses stale rollouts"),
+    (f"{_ROLLOUT}.name", ("tokasaurus",), "no other rollout sends the cartridge"),
+    (f"{_ROLLOUT}.tensor_model_parallel_size", (1,), "the server is not part of this job"),
+    (f"{_ROLLOUT}.data_parallel_size", (1,), "the server is not part of this job"),
+    (f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), "the server is not part of this job"),
+    (
+        f"{_ROLLOUT}.calculate_log_probs",
+        (True,),
+        "server and trainer log-probs are compared at every step",
+    ),
+    (f"{_ROLLOUT}.top_p", (1, 1.0), "Tokasaurus refuses any other value"),
+    (f"{_ROLLOUT}.top_k", (-1, 0), "Tokasaurus has no top-k sampling"),
+    (f"{_ROLLOUT}.val_kwargs.top_p", (1, 1.0, None), "Tokasaurus refuses any other value"),
+    (f"{_ROLLOUT}.val_kwargs.top_k", (-1, 0, None), "Tokasaurus has no top-k sampling"),
+    (
+        f"{_ROLLOUT}.checkpoint_engine.backend",
+        ("naive",),
+        "the weight update carries the cartridge to the rollout adapter, which publishes it",
+    ),
+    (
+        "data.truncation",
+        ("error",),
+        "a prompt over the limit must be an error; data.filter_overlong_prompts=True leaves it out",
+    ),
+)
+
+
+def _get(config: DictConfig, key: str) -> Any:
+    return OmegaConf.select(config, key, default=None)
+
+
+def _fixed_problems(config: DictConfig) -> Iterator[str]:
+    for key, allowed, why in _FIXED:
+        value = _get(config, key)
+        # `0 == False` in Python, and use_remove_padding=0 means what it says; a string does not
+        if value not in allowed:
+            yield f"{key}={value!r}: {why}; set {key}={_spell(allowed[0])}"
+
+
+def _spell(value: Any) -> str:
+    """`value` as it is written on Hydra's command line."""
+    return "null" if value is None else str(value)
+
+
+def _batch_problems(config: DictConfig) -> Iterator[str]:
+    batch = _get(config, "data.train_batch_size")
+    mini = _get(config, f"{_ACTOR}.ppo_mini_batch_size")
+    count = _get(config, f"{_ROLLOUT}.n")
+    yield from _mini_batch_problems(batch, mini, _get(config, f"{KEY}.max_staleness"))
+    ranks = (_get(config, "trainer.nnodes") or 1) * (_get(config, "trainer.n_gpus_per_node") or 1)
+    if not isinstance(count, int) or count < 1:
+        yield f"{_ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
+    elif isinstance(mini, int) and (mini * count) % ranks:
+        yield (
+            f"{_ACTOR}.ppo_mini_batch_size={mini} x {_ROLLOUT}.n={count} samples on {ranks} ranks "
+            "(trainer.nnodes x trainer.n_gpus_per_node): veRL would fill up with samples that have "
+            f"no document; make the product a multiple of {ranks}"
+        )
+    temperature = _get(config, f"{_ROLLOUT}.temperature")
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        yield (
+            f"{_ROLLOUT}.temperature={temperature!r}: log-probs are of logits divided by it; "
+            "set a number above 0 (0.7 is usual)"
+        )
+
+
+def _mini_batch_problems(batch: Any, mini: Any, staleness: Any) -> Iterator[str]:
+    if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
+        yield (
+            f"{KEY}.max_staleness={staleness!r}: optimizer steps between a rollout's cartridge and "
+            "the one trained on it; set a whole number, 0 (strictly on-policy) or more"
+        )
+        return
+    key = f"{_ACTOR}.ppo_mini_batch_size"
+    if not isinstance(mini, int) or not isinstance(batch, int) or mini < 1 or batch % mini:
+        yield f"{key}={mini!r}: set it to data.train_batch_size={batch!r}, or a whole part of it"
+    elif batch // mini > staleness + 1:
+        yield (
+            f"{key}={mini!r}: {batch // mini} optimizer steps on one batch of rollouts, the last "
+            f"of them {batch // mini - 1} steps off-policy; set it to "
+            f"data.train_batch_size={batch!r}, or allow that with "
+            f"{KEY}.max_staleness={batch // mini - 1}"
+        )
+
+
+def _saving_problems(config: DictConfig) -> Iterator[str]:
+    key = "trainer.max_actor_ckpt_to_keep"
+    keep = _get(config, key)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        yield f"{key}={keep!r}: checkpoints that stay; set a whole number, 1 or more, or null"
+
+
+def _cluster_problems(config: DictConfig) -> Iterator[str]:
+    key = "trainer.default_local_dir"
+    folder = str(_get(config, key))
+    if joins_a_cluster(config) and not Path(folder).expanduser().is_absolute():
+        yield (
+            f"{key}={folder!r}: a cluster's workers run in other folders than this process; set "
+            f"{key}={Path(folder).absolute()}, on a disk that all nodes share"
+        )
+
+
+def _length_problems(config: DictConfig) -> Iterator[str]:
+    lengths = []
+    for data_key, rollout_key in (
+        ("data.max_prompt_length", f"{_ROLLOUT}.prompt_length"),
+        ("data.max_response_length", f"{_ROLLOUT}.response_length"),
+    ):
+        length, mirrored = _get(config, data_key), _get(config, rollout_key)
+        if not isinstance(length, int) or length < 1:
+            yield f"{data_key}={length!r}: set a whole number of tokens, 1 or more"
+            return
+        if mirrored is not None and mirrored != length:
+            yield f"{rollout_key}={mirrored!r}: differs from {data_key}={length!r}; remove it"
+        lengths.append(length)
+    tokens, context = _get(config, f"{KEY}.num_tokens"), _model_context(config)
+    if context is not None and isinstance(tokens, int) and tokens + sum(lengths) > context:
+        yield (
+            f"{KEY}.num_tokens={tokens} + data.max_prompt_length={lengths[0]} + "
+            f"data.max_response_length={lengths[1]} = {tokens + sum(lengths)} tokens, the model's "
+            f"context is {context}; make one of them smaller"
+        )
+
+
+def _model_context(config: DictConfig) -> int | None:
+    """Positions the model was made for, when the model is a local folder; None when unknown."""
+    path = _get(config, f"{_MODEL}.path")
+    file = Path(str(path)).expanduser() / "config.json"
+    if not path or not file.is_file():
+        return None  # a hub id: known when the model is loaded
+    model_config = json.loads(file.read_text(encoding="utf-8"))
+    model_config = model_config.get("text_config", model_config)
+    context = model_config.get("max_position_embeddings")
+    return context if isinstance(context, int) else None
+
+
+def _server_problems(config: DictConfig) -> Iterator[str]:
+    key = f"{_ROLLOUT}.custom.tokasaurus_url"
+    urls = _get(config, key)
+    if not urls:
+        yield (
+            f"{key}={urls!r}: no inference server; "
+            "set its base URL, e.g. http://127.0.0.1:10210, or a list of them"
+        )
+        urls = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        if not str(url).startswith(("http://", "https://")):
+            yield f"{key}={url!r}: set a URL with http:// or https://"
+    if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
+        yield (
+            f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"
+            " fixed cartridges to the trained one, the trainer's forward would not have them; "
+            "set it to []"
+        )
+    tokens = _get(config, f"{KEY}.num_tokens")
+    if isinstance(tokens, int) and tokens % PAGE_SIZE:
+        near = max(PAGE_SIZE, round(tokens / PAGE_SIZE) * PAGE_SIZE)
+        yield (
+            f"{KEY}.num_tokens={tokens}: the server's model process dies unless it is a multiple "
+            f"of its page size, {PAGE_SIZE}; {near} is the nearest"
+        )
+    if _get(config, f"{KEY}.transport") == "shared_dir" and not _get(config, f"{KEY}.sync_dir"):
+        yield (
+            f"{KEY}.sync_dir=None: new cartridge versions have nowhere to go; "
+            "set the server's cartridge directory as this machine sees it, or "
+            f"{KEY}.transport=http to upload to a gateway"
+        )
+
+
+def _document_problems(config: DictConfig) -> Iterator[str]:
+    documents = _get(config, f"{KEY}.documents")
+    mend = "set the documents file that training/prepare_data.py wrote beside the prompts"
+    if not documents:
+        yield f"{KEY}.documents=None: the teacher has nothing to read; {mend}"
+    elif not Path(str(documents)).expanduser().is_file():
+        where = Path(str(documents)).expanduser().absolute()
+        yield f"{KEY}.documents={str(documents)!r}: there is no file {where}; {mend}"
+
+
+def _validation_problems(config: DictConfig) -> Iterator[str]:
+    key = f"{KEY}.eval_questions"
+    every, first = _get(config, "trainer.test_freq"), _get(config, "trainer.val_before_train")
+    if isinstance(every, bool) or not isinstance(every, int):
+        yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
+        return
+    questions = _get(config, key)
+    mend = "set the eval.json that training/prepare_data.py wrote beside the prompts"
+    if questions is None:
+        for name, value, off in (
+            ("test_freq", every if every > 0 else None, "-1"),
+            ("val_before_train", first or None, "False"),
+        ):
+            if value is not None:
+                yield (
+                    f"trainer.{name}={value!r} with {key}=None: there is nothing to validate on; "
+                    f"{mend}, or trainer.{name}={off}"
+                )
+    elif not Path(str(questions)).expanduser().is_file():
+        where = Path(str(questions)).expanduser().absolute()
+        yield f"{key}={str(questions)!r}: there is no file {where}; {mend}"
+
+
+def _critic_problems(config: DictConfig) -> Iterator[str]:
+    enabled, estimator = _get(config, "critic.enable"), _get(config, "algorithm.adv_estimator")
+    # veRL's need_critic: null means "when the advantage estimator is gae", its default
+    if enabled or (enabled is None and estimator == "gae"):
+        yield (
+            f"critic.enable={enabled!r} with algorithm.adv_estimator={estimator!r}: "
+            "there is no reward to criticise; set critic.enable=False"
+        )
+
+
+def _machine_problems(config: DictConfig) -> Iterator[str]:
+    key = "ray_kwargs.ray_init.num_cpus"
+    cpus = _get(config, key)
+    if joins_a_cluster(config):
+        if cpus is not None:
+            yield (
+                f"{key}={cpus!r}: the run joins a Ray cluster that is there already, and that has "
+                f"the CPUs it was started with; set {key}=null"
+            )
+        return
+    if cpus is None:
+        cpus = os.cpu_count()  # what Ray takes when it starts a cluster of its own
+    if isinstance(cpus, int) and cpus < MIN_RAY_CPUS:
+        yield (
+            f"{key}={_get(config, key)!r} (Ray would have {cpus}): veRL's data queue takes several "
+            f"and hangs silently for want of one; they are only counted, not used up: "
+            f"set {key}=8 whatever the machine has"
+        )
+
+
+def check_run_config(config: DictConfig) -> None:
+    """Refuse a whole veRL configuration that cannot train a cartridge.
+
+    Args:
+        config: veRL's resolved or unresolved configuration, with actor.cartridge.enabled true.
+
+    Raises:
+        ConfigError: every problem found, each with its key, its value and the mend.
+    """
+    problems = [
+        *cartridge_problems(_get(config, KEY)),
+        *_fixed_problems(config),
+        *_batch_problems(config),
+        *_saving_problems(config),
+        *_length_problems(config),
+        *_server_problems(config),
+        *_document_problems(config),
+        *_validation_problems(config),
+        *_critic_problems(config),
+        *_machine_problems(config),
+        *_cluster_problems(config),
+    ]
+    if problems:
+        raise ConfigError("\n- ".join(["this configuration cannot train a cartridge:", *problems]))

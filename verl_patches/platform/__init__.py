@@ -1,0 +1,1 @@
+"""veRL on a CPU, and on a Ray cluster that is there already."""

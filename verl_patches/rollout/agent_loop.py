@@ -1,0 +1,115 @@
+"""From a dataset row to a rollout: veRL's agent loop for a prompt that follows a cartridge.
+
+veRL's own single-turn loop adds a generation prompt after every conversation, lets the template
+inject a system prompt and truncates from the left. A prompt here may end in a started assistant
+answer, has no system prompt and no begin-of-text token, and is refused when it is too long.
+
+The student answers, or the teacher, as the trainer planned it (``mixing``). Either way the sample
+is the prompt and the answer, without the document.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import ray
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.profiler import simple_timer
+
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.util.errors import ConfigError
+from verl_patches.rollout.ray_errors import in_words
+from verl_patches.trainer.mixing import PLAN, TeacherDesk, teacher_desk
+
+AGENT_NAME = "cartridge_agent"
+_ERRORS_KEPT = 3
+
+
+@register(AGENT_NAME)
+class CartridgeAgentLoop(AgentLoopBase):
+    """One prompt, one completion, token in and token out."""
+
+    # Of the worker's process: veRL makes a loop for each sample, documents are read once.
+    teacher: ClassVar[TeacherDesk | None] = None
+
+    def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **_: Any) -> None:
+        # veRL makes one of these for each sample. Its own __init__ builds a token builder with
+        # parsers each time, which is most of a short rollout's cost here and is not needed.
+        self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
+        self.server_manager = server_manager
+        self.tokenizer = tokenizer
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        """Renders ``raw_prompt`` and asks the rollout server.
+
+        Raises:
+            ConfigError: the prompt is over ``rollout.prompt_length``; it is never truncated.
+            DocumentError: the teacher is to answer, and the document is missing or too long.
+        """
+        prompt_ids = render_prompt(self.tokenizer, list(kwargs["raw_prompt"]))
+        limit = self.rollout_config.prompt_length
+        if len(prompt_ids) > limit:
+            raise ConfigError(
+                f"prompt of {len(prompt_ids)} tokens is over data.max_prompt_length={limit} "
+                f"(row {kwargs.get('index')}); raise it or shorten the prompt"
+            )
+        metrics: dict[str, Any] = {}
+        by_student = PLAN not in kwargs or bool(kwargs[PLAN][kwargs["session_id"]])
+        with simple_timer("generate_sequences", metrics):
+            if by_student:
+                output = await self.server_manager.generate(
+                    request_id=uuid4().hex, prompt_ids=prompt_ids, sampling_params=sampling_params
+                )
+                tokens, logprobs = output.token_ids, output.log_probs
+                labels = output.extra_fields
+            else:
+                assert self.teacher is not None  # the worker has a desk where any plan needs one
+                answer, labels = await self.teacher.write(
+                    self.server_manager, prompt_ids, kwargs, uuid4().hex
+                )
+                tokens, logprobs = answer.token_ids, answer.logprobs
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=tokens,
+            response_mask=[1] * len(tokens),
+            response_logprobs=logprobs,
+            num_turns=2,
+            metrics=metrics,
+            extra_fields=labels,
+        )
+
+
+class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
+    """veRL's worker; remembers why prompts failed, and computes no reward."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._errors: list[str] = []
+        CartridgeAgentLoop.teacher = teacher_desk(self.config, self.model_config)
+
+    async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super()._run_agent_loop(*args, **kwargs)
+        except Exception as error:
+            # veRL logs it and marks the prompt as failed; the trainer then asks for the cause.
+            if len(self._errors) < _ERRORS_KEPT:
+                self._errors.append(in_words(error))
+            raise
+
+    def take_errors(self) -> list[str]:
+        """The first causes since the last call."""
+        errors, self._errors = self._errors, []
+        return errors
+
+    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
+        """Distillation has no reward; none is made up to satisfy the trainer."""
+
+
+class CartridgeAgentLoopManager(AgentLoopManagerTQ):
+    """``rollout.agent.agent_loop_manager_class``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(_CartridgeAgentLoopWorker)

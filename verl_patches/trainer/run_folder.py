@@ -1,0 +1,270 @@
+"""The folder of a run, ``trainer.default_local_dir``: which checkpoint is whole, which is the last.
+
+::
+
+    global_step_7/actor/     the engine's, see engine_state
+    global_step_7/data.pt    where the data stood, and what data it was
+    history.jsonl            the numbers of all steps so far, see history
+    latest_checkpointed_iteration.txt    "7"; written last
+    .running                 locked by the run that trains here
+    runs.txt                 a run id for every start, the ones that died included
+
+Each of the first four appears whole or not at all, and a checkpoint is complete when the tracker
+names it: a save that is killed leaves the one before in force. veRL writes ``data.pt`` and the
+tracker in place, reads the former with pickle, and takes a tracker whose folder is gone for a run
+from scratch; here that is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cartridge_distill.distill.training_state import check_same_recipe
+from cartridge_distill.sync.versions import is_run_id
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+
+LOCK = ".running"
+TRACKER = "latest_checkpointed_iteration.txt"
+DATA_FILE = "data.pt"
+RUNS_FILE = "runs.txt"
+_STEP = re.compile(r"global_step_(\d+)")
+
+
+def claim(run: Path, wait_s: float = 60.0) -> int:
+    """Makes this process the only one that trains in a folder, until it ends.
+
+    A scheduler may start a job again while the old one still dies, or still lives behind a network
+    that failed; both would save steps into the same folder. The lock goes with the process, also
+    when that is killed, so a run that is restarted finds it free.
+
+    Args:
+        wait_s: how long a run that is on its way out is waited for.
+
+    Returns:
+        The file descriptor that holds the lock.
+
+    Raises:
+        ConfigError: another run trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + wait_s
+    is_told = False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                raise ConfigError(
+                    f"another run trains in {run} (it holds {LOCK}): wait for its end, or end it, "
+                    "or give another trainer.default_local_dir"
+                ) from None
+        if not is_told:
+            is_told = True
+            print(f"[cartridge] {run} is in use; waiting for {wait_s:.0f} s", flush=True)
+        time.sleep(0.5)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"global_step_{step}"
+
+
+def step_of_folder(folder: Path) -> int:
+    """Raises ConfigError when the folder is not called ``global_step_<number>``."""
+    match = _STEP.fullmatch(folder.name)
+    if match is None:
+        raise ConfigError(
+            f"trainer.resume_from_path={str(folder)!r}: name a checkpoint's own folder, "
+            "<run>/global_step_<number>"
+        )
+    return int(match[1])
+
+
+def last_complete(run: Path) -> Path | None:
+    """The checkpoint that the tracker names; None when there is no tracker.
+
+    Raises:
+        CartridgeFormatError: the tracker is damaged, or what it names is not there.
+    """
+    tracker = run / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    mend = (
+        "set trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
+        f"{[str(folder) for folder in _saved(run)]}, or take another trainer.default_local_dir"
+    )
+    if not text.isdecimal():
+        raise CartridgeFormatError(f"{tracker} says {text!r}, not the number of a step; {mend}")
+    folder = step_folder(run, int(text))
+    if not (folder / DATA_FILE).is_file() or not (folder / "actor").is_dir():
+        raise CartridgeFormatError(f"{tracker} names {folder}, which is not complete; {mend}")
+    return folder
+
+
+def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None:
+    """What ``trainer.resume_mode`` asks for; None for a run from the start.
+
+    Args:
+        mode: "auto" (go on where this folder stands), "disable" or "resume_path".
+        run: ``trainer.default_local_dir``.
+        given: ``trainer.resume_from_path``.
+
+    Raises:
+        ConfigError: a run from the start would be mixed into one that is there, or nothing is at
+            the given path.
+        CartridgeFormatError: see :func:`last_complete`.
+    """
+    if mode == "resume_path":
+        if not given:
+            raise ConfigError(
+                f"trainer.resume_from_path={given!r} with resume_mode=resume_path; name one of "
+                f"{[str(other) for other in _saved(run)]}"
+            )
+        folder = Path(given).expanduser().absolute()
+        step_of_folder(folder)
+        if folder not in _saved(folder.parent):
+            raise ConfigError(
+                f"trainer.resume_from_path={given!r}: there is no complete checkpoint; it should "
+                f"be one of {[str(other) for other in _saved(folder.parent)]}"
+            )
+        return folder
+    found = last_complete(run)
+    if mode == "disable" and found is not None:
+        raise ConfigError(
+            f"trainer.resume_mode=disable, and {run} holds a run saved up to step "
+            f"{step_of_folder(found)}: its checkpoints and new ones would be mixed. Set "
+            "trainer.resume_mode=auto to go on with it, give another trainer.default_local_dir, "
+            "or delete the folder"
+        )
+    return found
+
+
+def check_shared(saved: Path) -> None:
+    """What a worker saved must be where the trainer, maybe on another node, looks for it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not saved.is_dir():
+        raise ConfigError(
+            f"rank 0 has saved {saved} and this node does not see it: on several nodes "
+            "trainer.default_local_dir must be on a disk that all of them share"
+        )
+
+
+def write_data_position(folder: Path, position: dict[str, Any], about: dict[str, Any]) -> None:
+    """Saves the data loader's state and what data it walks through."""
+
+    def write(file: Path) -> None:
+        torch.save({"loader": position, "about": about}, file)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / DATA_FILE, write)
+
+
+def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The data loader's state.
+
+    Raises:
+        ConfigError: the data or the batches differ from those of the saved run.
+        CartridgeFormatError: the file is no data position, or holds more than plain values.
+    """
+    file = folder / DATA_FILE
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        position, saved_about = saved["loader"], saved["about"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise CartridgeFormatError(f"{file} cannot be read as a data position: {error}") from error
+    check_same_recipe(saved_about, about, str(folder))
+    return dict(position)
+
+
+def mark_complete(run: Path, step: int) -> None:
+    """The last write of a save: from here on, ``auto`` finds this checkpoint."""
+
+    def write(file: Path) -> None:
+        file.write_text(str(step))
+
+    replace_file(run / TRACKER, write)
+
+
+def record_start(run: Path, run_id: str) -> list[str]:
+    """Notes a run id before anything is published under it; those of earlier starts.
+
+    What they have published is nobody's: a run that goes on takes a new id, see ``versions``.
+    """
+    file = run / RUNS_FILE
+    earlier = file.read_text().splitlines() if file.is_file() else []
+    known = [line for line in earlier if is_run_id(line) and line != run_id]
+    run.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda scratch: _write_lines(scratch, [*known, run_id]))
+    return known
+
+
+def _write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
+    """Deletes what is older than the newest ``keep`` complete checkpoints up to ``step``.
+
+    What a killed save left behind goes as well. Later steps are of a timeline that was left with
+    ``resume_path``; they stay until this run has saved steps of its own there.
+
+    Args:
+        keep: None keeps all that is complete.
+    """
+    whole = {step_of_folder(folder) for folder in _saved(run)}
+    past = sorted(n for n in map(_number, run.iterdir()) if n is not None and n <= step)
+    kept = [n for n in past if n in whole]
+    kept = kept if keep is None else kept[-keep:]
+    gone = [step_folder(run, n) for n in past if n not in kept]
+    for folder in gone:
+        shutil.rmtree(folder)
+    for n in kept:
+        for leftover in step_folder(run, n).glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return gone
+
+
+def _number(folder: Path) -> int | None:
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def _saved(run: Path) -> list[Path]:
+    """Folders with both parts, oldest first."""
+    if not run.is_dir():
+        return []
+    found = [f for f in run.iterdir() if _number(f) is not None and (f / DATA_FILE).is_file()]
+    return sorted((f for f in found if (f / "actor").is_dir()), key=step_of_folder)
+
+
+def replace_file(target: Path, write: Callable[[Path], None]) -> None:
+    """``target`` is the old file or the new one, also after a crash of the machine."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    write(scratch)
+    _flush(scratch)
+    os.replace(scratch, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
