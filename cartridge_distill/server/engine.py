@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from cartridge_distill.cartridge.kv_shape import KvShape
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.rows import EngineError, Generated, Row
+from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import choose
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import ConfigError
@@ -143,7 +144,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def submit(self, row: Row) -> Future[Generated]:
+    def submit(self, row: Row) -> Future[Completion]:
         """Puts a row in line. Cancelling the future takes the row out.
 
         Raises:
@@ -156,7 +157,7 @@ class Engine:
         return row.future
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> list[Generated]:
+    def run(self, rows: Sequence[Row]) -> list[Completion]:
         """Computes rows here and now, in the caller's thread, on an engine that was not started.
 
         The same rows take the same forwards, whatever the clock says; several ranks that run the
@@ -375,7 +376,7 @@ class Engine:
         else:
             return False
         try:
-            row.future.set_result(Generated(row.new_ids, row.logprobs, reason, row.shared))
+            row.future.set_result(Completion(row.new_ids, row.logprobs, reason, row.shared))
         except InvalidStateError:
             pass  # Cancelled in this moment: nobody waits for the result.
         return True

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.rows import EngineError, Generated, Row
+from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
 from tests.tiny import (
@@ -39,7 +40,7 @@ def row(ids: list[int], new: int, prefix: Prefix | None, temperature: float = 0.
 
 
 def check(
-    model: PreTrainedModel, item: Row, result: Generated, temperature: float | None = None
+    model: PreTrainedModel, item: Row, result: Completion, temperature: float | None = None
 ) -> None:
     wanted = plain_logprobs(
         model,
