@@ -1,6 +1,6 @@
 """Client of a Tokasaurus server: many requests in flight, checked answers.
 
-``retrying`` has the patience. What it does not mend fails at once with the server's own words: a
+``http`` has the patience. What it does not retry fails at once with the server's own words: a
 prompt over the limit, a missing cartridge, and answers whose tokens or log-probs are malformed or
 not finite. Nothing is replaced by a default: a caller gets tokens with log-probs, or an error.
 

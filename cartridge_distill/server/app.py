@@ -127,7 +127,7 @@ class Service:
             for future in futures:
                 future.cancel()
             status = 400
-            if error.mendable:
+            if error.retryable:
                 status = 503 if "shutting down" in str(error) else 500
             raise HTTPException(status, str(error)) from error
 

@@ -152,7 +152,7 @@ class Engine:
         """
         with self._submit_lock:
             if self._stopping.is_set():
-                raise EngineError("the server is shutting down", mendable=True)
+                raise EngineError("the server is shutting down", retryable=True)
             self._inbox.put(row)
         return row.future
 
@@ -197,12 +197,12 @@ class Engine:
                     logger.exception("a forward failed; %d rows are given up", len(self._rows))
                     for row in self._rows:
                         message = f"the forward failed: {type(error).__name__}: {error}"
-                        self._fail(row, message, mendable=True)
+                        self._fail(row, message, retryable=True)
                     self._rows.clear()
                     self._buffers.release()
         self._receive()
         for row in (*self._rows, *self._waiting):
-            self._fail(row, "the server is shutting down", mendable=True)
+            self._fail(row, "the server is shutting down", retryable=True)
 
     def _receive(self) -> None:
         """Empties the inbox; with nothing to compute, waits for a row."""
@@ -360,7 +360,7 @@ class Engine:
                 row,
                 "the model's logits are not finite for this prompt and cartridge; the cartridge's "
                 "training has diverged, or the model overflows in this dtype",
-                mendable=False,
+                retryable=False,
             )
             return True
         row.new_ids.append(token)
@@ -391,8 +391,8 @@ class Engine:
                 self._rows[slot] = last
 
     @staticmethod
-    def _fail(row: Row, message: str, mendable: bool) -> None:
+    def _fail(row: Row, message: str, retryable: bool) -> None:
         try:
-            row.future.set_exception(EngineError(message, mendable))
+            row.future.set_exception(EngineError(message, retryable))
         except InvalidStateError:
             pass  # Cancelled: nobody waits for the result.

@@ -13,11 +13,11 @@ from cartridge_distill.util.errors import CartridgeDistillError
 
 
 class EngineError(CartridgeDistillError):
-    """A row could not be computed. ``mendable``: the same request may work later."""
+    """A row could not be computed. ``retryable``: the same request may work later."""
 
-    def __init__(self, message: str, mendable: bool) -> None:
+    def __init__(self, message: str, retryable: bool) -> None:
         super().__init__(message)
-        self.mendable = mendable
+        self.retryable = retryable
 
 
 @dataclass(eq=False)
