@@ -133,8 +133,8 @@ def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
         found = []
         for sample in samples:
             batch: PackedBatch = pack([torch.cat([document, sample])])
-            wanted = batch.index > len(document)
-            logits = packed_forward(model, None, batch, batch.predicts(wanted))
+            response_mask = batch.index > len(document)
+            logits = packed_forward(model, None, batch, batch.predicts(response_mask))
             found.append(chosen_logprobs(logits, sample[1:]))
         return torch.cat(found)
 
