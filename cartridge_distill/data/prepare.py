@@ -12,6 +12,7 @@ from functools import partial
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
@@ -24,7 +25,6 @@ from cartridge_distill.data.self_study.writing import (
     study_rows,
     write_prompts,
 )
-from cartridge_distill.model.loading import text_config
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
