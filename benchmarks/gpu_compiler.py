@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,21 +148,14 @@ def pretended(gpu: Gpu) -> Iterator[None]:
         (torch.cuda, "get_device_properties", always(properties)),
         (torch.cuda, "get_device_capability", always(gpu.capability)),
         (torch.cuda, "is_bf16_supported", always(True)),
-        (torch.cuda, "synchronize", always(None)),
-        (torch.cuda, "_lazy_init", always(None)),
         (torch.cuda, "get_rng_state", always(torch.zeros(16, dtype=torch.uint8))),
         (torch.cuda, "set_rng_state", always(None)),
         (torch.cuda, "_exchange_device", always(0)),
         (torch.cuda, "_maybe_exchange_device", always(0)),
         (torch._C, "_cuda_getCurrentRawStream", always(0)),
         (cuda, "is_available", staticmethod(always(True))),
-        (cuda, "current_device", staticmethod(always(0))),
         (cuda, "get_device_properties", staticmethod(always(properties))),
         (cuda, "get_compute_capability", staticmethod(always(gpu.architecture))),
-        (cuda, "get_raw_stream", staticmethod(always(0))),
-        (cuda, "synchronize", staticmethod(always(None))),
-        (cuda, "raise_if_triton_unavailable", staticmethod(always(None))),
-        (cuda.Worker, "current_device", staticmethod(always(0))),
         (cuda.Worker, "get_device_properties", staticmethod(always(properties))),
         (fake, "init_gpu_context", always(None)),
         (helpers, "set_driver_to_gpu", always(None)),
@@ -179,8 +172,9 @@ def pretended(gpu: Gpu) -> Iterator[None]:
             stack.enter_context(patch.object(owner, name, answer, create=owner is torch._C))
         _forget_answers()
         stack.callback(_forget_answers)
-        # In this process, one after the other, and nothing from an earlier run.
-        stack.enter_context(inductor.patch(compile_threads=1, force_disable_caches=True))
+        # In this process, one after the other, and no graph from an earlier run. Triton's own cache
+        # stays: it goes by a kernel's source, and layers have kernels in common.
+        stack.enter_context(inductor.patch(compile_threads=1, fx_graph_cache=False))
         yield
 
 
@@ -201,10 +195,16 @@ class OfflineCompiler:
         self.failures: list[str] = []
 
     def __call__(self, graph: Any, inputs: list[Any]) -> Callable[..., tuple[Tensor]]:
+        import torch._functorch.config as functorch
         from torch._inductor.compile_fx import compile_fx
 
+        if len(_attention_inputs(inputs)) != 3:
+            self.failures.append("a graph without attention: the function was cut into parts")
+            raise RuntimeError(self.failures[-1])
         self.graphs.append([])
-        compile_fx(graph, inputs, inner_compile=self._compile_part)
+        with functorch.patch(enable_autograd_cache=False):
+            part: Any = self._compile_part  # torch's type is of its own compiled graph
+            compile_fx(graph, inputs, inner_compile=part)
         return _shape_of_attention
 
     @contextmanager
@@ -281,13 +281,18 @@ def _no_launchers(self: Any) -> None:
     self.launchers = []
 
 
+def _attention_inputs(inputs: Sequence[Any]) -> list[Tensor]:
+    """Query, key and value among the inputs of a graph."""
+    return [
+        value
+        for value in inputs
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    ]
+
+
 def _shape_of_attention(*inputs: Any) -> tuple[Tensor]:
     """What the compiled function would return: the query's shape, and a gradient's way to each."""
-    query, key, value = (
-        tensor
-        for tensor in inputs
-        if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.is_floating_point()
-    )
+    query, key, value = _attention_inputs(inputs)
     nothing = 0 * (key[:, :1, :1, :1] + value[:, :1, :1, :1])
     return (query + nothing,)
 

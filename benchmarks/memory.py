@@ -10,8 +10,10 @@ cartridge; with the core's own functions, without veRL, Ray or a server. Each of
 in a process of its own, a warm-up step first (a GPU compiles), and both must give the same loss.
 
 Peaks: on a CPU the largest resident memory of the process during the step (Linux), on a GPU the
-largest sum of torch's allocations; the weights are in both. Tokens are random: which one stands
-where matters neither to time nor to memory.
+largest sum of torch's allocations; the weights are in both. Beside it stands what
+``cartridge_distill.memory_plan`` predicts. On a CPU the measured one is larger by what glibc keeps
+of freed memory; ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment makes it keep nothing. Tokens
+are random: which one stands where matters neither to time nor to memory.
 """
 
 from __future__ import annotations

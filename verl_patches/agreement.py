@@ -236,6 +236,7 @@ class RoundingCheck:
         evidence.add(figures)
         coefficient, error = evidence.coefficient
         if evidence.stale:
+            self._evidence = VersionEvidence()  # a caller that goes on asks anew
             raise OffPolicyError(
                 f"rollouts stamped step {version} were made, all or some, by the version before: "
                 f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "

@@ -15,6 +15,29 @@ SCRIPT = Path(memory.__file__)
 SMALL = ("--tokens", 16, "--document", 40, "--samples", 2, "--prompt", 4, "--response", 3)
 
 
+def table_of(stdout: str) -> dict[str, list[str]]:
+    """The rows in GiB: one base, two bases."""
+    return {line[:29].strip(): line[29:].split() for line in stdout.splitlines() if "GiB" in line}
+
+
+@pytest.mark.long
+def test_the_prediction_is_what_is_measured(run_python: Run) -> None:
+    """Without what glibc keeps of freed memory: every piece of it is mapped, and goes back."""
+    lengths = ("--tokens", 256, "--document", 400, "--samples", 96, "--prompt", 60)
+    done = run_python(
+        *(SCRIPT, "--shape", "tiny", "--device", "cpu", *lengths, "--response", 40),
+        MALLOC_MMAP_THRESHOLD_="16384",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = table_of(done.stdout)
+    held, peak, predicted = (
+        float(rows[f"{name}, GiB"][0])
+        for name in ("held before the step", "peak of the step", "predicted peak")
+    )
+    assert peak - held > 0.2  # else there is nothing to compare
+    assert predicted - held == pytest.approx(peak - held, rel=0.1), done.stdout
+
+
 @pytest.mark.long
 def test_two_copies_take_a_copy_more(tmp_path: Path, run_python: Run) -> None:
     """90 MB of weights, so that they stand out from what a process takes anyway."""
@@ -32,9 +55,7 @@ def test_two_copies_take_a_copy_more(tmp_path: Path, run_python: Run) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     done = run_python(SCRIPT, "--model", tmp_path, "--device", "cpu", *SMALL)
     assert done.returncode == 0, done.stderr
-    rows = {
-        line[:29].strip(): line[29:].split() for line in done.stdout.splitlines() if "GiB" in line
-    }
+    rows = table_of(done.stdout)
     one, two = map(float, rows["weights, GiB"])
     assert two == pytest.approx(2 * one, abs=0.01)
     first, second = map(float, rows["peak of the step, GiB"])

@@ -147,9 +147,14 @@ def test_flex_memory_of_six_layers(flex_memory_alone: None, kind: str, checkpoin
 
 @pytest.mark.long
 @both
-@pytest.mark.parametrize("document", [10_000, 100_000])
-@pytest.mark.parametrize("row", [2048, 8192])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "row", "document"),
+    [
+        *(("llama", row, document) for row in (2048, 8192) for document in (10_000, 100_000)),
+        # All 32 combinations were within 4 %; these are the largest of the others.
+        *((kind, 8192, 100_000) for kind in KINDS[1:]),
+    ],
+)
 def test_flex_memory_at_the_shape_of_3b(
     flex_memory_alone: None, kind: str, row: int, document: int, checkpointing: bool
 ) -> None:

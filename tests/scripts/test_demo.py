@@ -71,12 +71,12 @@ def test_on_a_gpu_server_and_trainer_compute_alike(
     actor = config.actor_rollout_ref.actor
     assert config.trainer.device == "cuda" and actor.fsdp_config.model_dtype == "bfloat16"
     assert config.ray_kwargs.ray_init.num_cpus >= 8  # fewer, and TransferQueue waits for ever
-    bfloat16_bound = actor.cartridge.max_logprob_diff
+    assert actor.cartridge.max_logprob_diff is None  # compares with the rounding
     config = configured(["--device", "cuda", "--dtype", "float32"], patched, model_folder, out)
     check_run_config(config)
     actor = config.actor_rollout_ref.actor
     assert actor.fsdp_config.model_dtype == "float32"
-    assert 1e-3 < actor.cartridge.max_logprob_diff < bfloat16_bound
+    assert 1e-3 < actor.cartridge.max_logprob_diff < 0.5
     options = demo.parse(["--device", "cuda"])
     monkeypatch.setenv("VERL_PLATFORM", "cpu")  # left over from a run on the CPU
     assert demo.environment(options, out)["VERL_PLATFORM"] == ""

@@ -77,6 +77,10 @@ SCENARIOS = {
     "documents apart": Scenario(
         [DOCUMENTS_APART], {"topk": 5, "loss": "topk_cross_entropy"}, by_teacher=(1, 3)
     ),
+    # The check's own forwards must be as many on the rank that has nothing of the student's.
+    "compared with the rounding": Scenario(
+        [DOCUMENTS_APART], {"max_logprob_diff": None}, by_teacher=(1, 3)
+    ),
     "uneven, accumulated": Scenario([TWO_AND_FOUR], micro_batches=2),
     "two steps a batch": Scenario([UNEVEN, ([5], [4])], {"max_staleness": 1}),
     "two steps, accumulated": Scenario(

@@ -42,7 +42,7 @@ def refused(engine: Any, message: str, **rollout: Any) -> None:
     """A batch that the engine does not train on."""
     before = {k: v.clone() for k, v in engine.cartridge.state_dict().items()}
     with pytest.raises(OffPolicyError, match=message):
-        step(engine, rollouts(engine, shapes=SHAPES, **rollout))
+        step(engine, rollouts(engine, shapes=SHAPES, micro_batch=len(SHAPES), **rollout))
     assert all(torch.equal(v, before[k]) for k, v in engine.cartridge.state_dict().items())
     assert all(p.grad is None for p in engine.cartridge.trainable_parameters())
 
