@@ -33,8 +33,8 @@ from cartridge_distill.report.page import write_report  # noqa: E402
 from cartridge_distill.report.recipe import write_recipe  # noqa: E402
 from training.supervise import ChildFailed, Supervisor, follow, tail, wait_for  # noqa: E402
 
-# A bfloat16 server and trainer round differently; the engine's check over a whole step is for that.
-# In float32 they differ by the order of their sums alone, on a CPU by 1e-4. No GPU has been measured.
+# A bfloat16 server and trainer round differently; the engine's check of a whole step is for that.
+# In float32 only the order of their sums differs: by 1e-4 on a CPU. No GPU has been measured.
 _CUDA_FLOAT32_BOUND = 1e-2
 # Counted by Ray, not used: TransferQueue's actors take a CPU each, and wait for ever without.
 _CUDA_RAY_CPUS = 16
