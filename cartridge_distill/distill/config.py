@@ -35,11 +35,11 @@ def _is_number(value: Any) -> bool:
 
 
 def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
-    """What is wrong with `config`, one line each: the key, its value, the mend. Empty when fine."""
+    """What is wrong with `config`, one line each: the key, its value, the fix. Empty when fine."""
     problems: list[str] = []
 
-    def refuse(field: str, mend: str) -> None:
-        problems.append(f"{key}.{field}={getattr(config, field)!r}: {mend}")
+    def refuse(field: str, fix: str) -> None:
+        problems.append(f"{key}.{field}={getattr(config, field)!r}: {fix}")
 
     def at_least(field: str, smallest: int, why: str) -> None:
         value = getattr(config, field)
@@ -105,7 +105,7 @@ def check_cartridge_config(config: Any) -> None:
     """Refuse a cartridge configuration that makes no sense.
 
     Raises:
-        ConfigError: every problem found, each with its full Hydra key, its value and the mend.
+        ConfigError: every problem found, each with its full Hydra key, its value and the fix.
     """
     problems = cartridge_problems(config)
     if problems:

@@ -191,15 +191,15 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         samples = Samples.from_micro_batch(micro_batch, cfg.document_key)
         check_versions(samples, self.version)
         batch = pack(samples.sequences).to(self.teacher.device)
-        wanted = np.concatenate(samples.wanted)
+        response_mask = np.concatenate(samples.response_masks)
         prefix = self.cartridge.prefix()
         with self._stage("student_forward"), self._around(self.module):
-            keep = batch.predicts(wanted)
-            logits = packed_forward(self.module, prefix, batch, keep, cfg.attention)
+            logit_mask = batch.predicts(response_mask)
+            logits = packed_forward(self.module, prefix, batch, logit_mask, cfg.attention)
         with self._stage("teacher_forward"):
             teacher = self.teacher.score(
                 samples.sequences,
-                samples.wanted,
+                samples.response_masks,
                 samples.document_ids,
                 cfg.topk,
                 cfg.kl_temperature,
@@ -212,7 +212,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 data=micro_batch,
                 dp_group=self.get_data_parallel_group(),
             )
-        found = Computed(batch.tokens(wanted), logits.detach(), teacher, loss)
+        found = Computed(batch.tokens(response_mask), logits.detach(), teacher, loss)
         metrics: dict[str, Any] = self.checks.run(
             samples, found, self.version, self.staleness > 0, prefix
         )

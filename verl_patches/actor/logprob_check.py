@@ -139,11 +139,11 @@ class RoundingCheck:
 
         Args:
             version: that the tokens should be of.
-            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            own: ``[N]`` the trainer's log-probs of all counted tokens.
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
-            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+            behind: log-probs ``[n <= N]`` of the first counted tokens behind another cartridge, by
                 the trainer's own forward.
             exactly: the same without rounding, behind the cartridge as it is served.
 

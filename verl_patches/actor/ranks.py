@@ -67,7 +67,7 @@ class RanksTeacher(Teacher):
     def score(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor | HostMask],
+        response_masks: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
@@ -77,7 +77,7 @@ class RanksTeacher(Teacher):
         own = self._forwards(document_ids)
         most = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        result = super().score(sequences, wanted, document_ids, k, temperature, chosen_at)
+        result = super().score(sequences, response_masks, document_ids, k, temperature, chosen_at)
         for _ in range(int(most) - own):
             batch = pack([sequences[0][:1]]).to(self.device)
             packed_forward(self.model, None, batch, backend=self.backend)

@@ -65,7 +65,7 @@ class Computed:
     """What the forwards of one micro-batch gave, on the device.
 
     Attributes:
-        tokens: ``[N]`` the wanted tokens.
+        tokens: ``[N]`` the counted tokens.
         logits: ``[N, V]`` of the student, detached.
         teacher: distributions over the same tokens, not looked at yet.
         loss: scalar.
@@ -206,19 +206,19 @@ class StepChecks:
 
     @torch.no_grad()
     def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
-        """Log-probs of the first samples' wanted tokens behind another cartridge."""
+        """Log-probs of the first samples' counted tokens behind another cartridge."""
         count = leading(samples.sequences)
         batch = pack(samples.sequences[:count]).to(prefix.keys[0].device)
-        wanted = np.concatenate(samples.wanted[:count])
+        response_mask = np.concatenate(samples.response_masks[:count])
         with self._stage("version_check"):
-            keep = batch.predicts(wanted)
-            logits = packed_forward(self._model, prefix, batch, keep, self._backend)
-            return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
+            logit_mask = batch.predicts(response_mask)
+            logits = packed_forward(self._model, prefix, batch, logit_mask, self._backend)
+            return chosen_logprobs(logits, batch.tokens(response_mask), samples.temperature)
 
     def _exactly(self, samples: Samples, prefix: Prefix) -> Tensor:
         """Of the same tokens, without rounding, behind the cartridge as a server has it."""
         count = leading(samples.sequences)
-        some = samples.sequences[:count], samples.wanted[:count]
+        some = samples.sequences[:count], samples.response_masks[:count]
         with self._stage("version_check"):
             return float32_logprobs(self._model, prefix, *some, samples.temperature, self._dtype)
 

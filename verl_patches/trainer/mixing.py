@@ -25,9 +25,10 @@ from cartridge_distill.distill.mixing import (
     answer_seed,
     student_writes,
 )
-from cartridge_distill.distill.teacher_answers import Answer, AnswerCache, TeacherWriter
+from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
 from cartridge_distill.model.loading import model_identity
 from cartridge_distill.model.prompts import render_document
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import OffPolicyError, RolloutError
 from verl_patches.actor.samples import document_id_of
 
@@ -178,7 +179,7 @@ class TeacherDesk:
 
     async def write(
         self, server: Any, prompt_ids: list[int], sample: dict[str, Any], request_id: str
-    ) -> tuple[Answer, dict[str, Any]]:
+    ) -> tuple[Completion, dict[str, Any]]:
         """The teacher's answer and its ``extra_fields``.
 
         Args:
@@ -191,14 +192,14 @@ class TeacherDesk:
             DocumentError: the sample has no document, or it does not fit the context.
         """
 
-        async def ask(ids: list[int], temperature: float, seed: int) -> Answer:
+        async def ask(ids: list[int], temperature: float, seed: int) -> Completion:
             output = await server.generate(
                 request_id=request_id,
                 prompt_ids=ids,
                 sampling_params={"source": TEACHER, "temperature": temperature, "seed": seed},
             )
             reason = output.extra_fields["finish_reason"]
-            return Answer(output.token_ids, output.log_probs, reason)
+            return Completion(output.token_ids, output.log_probs, reason)
 
         row = int(sample["index"])
         document_id = document_id_of(sample.get("extra_info"), self._document_key, row)
