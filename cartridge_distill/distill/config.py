@@ -87,8 +87,10 @@ def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
         Schedule.of(config.on_policy_fraction)
     except ConfigError as error:
         refuse("on_policy_fraction", str(error))
-    heat = config.teacher_temperature
-    if heat is not None and (not _is_number(heat) or not 0 <= heat < float("inf")):
+    temperature = config.teacher_temperature
+    if temperature is not None and (
+        not _is_number(temperature) or not 0 <= temperature < float("inf")
+    ):
         refuse("teacher_temperature", "set a number, 0 (greedy) or more, or null (the rollout's)")
     if config.teacher_cache is not None and Path(str(config.teacher_cache)).expanduser().is_file():
         refuse("teacher_cache", "is a file; name a directory, or null to keep no answers")

@@ -40,7 +40,7 @@ def shard(module: Any, device_mesh: Any, engine_config: Any) -> Any:
     return module
 
 
-def make_equal(cartridge: nn.Module) -> None:
+def copy_from_rank_0(cartridge: nn.Module) -> None:
     """Gives every rank rank 0's cartridge: equal steps from there on keep them equal."""
     for tensor in cartridge.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)

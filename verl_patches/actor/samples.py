@@ -29,8 +29,8 @@ class Samples:
         rollout_logprobs: ``[N]`` the server's log-probs of the counted tokens, in order, on the
             host.
         document_ids: B ids.
-        steps: B cartridge steps that made the rollouts; None where a rollout has no stamp.
-        sources: B authors; a sample without a label is held against the student.
+        steps: B cartridge steps that made the rollouts; None where a label has none.
+        authors: B, who wrote each; a sample without a label is held against the student.
         temperature: that the server sampled at.
     """
 
@@ -39,7 +39,7 @@ class Samples:
     rollout_logprobs: Tensor
     document_ids: list[str]
     steps: list[int | None]
-    sources: list[str]
+    authors: list[str]
     temperature: float
 
     @classmethod
@@ -68,7 +68,7 @@ class Samples:
                 )
             response_masks.append(np.concatenate([np.zeros(prompt, dtype=bool), mask]))
         info = column(data, "extra_info", len(sequences))
-        stamps = column(data, "extra_fields", len(sequences))
+        labels = column(data, "extra_fields", len(sequences))
         return cls(
             sequences=sequences,
             response_masks=response_masks,
@@ -76,15 +76,15 @@ class Samples:
                 [values[torch.from_numpy(m)] for values, m in zip(logprobs, masks, strict=True)]
             ),
             document_ids=[document_id_of(item, document_key, row) for row, item in enumerate(info)],
-            steps=[(stamp or {}).get("global_steps") for stamp in stamps],
-            sources=[(stamp or {}).get("source", STUDENT) for stamp in stamps],
+            steps=[(label or {}).get("global_steps") for label in labels],
+            authors=[(label or {}).get("author", STUDENT) for label in labels],
             temperature=float(data["temperature"]),
         )
 
     @property
     def by_teacher(self) -> HostMask:
         """``[N]`` bool: the counted tokens that the teacher wrote."""
-        teacher = [source == TEACHER for source in self.sources]
+        teacher = [author == TEACHER for author in self.authors]
         return np.repeat(teacher, [int(mask.sum()) for mask in self.response_masks])
 
 

@@ -1,8 +1,8 @@
-"""Can a wrong server be told from one that only rounds? Figures for the test in ``agreement``.
+"""Can a wrong server be told from one that only rounds? Figures for ``distill/rounding.py``.
 
-    python benchmarks/bf16_agreement.py                        # SmolLM2-135M, the demo's recipe
-    python benchmarks/bf16_agreement.py --steps 4 --prompts 8  # a look
-    python benchmarks/bf16_agreement.py --device cuda --model owner/name --prompts 32 --response 128
+    python benchmarks/bf16_rounding.py                        # SmolLM2-135M, the demo's recipe
+    python benchmarks/bf16_rounding.py --steps 4 --prompts 8  # a look
+    python benchmarks/bf16_rounding.py --device cuda --model owner/name --prompts 32 --response 128
 
 Trains a cartridge as the demo does (rollouts by the embedded server's engine, teacher, loss, AdamW,
 a rate that falls along a cosine), in one process and without veRL. Every step of the healthy server
@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT))
 
 from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
-from cartridge_distill.distill.agreement import scaled  # noqa: E402
 from cartridge_distill.distill.loss import get_loss  # noqa: E402
+from cartridge_distill.distill.rounding import scaled  # noqa: E402
 from cartridge_distill.distill.teacher import Teacher  # noqa: E402
 from cartridge_distill.model.float32_forward import float32_logprobs  # noqa: E402
 from cartridge_distill.model.forward import packed_forward  # noqa: E402
@@ -402,7 +402,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    option("--data", default="runs/bf16_agreement/data", help="prepared data; made if missing")
+    option("--data", default="runs/bf16_rounding/data", help="prepared data; made if missing")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     option("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     option("--steps", type=int, default=36, help="optimizer steps (%(default)s)")
