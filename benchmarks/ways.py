@@ -46,9 +46,9 @@ def packed(backend: str) -> Forward:
 
     def forward(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
         batch = pack(sequences)
-        wanted = batch.index > 0
-        logits = packed_forward(model, prefix, batch, batch.predicts(wanted), backend)
-        return chosen_logprobs(logits, batch.tokens(wanted))
+        response_mask = batch.index > 0
+        logits = packed_forward(model, prefix, batch, batch.predicts(response_mask), backend)
+        return chosen_logprobs(logits, batch.tokens(response_mask))
 
     return forward
 
@@ -87,8 +87,8 @@ def padded(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) 
         past_key_values=_cache(model, prefix, rows),
         use_cache=True,
     ).last_hidden_state
-    wanted = real[:, 1:]
-    return chosen_logprobs(_logits(model, hidden[:, :-1][wanted]), ids[:, 1:][wanted])
+    response_mask = real[:, 1:]
+    return chosen_logprobs(_logits(model, hidden[:, :-1][response_mask]), ids[:, 1:][response_mask])
 
 
 class PeftCartridge:
@@ -114,8 +114,8 @@ class PeftCartridge:
         ids, real = _pad(sequences)
         self._encoder.trainable_embedding.grad = None
         logits = self._peft(input_ids=ids, attention_mask=real.long()).logits
-        wanted = real[:, 1:]
-        logprobs = chosen_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
+        response_mask = real[:, 1:]
+        logprobs = chosen_logprobs(logits[:, :-1][response_mask], ids[:, 1:][response_mask])
         (-logprobs.sum()).backward()
         grad_PE: Tensor = self._encoder.trainable_embedding.grad
         _, heads, tokens, size = self._cartridge.trainable_keys[0].shape

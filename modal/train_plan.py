@@ -151,5 +151,5 @@ def run_attempt(
     return code, (
         f"the training ended with code {code} and saved nothing new; its log is above. It is not "
         "started again: the next attempt would end in the same way. The same command goes on "
-        f"from step {before} once the cause is mended"
+        f"from step {before} once the cause is fixed"
     )

@@ -194,7 +194,7 @@ def _hub_errors(what: str, repo: str) -> Iterator[None]:
     except (HubError, CartridgeFormatError):
         raise
     except (httpx.HTTPError, OSError, ValueError) as error:
-        # The Hub's own messages name the mend (log in, ask for access); they hold no token.
+        # The Hub's own messages name the fix (log in, ask for access); they hold no token.
         raise HubError(f"cannot {what} {repo}: {error}") from error
 
 

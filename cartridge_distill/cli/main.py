@@ -95,7 +95,7 @@ def doctor(
         int, typer.Option(help="Of the longest document, for --row-tokens.")
     ] = 10_000,
 ) -> None:
-    """Look at everything a run needs; each line is ok, or says the mend.
+    """Look at everything a run needs; each line is ok, or says the fix.
 
     Exit status 1 when something is bad. Example:
 

@@ -63,7 +63,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuses what does not belong to the recipe.
 
     Raises:
-        ConfigError: names the option and the mend.
+        ConfigError: names the option and the fix.
     """
     if options.recipe != SELF_STUDY:
         for name in ("server", "held_out"):

@@ -35,11 +35,11 @@ def _is_number(value: Any) -> bool:
 
 
 def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
-    """What is wrong with `config`, one line each: the key, its value, the mend. Empty when fine."""
+    """What is wrong with `config`, one line each: the key, its value, the fix. Empty when fine."""
     problems: list[str] = []
 
-    def refuse(field: str, mend: str) -> None:
-        problems.append(f"{key}.{field}={getattr(config, field)!r}: {mend}")
+    def refuse(field: str, fix: str) -> None:
+        problems.append(f"{key}.{field}={getattr(config, field)!r}: {fix}")
 
     def at_least(field: str, smallest: int, why: str) -> None:
         value = getattr(config, field)
@@ -87,8 +87,10 @@ def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
         Schedule.of(config.on_policy_fraction)
     except ConfigError as error:
         refuse("on_policy_fraction", str(error))
-    heat = config.teacher_temperature
-    if heat is not None and (not _is_number(heat) or not 0 <= heat < float("inf")):
+    temperature = config.teacher_temperature
+    if temperature is not None and (
+        not _is_number(temperature) or not 0 <= temperature < float("inf")
+    ):
         refuse("teacher_temperature", "set a number, 0 (greedy) or more, or null (the rollout's)")
     if config.teacher_cache is not None and Path(str(config.teacher_cache)).expanduser().is_file():
         refuse("teacher_cache", "is a file; name a directory, or null to keep no answers")
@@ -105,7 +107,7 @@ def check_cartridge_config(config: Any) -> None:
     """Refuse a cartridge configuration that makes no sense.
 
     Raises:
-        ConfigError: every problem found, each with its full Hydra key, its value and the mend.
+        ConfigError: every problem found, each with its full Hydra key, its value and the fix.
     """
     problems = cartridge_problems(config)
     if problems:

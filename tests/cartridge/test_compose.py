@@ -20,7 +20,8 @@ from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import pack
-from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from tests.cartridge.formats.made import META, same_bits, stored

@@ -3,9 +3,9 @@
 The student's tokens are compared with the student's forward, the teacher's with the teacher's. A
 stale cartridge shows in the one, an answer that was written without the document in the other.
 
-With ``max_logprob_diff`` a number, that bounds the largest difference (:class:`Agreement`). With
-null, :class:`RoundingCheck` runs the test of ``cartridge_distill.distill.agreement``, which holds
-where server and trainer round.
+With ``max_logprob_diff`` a number, that bounds the largest difference
+(:class:`LogprobDifferences`). With null, :class:`RoundingCheck` runs the test of
+``cartridge_distill.distill.rounding``, which holds where server and trainer round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.cartridge.prefix import Prefix
-from cartridge_distill.distill.agreement import (
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.distill.rounding import (
     LEVEL_FIGURES,
     Rounding,
     StepLevel,
@@ -27,7 +28,6 @@ from cartridge_distill.distill.agreement import (
     rounding_figures,
     version_figures,
 )
-from cartridge_distill.distill.mixing import STUDENT, TEACHER
 from cartridge_distill.util.errors import OffPolicyError
 
 _CAUSES = {
@@ -44,7 +44,7 @@ _VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LogprobDifferences:
     """How far the log-probs of one author's tokens are apart. Nothing here waits for the device.
 
     Attributes:
@@ -60,7 +60,7 @@ class Agreement:
     tokens: Tensor
 
     @property
-    def difference(self) -> Tensor:
+    def absolute(self) -> Tensor:
         """``[N]``, absolute; NaN where either is."""
         return (self.own - self.server).abs()
 
@@ -77,7 +77,7 @@ class Agreement:
         limit = torch.finfo(torch.float32).max if bound is None else bound
         if largest <= limit:
             return
-        worst = int(self.difference.nan_to_num(float("inf")).argmax())
+        worst = int(self.absolute.nan_to_num(float("inf")).argmax())
         raise OffPolicyError(
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
             f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
@@ -139,11 +139,11 @@ class RoundingCheck:
 
         Args:
             version: that the tokens should be of.
-            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            own: ``[N]`` the trainer's log-probs of all counted tokens.
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
-            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+            behind: log-probs ``[n <= N]`` of the first counted tokens behind another cartridge, by
                 the trainer's own forward.
             exactly: the same without rounding, behind the cartridge as it is served.
 

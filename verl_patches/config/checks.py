@@ -269,12 +269,12 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
 
 def _document_problems(config: DictConfig) -> Iterator[str]:
     documents = _get(config, f"{KEY}.documents")
-    mend = "set the documents file that training/prepare_data.py wrote beside the prompts"
+    fix = "set the documents file that training/prepare_data.py wrote beside the prompts"
     if not documents:
-        yield f"{KEY}.documents=None: the teacher has nothing to read; {mend}"
+        yield f"{KEY}.documents=None: the teacher has nothing to read; {fix}"
     elif not Path(str(documents)).expanduser().is_file():
         where = Path(str(documents)).expanduser().absolute()
-        yield f"{KEY}.documents={str(documents)!r}: there is no file {where}; {mend}"
+        yield f"{KEY}.documents={str(documents)!r}: there is no file {where}; {fix}"
 
 
 def _validation_problems(config: DictConfig) -> Iterator[str]:
@@ -284,7 +284,7 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
         yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
         return
     questions = _get(config, key)
-    mend = "set the eval.json that training/prepare_data.py wrote beside the prompts"
+    fix = "set the eval.json that training/prepare_data.py wrote beside the prompts"
     if questions is None:
         for name, value, off in (
             ("test_freq", every if every > 0 else None, "-1"),
@@ -293,11 +293,11 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
             if value is not None:
                 yield (
                     f"trainer.{name}={value!r} with {key}=None: there is nothing to validate on; "
-                    f"{mend}, or trainer.{name}={off}"
+                    f"{fix}, or trainer.{name}={off}"
                 )
     elif not Path(str(questions)).expanduser().is_file():
         where = Path(str(questions)).expanduser().absolute()
-        yield f"{key}={str(questions)!r}: there is no file {where}; {mend}"
+        yield f"{key}={str(questions)!r}: there is no file {where}; {fix}"
 
 
 def _critic_problems(config: DictConfig) -> Iterator[str]:
@@ -337,7 +337,7 @@ def check_run_config(config: DictConfig) -> None:
         config: veRL's resolved or unresolved configuration, with actor.cartridge.enabled true.
 
     Raises:
-        ConfigError: every problem found, each with its key, its value and the mend.
+        ConfigError: every problem found, each with its key, its value and the fix.
     """
     problems = [
         *cartridge_problems(_get(config, KEY)),

@@ -102,15 +102,15 @@ def last_complete(run: Path) -> Path | None:
     if not tracker.is_file():
         return None
     text = tracker.read_text().strip()
-    mend = (
+    fix = (
         "set trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
         f"{[str(folder) for folder in _saved(run)]}, or take another trainer.default_local_dir"
     )
     if not text.isdecimal():
-        raise CartridgeFormatError(f"{tracker} says {text!r}, not the number of a step; {mend}")
+        raise CartridgeFormatError(f"{tracker} says {text!r}, not the number of a step; {fix}")
     folder = step_folder(run, int(text))
     if not (folder / DATA_FILE).is_file() or not (folder / "actor").is_dir():
-        raise CartridgeFormatError(f"{tracker} names {folder}, which is not complete; {mend}")
+        raise CartridgeFormatError(f"{tracker} names {folder}, which is not complete; {fix}")
     return folder
 
 

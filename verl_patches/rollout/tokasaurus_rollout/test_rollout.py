@@ -182,7 +182,7 @@ def build_replica(config: DictConfig) -> Any:
     try:
         replica_class = get_rollout_replica_class(rollout.name)
     except ValueError as error:
-        raise ConfigError(f"{error}. mend: python -m verl_patches apply") from error
+        raise ConfigError(f"{error}. fix: python -m verl_patches apply") from error
     return replica_class(
         replica_rank=0,
         config=rollout,
@@ -249,14 +249,14 @@ def differences(
     model = load_model(model_name)
     sequences = [torch.tensor(r.prompt_ids + list(r.output.token_ids)) for r in rollouts]
     batch = pack(sequences)
-    wanted = torch.cat(
+    response_mask = torch.cat(
         [
             torch.arange(len(sequence)) >= len(rollout.prompt_ids)
             for sequence, rollout in zip(sequences, rollouts, strict=True)
         ]
     )
-    logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(wanted))
-    own = chosen_logprobs(logits, batch.tokens(wanted), temperature)
+    logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(response_mask))
+    own = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
     counts = [len(rollout.output.token_ids) for rollout in rollouts]
     return [
         (mine - torch.tensor(rollout.output.log_probs)).abs().max().item()

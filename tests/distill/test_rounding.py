@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bf16_agreement import BACK, BASE, CARTRIDGE, Experiment, World
-from cartridge_distill.distill.agreement import (
+from benchmarks.bf16_rounding import BACK, BASE, CARTRIDGE, Experiment, World
+from cartridge_distill.distill.rounding import (
     Rounding,
     StepLevel,
     VersionEvidence,
