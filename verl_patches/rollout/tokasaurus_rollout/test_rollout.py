@@ -257,11 +257,11 @@ def differences(
         ]
     )
     logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(response_mask))
-    own = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
+    trainer = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
     counts = [len(rollout.output.token_ids) for rollout in rollouts]
     return [
         (mine - torch.tensor(rollout.output.log_probs)).abs().max().item()
-        for mine, rollout in zip(own.split(counts), rollouts, strict=True)
+        for mine, rollout in zip(trainer.split(counts), rollouts, strict=True)
     ]
 
 
