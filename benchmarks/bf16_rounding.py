@@ -350,8 +350,8 @@ def other_base(model: PreTrainedModel, noise: float = 0.02, seed: int = 1) -> Pr
 
 def demo_world(options: argparse.Namespace) -> World:
     """The demo's model, record and prompts."""
-    from training.get_demo_model import cache_dir, get_demo_model
-    from training.prepare_data import main as prepare
+    from cartridge_distill.data.command import main as prepare
+    from cartridge_distill.model.demo_model import cache_dir, get_demo_model
 
     folder = Path(options.model or get_demo_model(cache_dir()))
     data = Path(options.data)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from cartridge_distill.model.demo_model import cache_dir
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import say
-from training.get_demo_model import cache_dir
 
 # What the CUDA builds of torch on the package index require.
 _TRITON_OF_TORCH = {

@@ -1,161 +1,16 @@
-"""Documents to veRL's training files: prompts, documents, and what is kept aside for evaluation.
+"""Documents to veRL's training files: ``cartridge-distill prepare``, from a checkout.
 
-Reads LongHealth's JSON schema (its `benchmark_v5.json`, or the fictional records in
-`training/data/`), or any .txt, .md, .html and .pdf files, and writes into one folder:
-
-    train.parquet     the prompts to train on, in veRL's schema; each names its document by id
-    val.parquet       prompts of the same kind, kept aside
-    documents.jsonl   what the teacher reads, each document once
-    eval.json         the records' multiple-choice questions, none of which is trained on
-
-Recipes, that is, where the prompts come from:
-
-    started      the user asks about a section, and the answer has already begun with a true
-                 sentence of the document, cut at a token. This is what teaches a small model
-    open         questions about the sections, from a list of wordings
-    mixed        one of each in turn
-    self_study   the model writes questions and tasks of five kinds itself, with a chunk of the
-                 document before it; needs a server, and goes on where it was interrupted
-
-A document longer than the teacher's context is cut on its structure into parts, and every prompt
-names the part it came from. docs/data.md has the schema and the rules.
+python training/prepare_data.py --help
 """
-
-# Only the command line is here; the work is in `preparing`, whose imports take seconds, and --help
-# and a wrong option need none of them.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
-
-DEFAULT_DATA = Path(__file__).parent / "data" / "demo.json"
-EXAMPLES = """\
-examples:
-  the demo's record, started answers:
-    python training/prepare_data.py --tokenizer MODEL_DIR --out data/demo
-  a folder of your own; MODEL is the model that will be trained:
-    python training/prepare_data.py --data handbook/ --tokenizer MODEL --out data/handbook
-  the same, with prompts that the model writes itself:
-    python -m cartridge_distill.server --model MODEL &
-    python training/prepare_data.py --data handbook/ --tokenizer MODEL --out data/handbook \\
-        --recipe self_study --server http://127.0.0.1:10210 --rows 1024
-  two patients of LongHealth:
-    python training/prepare_data.py --data longhealth --patients patient_01 patient_02 \\
-        --recipe mixed --rows 8192 --tokenizer meta-llama/Llama-3.2-3B-Instruct --out data/two
-"""
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES
-    )
-    option = parser.add_argument
-    option(
-        "--data",
-        default=str(DEFAULT_DATA),
-        help="records: a JSON file, its URL, or `longhealth`; or documents: a folder (all below it "
-        "that is .txt, .md, .html or .pdf) or one file (default: the demo's record)",
-    )
-    option("--tokenizer", required=True, help="folder or hub id of the model to be trained")
-    option("--out", type=Path, required=True, help="folder to write to")
-    option("--patients", nargs="+", metavar="ID", help="which patients or documents (default: all)")
-    option(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave files out that cannot be read, instead of stopping; each is named",
-    )
-    option(
-        "--recipe",
-        choices=("started", "open", "mixed", "self_study"),
-        default="started",
-        help="where the prompts come from, see above (%(default)s)",
-    )
-    option("--rows", type=int, default=1920, help="training prompts to write (%(default)s)")
-    option(
-        "--val-rows",
-        type=int,
-        help="prompts kept aside, of the recipes other than self_study (16)",
-    )
-    option("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
-
-    group = parser.add_argument_group("how much the teacher reads at once")
-    group.add_argument(
-        "--teacher-context",
-        type=int,
-        metavar="TOKENS",
-        help="of a document at most; a longer one is cut into parts (default: the model's "
-        "max_position_embeddings less the two below)",
-    )
-    group.add_argument(
-        "--prompt-tokens",
-        type=int,
-        default=512,
-        help="data.max_prompt_length of the training (%(default)s)",
-    )
-    group.add_argument(
-        "--response-tokens",
-        type=int,
-        default=256,
-        help="data.max_response_length of the training (%(default)s)",
-    )
-
-    group = parser.add_argument_group("self_study")
-    option = group.add_argument
-    option("--server", metavar="URL", help="that serves the base model; needed")
-    option("--wait", type=float, default=60, help="seconds to wait for it (%(default)s)")
-    option(
-        "--held-out",
-        type=float,
-        metavar="FRACTION",
-        help="of the prompts, kept aside in val.parquet (0.1)",
-    )
-    option(
-        "--chunk-tokens",
-        type=int,
-        default=1024,
-        help="of the document, before the model when it writes a prompt (%(default)s)",
-    )
-    option(
-        "--openings",
-        action="store_true",
-        help="begin each prompt with words that fit its kind (What, List, Write a poem about, "
-        "...): for a model too small to follow the request alone",
-    )
-    option("--write-tokens", type=int, default=128, help="longest generation (%(default)s)")
-    option("--temperature", type=float, default=0.8, help="of the writing (%(default)s)")
-    option(
-        "--attempts",
-        type=int,
-        default=4,
-        help="generations for each prompt wanted, at most: bad ones are dropped (%(default)s)",
-    )
-    option("--concurrency", type=int, default=32, help="requests in flight (%(default)s)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # "waiting for the server ..."
-    try:
-        from cartridge_distill.data.prepare import run
-
-        run(options)
-    except CartridgeDistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what was written", file=sys.stderr)
-        return 130
-    return 0
-
+from cartridge_distill.data.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(None, "python training/prepare_data.py"))

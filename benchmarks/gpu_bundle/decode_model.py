@@ -15,8 +15,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from training.decode_gguf import decode_llama
-from training.get_demo_model import MANIFEST, verify
+from cartridge_distill.model.decode_gguf import decode_llama
+from cartridge_distill.model.demo_model import MANIFEST, verify
 
 
 def decode(files: Path, folder: Path) -> str | None:

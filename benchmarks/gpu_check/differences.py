@@ -50,7 +50,9 @@ def document_ids(model: PreTrainedModel, name: str | None) -> list[int]:
     if name is None:
         [ids] = make_sequences(vocabulary_of(model), 1, 600, False, torch.device("cpu"))
         return list(ids.tolist())
-    records = json.loads((ROOT / "training" / "data" / "demo.json").read_text())
+    records = json.loads(
+        (ROOT / "cartridge_distill" / "data" / "examples" / "demo.json").read_text()
+    )
     text = "\n".join(str(value) for value in next(iter(records.values()))["texts"].values())
     return list(AutoTokenizer.from_pretrained(name)(text)["input_ids"])
 

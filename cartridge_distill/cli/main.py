@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import enum
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.extras import require
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,8 +31,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Cartridges: a document's worth of context in a small trainable KV cache.
 
-    From a document to a cartridge in use: `doctor`, `train`, `eval`, `chat`, `serve`; `convert` and
-    `push` take it to the tools of others.
+    `demo` shows the whole loop. From a document to a cartridge in use: `prepare`, `serve`, `train`,
+    `eval`, `report`, `chat`; `doctor` says what is missing; `convert` and `push` take it to the
+    tools of others.
     """,
 )
 # Options that another program reads: they are passed on as they are.
@@ -76,6 +77,22 @@ def _in_words(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def _needs(command: str, context: typer.Context) -> None:
+    """Are the command's extras installed? Its help is there without them."""
+    if not {"-h", "--help"} & set(context.args):
+        require(command)
+
+
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Goes on as another module's process: Ctrl-C and the exit status are then its own.
+
+    The core does not import what ties it to veRL.
+    """
+    sys.stdout.flush()
+    safe = ["-P"] if sys.flags.safe_path else []
+    os.execv(sys.executable, [sys.executable, *safe, "-m", module, *arguments])
+
+
 # --- before and while training ------------------------------------------------------------------
 
 
@@ -85,7 +102,7 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Folder or hub id of the base model.")] = None,
     cartridge: Annotated[str | None, typer.Option(help="Does it fit the model?")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of training/prepare_data.py: are its columns right?")
+        Path | None, typer.Option(help="Folder that prepare wrote: are its columns right?")
     ] = None,
     row_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a packed row: does a step fit the GPU?")
@@ -114,24 +131,35 @@ def doctor(
 
 
 @app.command(context_settings=_PASSED_ON)
-def train(context: typer.Context) -> None:
-    """Train a cartridge: training/run_cartridge_distill.sh, with its settings in the environment.
+@_in_words
+def prepare(context: typer.Context) -> None:
+    """Documents to training files: prompts, documents, questions. `prepare --help` has the options.
 
-    `TOKASAURUS_URL=https://... cartridge-distill train actor_rollout_ref.actor.cartridge.topk=50`
-
-    `cartridge-distill train --help` shows the script's own help.
+    `cartridge-distill prepare --data handbook/ --tokenizer MODEL --out data/handbook`
     """
-    script = Path(__file__).resolve().parents[2] / "training" / "run_cartridge_distill.sh"
-    if not script.is_file():
-        typer.echo(
-            f"{script} is not there: training needs a checkout of the project, not the package "
-            "alone. Clone it and `make setup`",
-            err=True,
-        )
-        raise typer.Exit(1)
-    environment = {"PYTHON": sys.executable, **os.environ}
-    done = subprocess.run(["bash", str(script), *context.args], env=environment, check=False)
-    raise typer.Exit(done.returncode)
+    _needs("prepare", context)
+    from cartridge_distill.data.command import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(context_settings=_PASSED_ON)
+@_in_words
+def train(context: typer.Context) -> None:
+    """Train a cartridge with veRL, described by options or by one file. `train --help` has them.
+
+    `cartridge-distill train --model MODEL --data data/mine --server http://gpu-box:10210`
+    """
+    _needs("train", context)
+    _become("verl_patches.launch", context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+@_in_words
+def demo(context: typer.Context) -> None:
+    """The whole loop on a CPU or one GPU with a small real model: ten minutes, ends in a table."""
+    _needs("demo", context)
+    _become("verl_patches.demo", context.args)
 
 
 @app.command()
@@ -203,8 +231,10 @@ def info(
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)
+@_in_words
 def evaluate(context: typer.Context) -> None:
     """What is a cartridge worth? Five conditions, with intervals: `eval --help` has the options."""
+    _needs("eval", context)
     from cartridge_distill.evaluation.command import main
 
     raise typer.Exit(main(context.args))
@@ -232,6 +262,7 @@ def report(
 
     `cartridge-distill report runs/off runs/on runs/mixed --out report.html`
     """
+    require("report")
     from cartridge_distill.report.page import write_report
 
     if out is None:
@@ -330,30 +361,48 @@ def pull(
     typer.echo(str(get(source, target, overwrite=overwrite)))
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 @_in_words
 def serve(
+    context: typer.Context,
     model: Model,
     cartridge: Annotated[
-        list[str], typer.Option(help="NAME=SOURCE; the name is the model to ask for. Repeatable.")
-    ],
+        list[str] | None,
+        typer.Option(help="NAME=SOURCE; the name is the model to ask for. Repeatable."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int | None, typer.Option(help="0 takes a free one. [default: 10210; 8000 for chat]")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="All sampling follows from it.")] = 0,
 ) -> None:
-    """Serve cartridges behind OpenAI's chat API, each as a model of its own.
+    """Serve a model: to training, which uploads its versions; or cartridges behind OpenAI's API.
+
+    For training, the gateway with the embedded server; what stands after -- goes to the gateway
+    (`python -m cartridge_distill.gateway --help`):
+
+    `cartridge-distill serve --model MODEL -- --keep-versions 8`
+
+    Cartridges for any OpenAI client, each as a model of its own (base_url
+    http://127.0.0.1:8000/v1, model "anna"):
 
     `cartridge-distill serve --model MODEL --cartridge anna=runs/demo/cartridge`
-
-    Then any OpenAI client: base_url http://127.0.0.1:8000/v1, model "anna". For training's rollouts
-    use `python -m cartridge_distill.gateway`.
     """
-    from cartridge_distill.cli.serve import ServeOptions, run
+    from cartridge_distill.cli.serve import ServeOptions, run, run_rollout_server
 
-    run(ServeOptions(model, tuple(cartridge), host, port, device, dtype.value, threads, seed))
+    options = ServeOptions(
+        model, tuple(cartridge or ()), host, port, device, dtype.value, threads, seed
+    )
+    if cartridge:
+        if context.args:
+            raise ConfigError(f"{' '.join(context.args)}: only a server for training takes these")
+        run(options)
+    else:
+        require("serve")
+        raise typer.Exit(run_rollout_server(options, context.args))
 
 
 if __name__ == "__main__":

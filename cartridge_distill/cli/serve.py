@@ -1,9 +1,15 @@
-"""``cartridge-distill serve``: the embedded engine behind OpenAI's chat API."""
+"""``cartridge-distill serve``: the embedded engine, behind OpenAI's chat API or for training.
+
+For training it is the gateway's own command with the embedded server; without a token on the
+loopback where none is set, so that `serve` and `train` need no environment on one machine.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +17,11 @@ from pathlib import Path
 import typer
 
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.next_command import next_command, say_next
 from cartridge_distill.util.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+CHAT_PORT, ROLLOUT_PORT = 8000, 10210
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -24,7 +32,7 @@ class ServeOptions:
     model: str
     cartridges: tuple[str, ...]
     host: str
-    port: int
+    port: int | None
     device: str
     dtype: str
     threads: int | None
@@ -93,12 +101,48 @@ def run(options: ServeOptions) -> None:
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         service = Service(model, tokenizer, settings, options.threads)
-        shown = f"http://{options.host}:{options.port}/v1"
+        port = CHAT_PORT if options.port is None else options.port
+        shown = f"http://{options.host}:{port}/v1"
         typer.echo(f"serving {', '.join(sources) or options.model} on {shown} (Ctrl-C ends it)")
+        say_next(_curl(shown, next(iter(sources), options.model)))
         uvicorn.run(
             create_openai_app(service, ids),
             host=options.host,
-            port=options.port,
+            port=port,
             log_level="warning",
             timeout_graceful_shutdown=3,
         )
+
+
+def _curl(base: str, name: str) -> str:
+    """A request to the chat API, ready to paste."""
+    body = {"model": name, "messages": [{"role": "user", "content": "What do you know?"}]}
+    kind = "-H 'Content-Type: application/json'"
+    return f"curl {base}/chat/completions {kind} -d {shlex.quote(json.dumps(body))}"
+
+
+def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
+    """The gateway with the embedded server, until Ctrl-C.
+
+    Args:
+        more: further arguments of the gateway.
+
+    Returns:
+        Its exit status.
+    """
+    from cartridge_distill.gateway.__main__ import main
+    from cartridge_distill.gateway.settings import TOKEN_VARIABLE
+
+    port = ROLLOUT_PORT if options.port is None else options.port
+    arguments = ["--model", options.model, "--host", options.host, "--port", str(port), *more]
+    if options.host in _LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
+        typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
+        arguments.append("--no-token")
+    server = ["--device", options.device, "--dtype", options.dtype, "--seed", str(options.seed)]
+    if options.threads is not None:
+        server += ["--threads", str(options.threads)]
+    where = [] if options.device.startswith("cuda") else ["--device", "cpu"]
+    url = f"http://{options.host}:{port}"
+    train = ["--model", options.model, "--data", "DATA", "--server", url, *where]
+    say_next(next_command("train", *train) + "    # DATA: the folder that prepare wrote")
+    return main([*arguments, "--", *server])

@@ -26,6 +26,7 @@ from cartridge_distill.evaluation.names import (
     TEMPERATURE,
 )
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.next_command import next_command, say_next
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +44,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     )
     option = made.add_argument
     option("--model", required=True, help="folder or hub id of the base model")
-    option("--data", type=Path, required=True, help="folder written by training/prepare_data.py")
+    option("--data", type=Path, required=True, help="folder that `cartridge-distill prepare` wrote")
     option("--cartridge", required=True, help="trained cartridge: directory, .pt file or repo id")
     option("--untrained", help="cartridge it began as (default: the document's first tokens)")
     option(
@@ -103,4 +104,10 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     print(table)
+    run = options.out.parent
+    if options.out.name == "evaluation" and (run / "metrics.jsonl").is_file():
+        say_next(next_command("report", run))
+    else:
+        used = ("--model", options.model, "--cartridge", options.cartridge)
+        say_next(next_command("chat", *used))
     return 0

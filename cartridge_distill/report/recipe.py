@@ -2,16 +2,12 @@
 
 The command, its overrides, the seed, the versions, the commit. Never a secret: environment
 variables, options and overrides that are called like one are left out, URLs lose user, password and
-query. From a shell script::
-
-    python -m cartridge_distill.report.recipe runs/mine --environment MODEL,LR -- COMMAND
+query.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -166,37 +162,7 @@ def commit() -> Commit | None:
         return None
 
 
-def _seed_of(overrides: Sequence[str]) -> int:
-    """What Hydra makes of them: the last one counts; the configuration's own is 0."""
+def seed_of(overrides: Sequence[str]) -> int:
+    """The seed that overrides come to: the last one counts; the configuration's own is 0."""
     seeds = [value for value in overrides if value.startswith("data.seed=")]
     return int(seeds[-1].partition("=")[2]) if seeds else 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """For training/run_cartridge_distill.sh."""
-    parser = argparse.ArgumentParser(description="Write recipe.json into the folder of a run.")
-    option = parser.add_argument
-    option("folder", type=Path)
-    option("--seed", type=int, help="default: data.seed of the overrides, else 0")
-    option("--name", help="of the recipe, the same for all its seeds (the folder's name)")
-    option("--model", help="folder or hub id of the base model")
-    option("--environment", default="", help="names of variables to record, with commas")
-    option("--overrides", nargs="*", default=[], help="Hydra overrides the command leads to")
-    option("command", nargs="+", help="after --: what was typed")
-    options = parser.parse_args(arguments)
-    wanted = [name for name in options.environment.split(",") if name in os.environ]
-    path = write_recipe(
-        options.folder,
-        options.command,
-        options.overrides,
-        _seed_of(options.overrides) if options.seed is None else options.seed,
-        name=options.name,
-        model=options.model,
-        environment={name: os.environ[name] for name in wanted},
-    )
-    print(f"recipe: {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

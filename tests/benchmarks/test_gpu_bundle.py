@@ -126,8 +126,8 @@ def test_what_is_carried_is_in_the_lock() -> None:
 def test_a_model_that_is_not_the_manifests_is_named(tmp_path: Path) -> None:
     import numpy as np
 
+    from cartridge_distill.model.demo_model import CONVERSION, GGUF_SHA256, MANIFEST
     from tests.training.test_decode_gguf import write
-    from training.get_demo_model import CONVERSION, GGUF_SHA256, MANIFEST
 
     files = tmp_path / "files"
     files.mkdir()

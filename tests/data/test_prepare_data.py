@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from cartridge_distill.data import command as prepare_data
 from cartridge_distill.data.dataset import SCHEMA
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import load_questions
@@ -22,9 +23,8 @@ from cartridge_distill.model.prompts import render_document
 from tests.data.documents.made import prose, sentence, write_pdf
 from tests.data.writer import CONTEXT, writing_model
 from tests.tiny import byte_tokenizer
-from training import prepare_data
 
-DATA = Path(__file__).parents[2] / "training" / "data"
+DATA = prepare_data.EXAMPLE_RECORDS
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from cartridge_distill.util.errors import ConfigError
 from tests.data.documents.made import prose
 from tests.model.templates import SMOLLM2
 
-DATA = Path(__file__).parents[2] / "training" / "data"
+DATA = Path(__file__).parents[2] / "cartridge_distill" / "data" / "examples"
 
 
 def sources_of(name: str) -> list[Source]:

@@ -20,7 +20,7 @@ from cartridge_distill.data.records import (
 )
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, DocumentError
 
-DATA = Path(__file__).parents[2] / "training" / "data"
+DATA = Path(__file__).parents[2] / "cartridge_distill" / "data" / "examples"
 QUESTION = {
     "question": "Who operated?",
     **{f"answer_{letter}": f"Dr. {letter.upper()}" for letter in "abcde"},

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from cartridge_distill.data import command as prepare_data
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.reading import ReadFile
 from cartridge_distill.data.documents.source import Source
@@ -39,7 +40,6 @@ from cartridge_distill.util.journal import Journal
 from tests.data.documents.made import prose
 from tests.data.writer import writing_model
 from tests.tiny import byte_tokenizer
-from training import prepare_data
 
 ROOT = Path(__file__).parents[2]
 

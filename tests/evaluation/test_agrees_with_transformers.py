@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.names import FULL_DOCUMENT, NO_DOCUMENT
+from cartridge_distill.model.demo_model import FOLDER, cache_dir
 from cartridge_distill.model.loading import load_model
 from tests.evaluation import made
 from tests.tiny import byte_tokenizer, tiny_model
-from training.get_demo_model import FOLDER, cache_dir
 
-DEMO = Path(__file__).resolve().parents[2] / "training" / "data" / "demo.json"
+DEMO = Path(__file__).resolve().parents[2] / "cartridge_distill/data/examples/demo.json"
 TINY_CHAT = ("<system>{}\n", "<user>{}\n<assistant>")
 CHATML = (
     "<|im_start|>system\n{}<|im_end|>\n",

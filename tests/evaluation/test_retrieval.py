@@ -17,7 +17,7 @@ from cartridge_distill.model.prompts import render_document
 from cartridge_distill.util.errors import ConfigError
 from tests.evaluation.made import TEXTS, teacher
 
-DEMO = Path(__file__).resolve().parents[2] / "training" / "data" / "demo.json"
+DEMO = Path(__file__).resolve().parents[2] / "cartridge_distill/data/examples/demo.json"
 
 
 @pytest.mark.parametrize("budget", [60, 150, 700])

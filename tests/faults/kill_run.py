@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,9 @@ from tests.faults.gateway_rig import (
     save_model,
 )
 from tests.faults.kill_phases import MARKS_VARIABLE, Mark, read_marks
+from verl_patches.launching.command import command, environment
+from verl_patches.launching.settings import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 4  # prompts a step
 STEPS_PER_EPOCH = 8
 CARTRIDGE_TOKENS = 32
@@ -74,7 +74,8 @@ def write_inputs(folder: Path, seed: int) -> None:
             "__do_sample__": False,
         }
     )
-    frame.to_parquet(folder / "train.parquet")
+    for name in ("train", "val"):
+        frame.to_parquet(folder / f"{name}.parquet")
 
 
 @dataclass
@@ -152,17 +153,13 @@ class Attempt:
         folder.mkdir(parents=True, exist_ok=True)
         self._supervisor = supervisor
         self.log, self._marks = folder / "train.log", folder / "marks.txt"
-        environment = {
-            **child_environment(),
-            "VERL_PLATFORM": "cpu",
-            "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
-            "VERL_FILE_LOGGER_PATH": str(run / "metrics.jsonl"),
-            MARKS_VARIABLE: str(self._marks),
-            "OMP_NUM_THREADS": "1",
-        }
+        asked = training(run, inputs, url, steps)
+        inherited = {**os.environ, **child_environment()}
+        settings = {**child_environment(), **environment(asked, inherited)}
+        settings[MARKS_VARIABLE] = str(self._marks)
         run.mkdir(parents=True, exist_ok=True)
         self.began = time.time()
-        self.process = supervisor.start(_command(run, inputs, url, steps), self.log, environment)
+        self.process = supervisor.start(command(asked), self.log, settings)
 
     def marks(self) -> list[Mark]:
         return read_marks(self._marks)
@@ -202,34 +199,36 @@ class Attempt:
         return list(self._supervisor.marked())
 
 
-def _command(run: Path, inputs: Path, url: str, steps: int) -> list[str]:
-    cartridge, rollout = "actor_rollout_ref.actor.cartridge", "actor_rollout_ref.rollout"
-    return [
-        *(sys.executable, "-m", "verl.trainer.main_ppo"),
-        *("--config-path", str(ROOT / "training" / "config")),
-        *("--config-name", "cartridge_distill", "platform=cpu"),
-        f"data.train_files={inputs}/train.parquet",
-        f"data.val_files={inputs}/train.parquet",
-        f"data.train_batch_size={ROWS}",
-        "data.max_prompt_length=64",
-        "data.max_response_length=6",
-        f"actor_rollout_ref.model.path={inputs}/model",
-        f"{cartridge}.num_tokens={CARTRIDGE_TOKENS}",
-        f"{cartridge}.documents={inputs}/documents.jsonl",
-        f"{cartridge}.transport=http",
-        f"{cartridge}.sync_base_model={BASE_MODEL}",
-        f"{rollout}.custom.tokasaurus_url={url}",
-        # The gateway's server takes seconds to come back.
-        f"{rollout}.custom.client.max_attempts=60",
-        f"{rollout}.custom.client.backoff_s=0.2",
-        f"{rollout}.custom.client.max_backoff_s=2",
-        f"{rollout}.agent.agent_loop_manager_class=tests.faults.kill_marks.MarkedAgentLoopManager",
-        f"{rollout}.temperature=1.0",  # what greedy log-probs are divided by
-        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
-        "actor_rollout_ref.actor.optim.lr_warmup_steps=2",
-        "trainer.logger=[file]",
-        f"trainer.total_training_steps={steps}",
-        f"trainer.total_epochs={-(-steps // STEPS_PER_EPOCH)}",
-        "trainer.save_freq=1",
-        f"trainer.default_local_dir={run}",
-    ]
+def training(run: Path, inputs: Path, url: str, steps: int) -> Run:
+    """The run that veRL is asked for."""
+    rollout = "actor_rollout_ref.rollout"
+    return Run(
+        model=f"{inputs}/model",
+        data=inputs,
+        server=(url,),
+        out=run,
+        name="run",
+        served_model=BASE_MODEL,
+        tokens=CARTRIDGE_TOKENS,
+        batch=ROWS,
+        steps=steps,
+        temperature=1.0,  # what greedy log-probs are divided by
+        prompt_tokens=64,
+        response_tokens=6,
+        device="cpu",
+        threads=1,
+        save_every=1,
+        overrides=(
+            # The gateway's server takes seconds to come back.
+            f"{rollout}.custom.client.max_attempts=60",
+            f"{rollout}.custom.client.backoff_s=0.2",
+            f"{rollout}.custom.client.max_backoff_s=2",
+            f"{rollout}.agent.agent_loop_manager_class="
+            "tests.faults.kill_marks.MarkedAgentLoopManager",
+            "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+            "actor_rollout_ref.actor.optim.lr_warmup_steps=2",
+            "trainer.logger=[file]",
+            f"trainer.total_epochs={-(-steps // STEPS_PER_EPOCH)}",
+            f"trainer.default_local_dir={run}",
+        ),
+    )

@@ -9,10 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from cartridge_distill.model.demo_model import FOLDER, cache_dir, verify
 from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.model.templates import SHAPES, tokenizer_of
-from training.get_demo_model import FOLDER, cache_dir, verify
 
 WHO = [{"role": "user", "content": "Who?"}]
 

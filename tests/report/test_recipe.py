@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from cartridge_distill.report.recipe import HIDDEN, Recipe, commit, without_secrets, write_recipe
-from tests.training.conftest import ROOT, child_environment
+from cartridge_distill.report.recipe import (
+    HIDDEN,
+    Recipe,
+    commit,
+    seed_of,
+    without_secrets,
+    write_recipe,
+)
+from tests.training.conftest import ROOT
 
 
 def test_what_it_holds(tmp_path: Path) -> None:
@@ -84,33 +90,9 @@ def test_seeds_folders_and_servers_are_no_part_of_the_identity(tmp_path: Path) -
     assert identity("one", 0, 0.1) != identity("two", 1, 0.2)
 
 
-def test_from_a_shell_script(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "cartridge_distill.report.recipe", str(tmp_path / "run")),
-            *(
-                "--seed",
-                "4",
-                "--name",
-                "mine",
-                "--environment",
-                "MODEL,LR,TOKASAURUS_API_KEY,UNSET",
-            ),
-            *("--overrides", "a.b=1", "data.seed=4", "--", "bash", "run.sh", "--x", "e.f=3"),
-        ],
-        env={**child_environment(), "MODEL": "m", "LR": "0.1", "HF_TOKEN": "hush"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "run" / "recipe.json").read_text()
-    recipe = Recipe.model_validate_json(text)
-    assert recipe.command == ["bash", "run.sh", "--x", "e.f=3"]
-    assert (
-        recipe.overrides == ["a.b=1", "data.seed=4"] and recipe.seed == 4 and recipe.name == "mine"
-    )
-    assert recipe.environment == {"MODEL": "m", "LR": "0.1"} and "hush" not in text
+def test_the_last_seed_counts() -> None:
+    assert seed_of(["data.seed=3", "a.b=1", "data.seed=4"]) == 4
+    assert seed_of(["a.b=1"]) == 0
 
 
 def test_the_process_environment_is_not_searched(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
+from cartridge_distill.model.decode_gguf import decode_llama
 from tests.tiny import tiny_model
-from training.decode_gguf import decode_llama
 
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",

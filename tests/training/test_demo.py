@@ -1,4 +1,4 @@
-"""training/demo.py and the comparison made of it: which run veRL is asked for, and its refusals.
+"""The demo and the comparison made of it: which run veRL is asked for, and its refusals.
 
 That run itself takes ten minutes and is `make demo`.
 """
@@ -14,8 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.training.conftest import ROOT, child_environment
-from training import demo
+from verl_patches import demo
 from verl_patches.config.checks import check_run_config
+from verl_patches.launching.command import overrides
+from verl_patches.launching.settings import CONFIG_FOLDER
 
 OPTIM = "actor_rollout_ref.actor.optim"
 
@@ -32,10 +34,10 @@ def out(tmp_path: Path) -> Path:
 def configured(arguments: list[str], patched: Path, model: Path, out: Path) -> Any:
     """The configuration that veRL gets from the demo with these arguments."""
     search = f"hydra.searchpath=[file://{patched / 'verl/trainer/config'}]"
-    overrides = demo.overrides(demo.parse(arguments), str(model), "http://127.0.0.1:1", out)
+    run = demo.training(demo.parse(arguments), str(model), "http://127.0.0.1:1", out)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "training" / "config"), version_base=None):
-        return compose("cartridge_distill", overrides=[*overrides, search])
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        return compose("cartridge_distill", overrides=[*overrides(run), search])
 
 
 def test_the_demo_is_a_configuration_that_can_train(
@@ -78,7 +80,7 @@ def test_on_a_gpu_server_and_trainer_compute_alike(
     assert 1e-3 < actor.cartridge.max_logprob_diff < 0.5
     options = demo.parse(["--device", "cuda"])
     monkeypatch.setenv("VERL_PLATFORM", "cpu")  # left over from a run on the CPU
-    assert demo.environment(options, out)["VERL_PLATFORM"] == ""
+    assert demo.settings_of(options, out)["VERL_PLATFORM"] == ""
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         demo.parse(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "make demo" in text and "falls to a tenth along a cosine (0.03)" in text
+    assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.03)" in text
 
 
 def test_a_stage_that_fails_is_named_and_ends_the_demo(

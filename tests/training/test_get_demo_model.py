@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training import get_demo_model as module
-from training.get_demo_model import DemoModelError, get_demo_model, verify
+from cartridge_distill.model import demo_model as module
+from cartridge_distill.model.demo_model import DemoModelError, get_demo_model, verify
 
 GGUF = b"not really a model"
 

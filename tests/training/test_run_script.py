@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
@@ -67,7 +68,7 @@ def test_refuses_without_a_url_and_says_how_to_get_a_server(patched: Path) -> No
     done = run_script(verl=patched)
     assert done.returncode == 2
     assert "TOKASAURUS_URL is not set" in done.stderr
-    assert "-m cartridge_distill.gateway --model meta-llama/Llama-3.2-3B-Instruct" in done.stderr
+    assert " serve --model meta-llama/Llama-3.2-3B-Instruct --host 0.0.0.0" in done.stderr
     assert "modal deploy modal/modal_tokasaurus.py" in done.stderr
 
 
@@ -93,7 +94,7 @@ def test_refuses_when_new_versions_have_no_way_to_the_server(
     assert done.returncode == 2 and "takes no uploads: it is a bare server" in done.stderr
     assert "cartridge_distill.gateway" in done.stderr and "SYNC_DIR" in done.stderr
     done = run_script(verl=patched, TOKASAURUS_URL=server.url, SYNC_DIR="/no/such/place")
-    assert done.returncode == 2 and "SYNC_DIR=/no/such/place" in done.stderr
+    assert done.returncode == 2 and "--sync-dir /no/such/place" in done.stderr
 
 
 def test_a_gateway_needs_its_token_and_no_directory(patched: Path, rig: Rig, data: Path) -> None:
@@ -150,11 +151,13 @@ def test_its_command_is_a_configuration_that_can_train(
 def test_a_run_that_was_killed_says_how_it_goes_on(
     patched: Path, server: BackgroundServer, data: Path, tmp_path: Path
 ) -> None:
-    python = tmp_path / "python"  # the training alone dies, as it does without memory
-    python.write_text(
-        f'#!/bin/bash\n[[ $* == *main_ppo* ]] && kill -9 $$\nexec {sys.executable} "$@"\n'
+    # The training alone dies, as it does without memory.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'verl.trainer.main_ppo' in sys.orig_argv:\n"
+        "    print('RuntimeError: planted', flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
     )
-    python.chmod(0o755)
     saved = tmp_path / "out" / "checkpoints" / TRACKER
     saved.parent.mkdir(parents=True)
     saved.write_text("12")
@@ -165,9 +168,10 @@ def test_a_run_that_was_killed_says_how_it_goes_on(
         DATA=str(data),
         OUT=str(tmp_path / "out"),
         PLATFORM="cpu",
-        PYTHON=str(python),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(patched), str(ROOT)]),
     )
     assert done.returncode == 128 + 9
+    assert "cause: RuntimeError: planted" in done.stderr
     assert "the run ended with status 137, see above; the last step that was saved is 12." in (
         done.stderr
     )

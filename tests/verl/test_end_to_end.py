@@ -37,6 +37,8 @@ from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.processes import MARK, Supervisor
 from tests.gateway.rig import MODEL_NAME, TOKEN, Rig, until
 from tests.tiny import byte_tokenizer, tiny_model
+from verl_patches.launching.command import command, environment
+from verl_patches.launching.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, STEPS, CARTRIDGE = 4, 3, 160
@@ -103,42 +105,36 @@ class World:
 
     def run(self, *overrides: str) -> tuple[int, str]:
         """One run; returns its exit status and its log."""
-        command = [sys.executable, "-m", "verl.trainer.main_ppo"]
-        command += ["--config-path", str(ROOT / "training" / "config")]
-        command += ["--config-name", "cartridge_distill", "platform=cpu"]
-        cartridge, folder = "actor_rollout_ref.actor.cartridge", self.folder
+        folder = self.folder
         client = "actor_rollout_ref.rollout.custom.client"
-        command += [
-            f"data.train_files={folder}/train.parquet",
-            f"data.val_files={folder}/train.parquet",
-            f"data.train_batch_size={ROWS}",
-            "data.max_prompt_length=64",
-            "data.max_response_length=8",
-            f"actor_rollout_ref.model.path={folder}/model",
-            f"{cartridge}.num_tokens={CARTRIDGE}",
-            f"{cartridge}.documents={folder}/documents.jsonl",
-            f"{cartridge}.sync_dir={folder}/cartridges",
-            f"actor_rollout_ref.rollout.custom.tokasaurus_url={self.proxy.url}",
-            f"{client}.max_attempts=3",
-            f"{client}.backoff_s=0.05",
-            f"{client}.read_timeout_s=5",
-            f"{client}.startup_timeout_s=5",
-            "trainer.logger=[file]",
-            f"trainer.total_training_steps={STEPS}",
-            f"trainer.save_freq={STEPS}",
-            f"trainer.default_local_dir={folder}/checkpoints",
-            *overrides,
-        ]
-        env = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "VERL_PLATFORM": "cpu",
-            "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
-            "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
-            "OMP_NUM_THREADS": "1",
-        }
+        run = Run(
+            model=f"{folder}/model",
+            data=folder,
+            server=(self.proxy.url,),
+            out=folder,
+            name="run",
+            sync_dir=folder / "cartridges",
+            tokens=CARTRIDGE,
+            batch=ROWS,
+            steps=STEPS,
+            prompt_tokens=64,
+            response_tokens=8,
+            device="cpu",
+            threads=1,
+            save_every=STEPS,
+            overrides=(
+                f"{client}.max_attempts=3",
+                f"{client}.backoff_s=0.05",
+                f"{client}.read_timeout_s=5",
+                f"{client}.startup_timeout_s=5",
+                "trainer.total_epochs=1",
+                "trainer.logger=[file]",
+                *overrides,
+            ),
+        )
         log = folder / "train.log"
         with Supervisor() as supervisor:
-            status = supervisor.start(command, log, env).wait(timeout=300)
+            status = supervisor.start(command(run), log, environment(run)).wait(timeout=300)
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         self.metrics = [json.loads(line)["data"] for line in lines]
@@ -165,7 +161,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     ]
     info = [{"index": n, "document_id": "harbour"} for n in range(len(prompts))]
     frame = pd.DataFrame({"prompt": prompts, "data_source": "test", "extra_info": info})
-    frame.to_parquet(tmp_path / "train.parquet")
+    for name in ("train", "val"):
+        frame.to_parquet(tmp_path / f"{name}.parquet")
     settings = ServerSettings(cartridge_dir=tmp_path / "cartridges")
     with BackgroundServer(tiny_model(), tokenizer, settings, threads=1) as server:
         yield World(tmp_path, FaultyProxy(server.url))

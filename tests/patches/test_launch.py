@@ -1,0 +1,266 @@
+"""The launcher: what describes a run, what veRL is asked for, and what is said when it fails."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from cartridge_distill.report.recipe import Recipe
+from cartridge_distill.server.running import BackgroundServer
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.processes import Supervisor
+from tests.training.conftest import server  # noqa: F401  (a fixture)
+from verl_patches import launch
+from verl_patches.config.checks import check_run_config
+from verl_patches.launching import checks
+from verl_patches.launching.command import environment, overrides, python_path, quoted
+from verl_patches.launching.following import causes, log_file, shown
+from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "my data, v2"
+    folder.mkdir()
+    for name in ("train.parquet", "val.parquet", "documents.jsonl", "eval.json"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def configured(run: Run, verl: Path) -> Any:
+    """veRL's configuration of a run."""
+    search = f"hydra.searchpath=[file://{verl / 'verl/trainer/config'}]"
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        return compose("cartridge_distill", overrides=[*overrides(run), search])
+
+
+def test_every_setting_reaches_verl(
+    patched: Path, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """The data folder's name has what Hydra's grammar would read: a comma and blanks."""
+    (tmp_path / "served").mkdir()
+    run = Run(
+        model=str(model_folder),
+        data=data,
+        server=("http://one:1", "http://two:2"),
+        out=tmp_path / "it's",
+        served_model="served",
+        sync_dir=tmp_path / "served",
+        tokens=64,
+        lr=0.5,
+        batch=6,
+        steps=7,
+        temperature=0.25,
+        prompt_tokens=33,
+        response_tokens=44,
+        seed=9,
+        device="cpu",
+        dtype="float32",
+        save_every=3,
+        test_every=2,
+        overrides=(f"{ACTOR}.cartridge.topk=50",),
+    )
+    config = configured(run, patched)
+    check_run_config(config)
+    cartridge, trainer = config.actor_rollout_ref.actor.cartridge, config.trainer
+    rollout = config.actor_rollout_ref.rollout
+    assert config.actor_rollout_ref.model.path == str(model_folder)
+    assert config.data.train_files == str(data / "train.parquet")
+    assert cartridge.documents == str(data / "documents.jsonl")
+    assert cartridge.eval_questions == str(data / "eval.json")
+    assert list(rollout.custom.tokasaurus_url) == ["http://one:1", "http://two:2"]
+    assert trainer.default_local_dir == str(tmp_path / "it's" / "checkpoints")
+    assert (cartridge.transport, cartridge.sync_dir) == ("shared_dir", str(tmp_path / "served"))
+    assert (cartridge.sync_base_model, cartridge.run_name) == ("served", "my-data-v2")
+    assert (cartridge.num_tokens, cartridge.lr, cartridge.topk) == (64, 0.5, 50)
+    assert (config.data.train_batch_size, rollout.temperature, config.data.seed) == (6, 0.25, 9)
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (33, 44)
+    assert (trainer.total_training_steps, trainer.total_epochs, trainer.save_freq) == (7, 7, 3)
+    assert (trainer.test_freq, trainer.val_before_train, trainer.device) == (2, True, "cpu")
+
+
+def test_the_file_and_the_flags_say_the_same_and_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: d\nserver: http://one:1\ntokens: 64\nlr: 1\nresponse-tokens: 5\nsave_every: 4\n"
+        "overrides: [a.b=1]\n"
+    )
+    run, own = launch.parse(["--config", str(file), "--tokens", "32", "c.d=2", "--dry-run"])
+    flags = ["--data", "d", "--server", "http://one:1", "--tokens", "32", "--lr", "1"]
+    flags += ["--response-tokens", "5", "--save-every", "4", "a.b=1", "c.d=2"]
+    assert run == launch.parse(flags)[0]
+    assert run.overrides == ("a.b=1", "c.d=2") and own.dry_run and not own.verbose
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("tokns: 3\nlearning: 4", "unknown: tokns, learning. Known: batch, "),
+        ("tokens: many", "tokens: 'many' is not a whole number"),
+        ("tokens: 1.5", "tokens: 1.5 is not a whole number"),
+        ("tokens: true", "tokens: True is not a whole number"),
+        ("lr: 2e-2", "YAML reads 2e-2 as a text: write 0.02"),
+        ("server: [1]", "server: [1] is no list of texts"),
+        ("save-every: 1\nsave_every: 2", "save_every is there twice"),
+        ("- tokens", "one setting a line"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(tmp_path: Path, written: str, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(written)
+    with pytest.raises(ConfigError) as refused:
+        read_file(file)
+    assert said in str(refused.value) and str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--tokens", "0"], "--tokens 0: give 1 or more"),
+        (["--lr", "-1"], "--lr -1.0: give more than 0"),
+        (["--temperature", "-0.5"], "--temperature -0.5"),
+        (["topk"], "'topk' is no override of veRL's: write name=value"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main(typed) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_file_may_not_name_a_device_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("device: tpu")
+    with pytest.raises(ConfigError, match="--device tpu: give one of cuda, cpu"):
+        launch.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch.parse(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name in Run.__dataclass_fields__:
+        assert name == "overrides" or f"--{name.replace('_', '-')}" in text
+    [shown_path] = [word for word in text.split() if word.endswith("cartridge_distill.yaml")]
+    assert Path(shown_path).is_file()
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(
+    server: BackgroundServer,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    synced = ["--sync-dir", str(tmp_path / "cartridges")]
+    typed = ["--device", "cpu", "--server", server.url, *synced, "--data", str(tmp_path / "no")]
+    assert launch.main([*typed, "--model", "m"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'no' / 'train.parquet'}" in said
+    assert f"prepare --data DOCUMENTS --tokenizer m --out {tmp_path / 'no'}" in said
+    assert launch.main(["--device", "cpu"]) == 2
+    assert "give --server URL" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_is_asked_for_only_of_the_machine_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(checks.NotReady, match="use --device cpu"):
+        checks.check_device(Run(), {})
+    checks.check_device(Run(), {"RAY_ADDRESS": "head:6379"})
+    checks.check_device(Run(overrides=("trainer.nnodes=2",)), {})
+    checks.check_device(Run(device="cpu"), {})
+
+
+def test_the_environment_overrules_what_is_left_of_another_run(tmp_path: Path) -> None:
+    run = Run(device="cuda", out=tmp_path, threads=3)
+    found = environment(run, {"VERL_PLATFORM": "cpu", "RAY_DEDUP_LOGS": "1", "HOME": "/"})
+    assert found["VERL_PLATFORM"] == "" and found["RAY_DEDUP_LOGS"] == "1"
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "metrics.jsonl")
+    assert "OMP_NUM_THREADS" not in environment(Run(out=tmp_path), {"HOME": "/"})
+    first, *rest = python_path({"PYTHONPATH": "/b:/a:/b"})["PYTHONPATH"].split(":")
+    assert (Path(first) / "verl_patches").is_dir() and rest == ["/b", "/a"]
+
+
+@pytest.mark.parametrize("value", ["a,b", "[x]", "it's", "a=b", "x y", "{a}", "http://h:1/x?y=1"])
+def test_hydra_reads_back_what_was_quoted(value: str) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_FOLDER / "platform"), version_base=None):
+        config = compose("cpu", overrides=[f"trainer.device={quoted(value)}"])
+    assert config.trainer.device == value
+
+
+def _failing(run: Run, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """In veRL's place, a shell."""
+    monkeypatch.setattr(launch, "command", lambda _: ["bash", "-c", script])
+
+
+def test_the_causes_of_a_failure_are_named_and_logs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(device="cpu", data=tmp_path, out=tmp_path)
+    error = "cartridge_distill.util.errors.RolloutError: 3 prompts failed"
+    _failing(
+        run,
+        monkeypatch,
+        f"echo '[cartridge] step 1/3  loss 0.5'; echo 'unrelated: x'; "
+        f"printf '\\033[36m(Worker pid=7, ip=1.2.3.4)\\033[0m {error}\\n{error}\\n'; exit 7",
+    )
+    with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed) as failed:
+        launch.train(run, supervisor)
+    assert failed.value.status == 7
+    assert str(failed.value).splitlines()[0] == f"cause: {error}"
+    assert str(failed.value).count("cause:") == 1
+    printed = capsys.readouterr().out
+    assert "   step 1/3  loss 0.5\n" in printed and "unrelated" not in printed
+    _failing(run, monkeypatch, "kill -9 $$")
+    with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed) as failed:
+        launch.train(run, supervisor)
+    assert failed.value.status == 128 + 9
+    assert causes(tmp_path / "train.1.log") == [error]
+    assert (tmp_path / "train.log").read_text() == ""
+    assert log_file(tmp_path).exists() is False and (tmp_path / "train.2.log").exists()
+
+
+def test_a_run_ends_with_the_next_commands(
+    server: BackgroundServer,  # noqa: F811
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "a run"
+    monkeypatch.setattr(checks, "check_verl", lambda: None)
+    saved = f"{shlex.quote(str(out))}/checkpoints"
+    script = f"mkdir {saved}; echo 4 > {saved}/latest_checkpointed_iteration.txt"
+    _failing(Run(), monkeypatch, script)
+    typed = ["--device", "cpu", "--server", server.url, "--model", "m", "--data", str(data)]
+    typed += ["--out", str(out), "--sync-dir", str(tmp_path / "cartridges"), "data.seed=5"]
+    assert launch.main(typed) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cartridge = str(out / "checkpoints" / "global_step_4" / "actor" / "cartridge")
+    assert f"cartridge: {cartridge}" in lines
+    evaluation, chat, report = (shlex.split(line) for line in lines[lines.index("next:") + 1 :])
+    assert chat[chat.index("chat") :] == ["chat", "--model", "m", "--cartridge", cartridge]
+    assert report[-2:] == ["report", str(out)]
+    assert evaluation[-2:] == ["--out", str(out / "evaluation")]
+    assert str(data) in evaluation and cartridge in evaluation
+    recipe = Recipe.model_validate_json((out / "recipe.json").read_text())
+    assert recipe.seed == 5 and recipe.name == "my-data-v2" and recipe.model == "m"
+    assert recipe.command[-len(typed) - 1 :] == ["train", *typed]
+
+
+def test_a_line_of_the_log_is_shown_when_it_is_of_the_run() -> None:
+    assert shown("(TaskRunner pid=1) [cartridge] step 2/3") == "   step 2/3"
+    assert shown("WARNING something") is None

@@ -1,0 +1,208 @@
+"""The one launcher of veRL: ``cartridge-distill train``, and all that starts a run in this project.
+
+A run is a :class:`~verl_patches.launching.settings.Run`. :func:`main` looks whether it can end
+well, writes ``recipe.json``, starts veRL, prints a line a step, names the causes of a failure and
+says how to go on. The demo and the tests call :func:`train`, or take the command alone.
+
+Not done here: writing the data, and starting the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cartridge_distill.report.recipe import seed_of, write_recipe
+from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.next_command import next_command, program, say_next
+from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
+from verl_patches.launching import checks
+from verl_patches.launching.command import command, environment, overrides
+from verl_patches.launching.following import causes, log_file, shown
+from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
+
+TRACKER = "latest_checkpointed_iteration.txt"  # veRL's; what it names is whole
+
+_DESCRIPTION = """\
+Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version
+after every step. Stopped or killed, the same command goes on from the last checkpoint.
+"""
+_EPILOG = f"""\
+veRL's settings:
+  whatever has no option here, as name=value after the options; these win, e.g.
+    actor_rollout_ref.actor.cartridge.topk=50 trainer.nnodes=2
+  what this project sets, with comments:  {CONFIG_FOLDER / CONFIG_NAME}.yaml
+  the cartridge's own (docs/configuration.md), and all of veRL's with their values:
+    python -m verl.trainer.main_ppo --config-path {CONFIG_FOLDER} \\
+        --config-name {CONFIG_NAME} --cfg job
+  several nodes, and a Ray cluster that is there already: docs/training.md
+
+--config FILE:
+  YAML with the options' names, and a list `overrides`:
+    model: meta-llama/Llama-3.2-3B-Instruct
+    data: data/handbook
+    server: http://gpu-box:10210
+    tokens: 2048
+    overrides: [actor_rollout_ref.actor.cartridge.topk=50]
+
+credentials, in the environment alone: TOKASAURUS_API_KEY; MODAL_PROXY_KEY, MODAL_PROXY_SECRET
+
+examples:
+  cartridge-distill train --model MODEL --data data/mine --server http://gpu-box:10210
+  cartridge-distill train --config mine.yaml --lr 0.01 --dry-run
+  cartridge-distill train --device cpu --model SMALL --data data/mine --tokens 128 --batch 8 \\
+      --response-tokens 6 --server http://127.0.0.1:10210
+
+exit status: 0 trained; 1 or veRL's own: it failed; 2 refused before anything started
+"""
+
+
+class TrainingFailed(ChildFailed):
+    """veRL ended with an error; ``status`` is its exit status, as a shell counts it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
+    """The run, and what concerns the launcher alone.
+
+    Raises:
+        ConfigError: a setting that cannot be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cartridge-distill train",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser)
+    option = parser.add_argument_group("this command").add_argument
+    option("--config", type=Path, metavar="FILE", help="settings in YAML, see below; options win")
+    option("--dry-run", action="store_true", help="check everything, print the command, train not")
+    option("--only-check", action="store_true", help="look at veRL and server, and end")
+    option("--verbose", action="store_true", help="print all that veRL says, not a line a step")
+    parser.add_argument("override", nargs="*", metavar="name=value", help="settings of veRL")
+    given = vars(parser.parse_intermixed_args(list(arguments)))
+    own = {name: given.pop(name) for name in ("config", "dry_run", "only_check", "verbose")}
+    return make_run(given, own["config"], given.pop("override")), argparse.Namespace(**own)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run, own = parse(typed)
+        checks.check(run)
+        if own.only_check:
+            return 0
+        if own.dry_run:
+            return dry_run(run)
+        checks.check_here(run)
+    except KeyboardInterrupt:
+        return 130
+    except CartridgeDistillError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    record(run, typed)
+    try:
+        with Supervisor() as supervisor:
+            cartridge = train(run, supervisor, own.verbose)
+    except KeyboardInterrupt:
+        print(f"\nstopped; every process of the run was ended. {how_to_go_on(run)}")
+        return 130
+    except TrainingFailed as error:
+        print(
+            f"\n{error}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
+            file=sys.stderr,
+        )
+        return error.status
+    print_next(run, cartridge)
+    return 0
+
+
+def dry_run(run: Run) -> int:
+    """Prints what a shell needs to start the run; the command is the last line."""
+    for path in checks.missing_data(run):
+        print(f"not there yet: {path}", file=sys.stderr)
+    for name, value in environment(run).items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(shlex.join(command(run)))
+    return 0
+
+
+def record(run: Run, arguments: Sequence[str]) -> None:
+    """``recipe.json`` in the run's folder: what repeats it."""
+    settings = overrides(run)
+    typed = [*shlex.split(program()), "train", *arguments]
+    write_recipe(run.folder, typed, settings, seed_of(settings), name=run.label, model=run.model)
+
+
+def train(run: Run, supervisor: Supervisor, verbose: bool = False) -> Path | None:
+    """Runs veRL to its end, with one line a step printed.
+
+    Returns:
+        The folder of the last saved cartridge; None where nothing was to be saved.
+
+    Raises:
+        TrainingFailed: it ended with an error; the causes are named.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = log_file(run.folder)
+    say(f"veRL's log: {log} (a minute or so until the first step: Ray and its workers)")
+    child = supervisor.start(command(run), log, environment(run))
+    status = follow(child, log, (lambda line: line) if verbose else shown, "veRL")
+    if status != 0:
+        said = [*(f"cause: {line}" for line in causes(log)), tail(log)]
+        raise TrainingFailed("\n".join(said), status if status > 0 else 128 - status)
+    return last_cartridge(run)
+
+
+def last_cartridge(run: Run) -> Path | None:
+    """The newest cartridge of a run; None when none was saved."""
+    step = saved_step(run)
+    return checkpoints(run) / f"global_step_{step}" / "actor" / "cartridge" if step else None
+
+
+def checkpoints(run: Run) -> Path:
+    """Where they are saved: below the run's folder, unless an override says otherwise."""
+    name = "trainer.default_local_dir="
+    given = [line[len(name) :] for line in run.overrides if line.startswith(name)]
+    return Path(given[-1].strip("'\"")).absolute() if given else run.folder / "checkpoints"
+
+
+def saved_step(run: Run) -> int:
+    """The last step that was saved whole; 0 for none."""
+    tracker = checkpoints(run) / TRACKER
+    text = tracker.read_text().strip() if tracker.is_file() else "0"
+    return int(text) if text.isdecimal() else 0
+
+
+def how_to_go_on(run: Run) -> str:
+    return (
+        f"the last step that was saved is {saved_step(run)}. Start the same command again: it goes "
+        f"on from there ({checkpoints(run)})."
+    )
+
+
+def print_next(run: Run, cartridge: Path | None) -> None:
+    """What was made, and the commands that use it."""
+    print(f"\nmetrics:   {run.folder}/metrics.jsonl")
+    print(f"cartridge: {cartridge or 'none saved, for trainer.save_freq is not above 0'}")
+    commands = []
+    if cartridge is not None and run.data is not None:
+        used = ("--model", run.model, "--cartridge", cartridge)
+        out = run.folder / "evaluation"
+        commands.append(next_command("eval", *used, "--data", run.data, "--out", out))
+        commands.append(next_command("chat", *used))
+    say_next(*commands, next_command("report", run.folder))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parts of the one launcher, :mod:`verl_patches.launch`."""

@@ -1,0 +1,163 @@
+"""What is looked at before a run starts: nothing starts on a machine where it cannot end well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, RolloutError
+from cartridge_distill.util.next_command import program
+from cartridge_distill.util.processes import say
+from verl_patches.launching.settings import Run
+from verl_patches.manage import PatchError, State, find_tree, status
+
+
+class NotReady(CartridgeDistillError):
+    """Something that a run needs is missing; the message says what, and the fix."""
+
+
+def check(run: Run) -> None:
+    """veRL and every server: what a login node without a GPU can tell, before the data are there.
+
+    Raises:
+        NotReady: with the fix.
+    """
+    check_verl()
+    check_servers(run)
+
+
+def check_here(run: Run) -> None:
+    """The machine that trains: data, device, and the run's folder.
+
+    Raises:
+        NotReady: with the fix.
+    """
+    check_data(run)
+    check_device(run)
+    check_folder(run)
+
+
+def check_verl() -> None:
+    """Is veRL there, of the right version, with all patches on?"""
+    fix = "python -m verl_patches apply"
+    try:
+        found = status(find_tree())
+    except PatchError as error:
+        raise NotReady(f"veRL is not ready for cartridges: {error}") from error
+    wrong = [f"  {item.name}: {item.state.value}" for item in found if item.state != State.APPLIED]
+    if wrong:
+        raise NotReady(
+            "\n".join(["veRL is not ready for cartridges:", *wrong, f"fix: {fix}"])
+            + " (in a checkout, make setup does it, too)"
+        )
+
+
+def check_device(run: Run, environ: Mapping[str, str] = os.environ) -> None:
+    """Is there a GPU for ``--device cuda``, unless the run joins a cluster that may have one?"""
+    elsewhere = ("ray_kwargs.ray_init.address=", "trainer.nnodes=")
+    if (
+        run.device != "cuda"
+        or environ.get("RAY_ADDRESS")
+        or any(override.startswith(elsewhere) for override in run.overrides)
+    ):
+        return
+    import torch  # seconds, which a run on a CPU need not wait for
+
+    if not torch.cuda.is_available():
+        raise NotReady(
+            f"--device cuda: torch {torch.__version__} sees no GPU here (nvidia-smi shows whether "
+            "there is one); use --device cpu"
+        )
+
+
+def check_servers(run: Run) -> None:
+    """Does every server answer, and is there a way to it for new versions?"""
+    if not run.server:
+        raise NotReady(f"no server to write the rollouts: give --server URL.\n{how_to_serve(run)}")
+    if run.sync_dir is not None:
+        folder = run.sync_dir.expanduser().absolute()
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise NotReady(
+                f"--sync-dir {folder} is no directory that can be written to: mount the server's "
+                "cartridge directory there, or leave it out and upload to a gateway"
+            )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # "waiting for the ..."
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for url in run.server:
+        try:
+            asyncio.run(_look(url, run))
+        except RolloutError as error:
+            raise NotReady(f"{type(error).__name__}: {error}\n{how_to_serve(run)}") from error
+
+
+async def _look(url: str, run: Run) -> None:
+    async with TokasaurusClient(url, ClientSettings(startup_timeout_s=run.wait)) as client:
+        await client.wait_until_ready()
+        served = ", ".join(await client.models())
+        say(f"server {client.url} serves {served}; to be trained: {run.model}")
+        if run.sync_dir is None:
+            await client.check_takes_uploads()
+
+
+def how_to_serve(run: Run) -> str:
+    """Three ways to a rollout server, ready to paste."""
+    model = shlex.quote(run.model)
+    gpu = " --device cuda --dtype bfloat16" if run.device == "cuda" else ""
+    return f"""\
+how to get a server (docs/serving.md has more; TOKASAURUS_API_KEY is the same here and there):
+  the embedded server behind the gateway, on any machine:
+    {program()} serve --model {model} --host 0.0.0.0{gpu}
+  Tokasaurus behind the gateway, on a GPU machine:
+    python -m cartridge_distill.gateway --backend tokasaurus --model {model} --host 0.0.0.0
+  the same on Modal:
+    modal deploy modal/modal_tokasaurus.py      # prints the URL
+  then: --server http://that-machine:10210"""
+
+
+def missing_data(run: Run) -> list[Path]:
+    """The data's files that are not there.
+
+    Raises:
+        ConfigError: no data was named.
+    """
+    if run.data is None:
+        raise ConfigError("no data: give --data FOLDER, which `cartridge-distill prepare` writes")
+    names = ["train.parquet", "val.parquet", "documents.jsonl"]
+    if run.test_every:
+        names.append("eval.json")
+    folder = run.data.expanduser().absolute()
+    return [folder / name for name in names if not (folder / name).is_file()]
+
+
+def check_data(run: Run) -> None:
+    """Are the data's files there?
+
+    Raises:
+        NotReady: some are not.
+    """
+    if missing := missing_data(run):
+        write = f"{program()} prepare --data DOCUMENTS --tokenizer {shlex.quote(run.model)}"
+        raise NotReady(
+            f"the data are not whole: {', '.join(map(str, missing))} not found. Write them:\n"
+            f"    {write} --out {shlex.quote(str(missing[0].parent))}"
+        )
+
+
+def check_folder(run: Run) -> None:
+    """Can the run's folder be written to? It is made when it is not there.
+
+    Raises:
+        NotReady: it cannot.
+    """
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotReady(f"--out {run.folder}: {error.strerror}; give another --out") from error
+    if not os.access(run.folder, os.W_OK):
+        raise NotReady(f"--out {run.folder}: cannot be written to; give another --out")
