@@ -17,7 +17,6 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -274,7 +273,9 @@ def _try(what: str, look: Callable[[], str], fix: str) -> Finding:
 def _describe_model(model: str) -> str:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    from cartridge_distill.cartridge.kv_shape import text_config
+
+    config = text_config(AutoConfig.from_pretrained(model))
     context = getattr(config, "max_position_embeddings", None)
     return f"{model}: {config.model_type}, {config.num_hidden_layers} layers, context {context}"
 
