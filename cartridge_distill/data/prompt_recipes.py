@@ -212,11 +212,13 @@ def make_rows(
     No cut and no open prompt of `val` is in `train`.
 
     Raises:
-        ConfigError: unknown prompt recipe, nothing to make prompts of, or a collision with evaluation.
+        ConfigError: unknown prompt recipe, nothing to make prompts of, or a collision with
+            evaluation.
     """
     if prompt_recipe not in PROMPT_RECIPES:
         raise ConfigError(
-            f"The prompt recipe {prompt_recipe!r} is unknown; choose one of {', '.join(PROMPT_RECIPES)}."
+            f"The prompt recipe {prompt_recipe!r} is unknown; "
+            f"choose one of {', '.join(PROMPT_RECIPES)}."
         )
     if rows < 1 or val_rows < 1:
         raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")
