@@ -217,8 +217,8 @@ def make_rows(
     """
     if prompt_recipe not in PROMPT_RECIPES:
         raise ConfigError(
-            f"The prompt recipe {prompt_recipe!r} is unknown; choose one of "
-            f"{', '.join(PROMPT_RECIPES)}."
+            f"The prompt recipe {prompt_recipe!r} is unknown; "
+            f"choose one of {', '.join(PROMPT_RECIPES)}."
         )
     if rows < 1 or val_rows < 1:
         raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")

@@ -46,8 +46,6 @@ RETIRED_CODE = {
     r"\bstory\b|\btell\b|\bin_words\b|\bbuilding\b": "what it does",
     r"\bOneEach\b|\bTeacherDesk\b|\bkept_apart\b|\bmake_equal\b": "what it does",
 }
-# Commands that are described before they are there, all of which come with the first of them.
-ANNOUNCED = {"prepare", "demo", "train", "serve"}
 
 
 def test_there_are_pages_and_they_have_links_and_commands() -> None:
@@ -139,21 +137,13 @@ def _subcommands() -> frozenset[str]:
     )
 
 
-def _announced(command: Command) -> bool:
-    """Whether it is only described so far; no longer from the moment on that they are there."""
-    missing = "prepare" not in _subcommands()
-    return missing and command.words[0] == "cartridge-distill" and command.words[1] in ANNOUNCED
-
-
 def test_every_subcommand_exists() -> None:
     assert "doctor" in _subcommands()
     asked = [c for c in _commands(PAGES) if c.words[0] == "cartridge-distill" and len(c.words) > 1]
     unknown = [
         str(command)
         for command in asked
-        if re.match(r"[a-z]", command.words[1])
-        and command.words[1] not in _subcommands()
-        and not _announced(command)
+        if re.match(r"[a-z]", command.words[1]) and command.words[1] not in _subcommands()
     ]
     assert not unknown, "\n".join(unknown)
 
@@ -170,7 +160,7 @@ def test_every_option_exists(slow: bool) -> None:
     checked = 0
     for command in _commands(PAGES):
         program = _program(command)
-        if program is None or not command.options or _announced(command):
+        if program is None or not command.options:
             continue
         if _imports_torch(program) != slow:
             continue
@@ -267,6 +257,9 @@ def test_the_rooms_of_the_page_are_those_that_are_held() -> None:
     page = text_of(ROOT / "docs" / "architecture.md")
     core = page.split("## Rooms")[1].split("`verl_patches/` has rooms")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", core, re.M)) == ROOMS
+    glue = page.split("`verl_patches/` has rooms")[1].split("## ")[0]
+    folders = {path.parent.name for path in (ROOT / "verl_patches").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)` \|", glue, re.M)) == folders
 
 
 def test_every_page_is_found_from_the_index() -> None:

@@ -51,7 +51,7 @@ PROMPTS = (
     "Which operations were there, and when?",
     "Hello",
 )
-CONFIG = Path(__file__).resolve().parents[3] / "training" / "config"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 # The versions are published in float32: what is left is the order of the sums.
 LARGEST_DIFFERENCE = 1e-3
 EXAMPLES = """\
