@@ -89,20 +89,25 @@ test-long: lint
 TORCH ?= 2.11.0
 NEWER ?= 5.17.0
 OTHER ?= .venv-torch$(TORCH)-transformers$(NEWER)
+OTHER_PIP = $(OTHER)/bin/python -m pip --disable-pip-version-check
 TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data tests/cli
-# A package that comes in their requirements is taken as it is in the lock, where they allow that.
-$(OTHER)/.ready: $(LOCK) $(PATCHES)
+# What transformers itself asks for is taken as it is in the lock, where transformers allows that.
+$(OTHER)/.installed: $(LOCK)
 	$(PYTHON) -m venv --clear $(OTHER)
 	@echo "== torch $(TORCH), transformers $(NEWER) in $(OTHER) (a CUDA build of torch: gigabytes)"
-	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile torch==$(TORCH)
+	$(OTHER_PIP) install --quiet --progress-bar off --no-compile torch==$(TORCH)
 	grep -v -E '^(torch|transformers|tokenizers)==' $(LOCK) > $(OTHER)/others.txt
-	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile --no-deps -r $(OTHER)/others.txt
-	$(OTHER)/bin/python -m pip install --quiet --progress-bar off --no-compile transformers==$(NEWER)
-	$(OTHER)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(OTHER)/bin/python -m verl_patches apply
+	$(OTHER_PIP) install --quiet --progress-bar off --no-compile --no-deps -r $(OTHER)/others.txt
+	$(OTHER_PIP) install --quiet --progress-bar off --no-compile transformers==$(NEWER)
 	@touch $@
 
-test-versions: $(OTHER)/.ready
+$(OTHER)/.patched: $(PATCHES) $(OTHER)/.installed
+	$(OTHER)/bin/python -m verl_patches apply || { \
+	  $(OTHER_PIP) install --quiet --force-reinstall --no-compile --no-deps "$$(grep '^verl==' $(LOCK))" \
+	  && $(OTHER)/bin/python -m verl_patches apply; }
+	@touch $@
+
+test-versions: $(OTHER)/.patched
 	$(OTHER)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTED)
 
 format: setup

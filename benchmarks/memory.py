@@ -96,7 +96,9 @@ class Batch:
         self.sequences = make_sequences(vocabulary, options.samples, length, False, device)
         [document] = make_sequences(vocabulary, 1, options.document, False, device)
         self.document: list[int] = document.tolist()
-        self.wanted = [torch.arange(length, device=device) >= options.prompt] * options.samples
+        self.response_masks = [
+            torch.arange(length, device=device) >= options.prompt
+        ] * options.samples
         self.documents = ["document"] * options.samples
 
     def teacher(self, model: PreTrainedModel) -> Teacher:
@@ -131,15 +133,17 @@ def train_step(
 ) -> float:
     """One step of the engine's, on one micro-batch; the loss."""
     packed = pack(batch.sequences)
-    wanted = torch.cat(batch.wanted)
+    response_mask = torch.cat(batch.response_masks)
     with stage("student_forward"), recomputing_layers(student) if recompute else nullcontext():
         logits: Tensor = packed_forward(
-            student, cartridge.prefix(), packed, packed.predicts(wanted)
+            student, cartridge.prefix(), packed, packed.predicts(response_mask)
         )
     with stage("document"):
         teacher.prefix("document")
     with stage("teacher_forward"):
-        top = teacher.topk(batch.sequences, batch.wanted, batch.documents, TOPK, TEMPERATURE)
+        top = teacher.topk(
+            batch.sequences, batch.response_masks, batch.documents, TOPK, TEMPERATURE
+        )
     with stage("loss"):
         loss = get_loss("forward_kl_topk")(logits, top, TEMPERATURE).mean()
     with stage("backward"):

@@ -133,8 +133,8 @@ def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
         found = []
         for sample in samples:
             batch: PackedBatch = pack([torch.cat([document, sample])])
-            wanted = batch.index > len(document)
-            logits = packed_forward(model, None, batch, batch.predicts(wanted))
+            response_mask = batch.index > len(document)
+            logits = packed_forward(model, None, batch, batch.predicts(response_mask))
             found.append(chosen_logprobs(logits, sample[1:]))
         return torch.cat(found)
 
@@ -182,14 +182,14 @@ def stage_table(path: Path) -> None:
     Raises:
         ConfigError: the file is not there, or is no metrics file of veRL with a step in it.
     """
-    mend = "name the metrics.jsonl that a run wrote (the demo: runs/demo/metrics.jsonl)"
+    fix = "name the metrics.jsonl that a run wrote (the demo: runs/demo/metrics.jsonl)"
     try:
         steps = [json.loads(line)["data"] for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--metrics {path} cannot be read: {error!r}; {mend}") from error
+        raise ConfigError(f"--metrics {path} cannot be read: {error!r}; {fix}") from error
     steps = [step for step in steps if "timing_s/step" in step]
     if not steps:
-        raise ConfigError(f"--metrics {path} holds no training step; {mend}")
+        raise ConfigError(f"--metrics {path} holds no training step; {fix}")
     later = steps[1:] or steps
     say(f"\n(c) seconds per stage of a step: {path}, {len(steps)} steps")
     say(f"   {'':<34}{'first':>9}{'mean of the later':>20}{'of the step':>13}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cartridge_distill.cartridge.formats.peft import prompt_embeddings
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
@@ -46,9 +47,9 @@ def packed(backend: str) -> Forward:
 
     def forward(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) -> Tensor:
         batch = pack(sequences)
-        wanted = batch.index > 0
-        logits = packed_forward(model, prefix, batch, batch.predicts(wanted), backend)
-        return chosen_logprobs(logits, batch.tokens(wanted))
+        response_mask = batch.index > 0
+        logits = packed_forward(model, prefix, batch, batch.predicts(response_mask), backend)
+        return chosen_logprobs(logits, batch.tokens(response_mask))
 
     return forward
 
@@ -87,8 +88,8 @@ def padded(model: PreTrainedModel, prefix: Prefix, sequences: Sequence[Tensor]) 
         past_key_values=_cache(model, prefix, rows),
         use_cache=True,
     ).last_hidden_state
-    wanted = real[:, 1:]
-    return chosen_logprobs(_logits(model, hidden[:, :-1][wanted]), ids[:, 1:][wanted])
+    response_mask = real[:, 1:]
+    return chosen_logprobs(_logits(model, hidden[:, :-1][response_mask]), ids[:, 1:][response_mask])
 
 
 class PeftCartridge:
@@ -114,8 +115,8 @@ class PeftCartridge:
         ids, real = _pad(sequences)
         self._encoder.trainable_embedding.grad = None
         logits = self._peft(input_ids=ids, attention_mask=real.long()).logits
-        wanted = real[:, 1:]
-        logprobs = chosen_logprobs(logits[:, :-1][wanted], ids[:, 1:][wanted])
+        response_mask = real[:, 1:]
+        logprobs = chosen_logprobs(logits[:, :-1][response_mask], ids[:, 1:][response_mask])
         (-logprobs.sum()).backward()
         grad_PE: Tensor = self._encoder.trainable_embedding.grad
         _, heads, tokens, size = self._cartridge.trainable_keys[0].shape
@@ -137,7 +138,7 @@ class Way:
 def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> list[Way]:
     """The first is the project's choice on this device; backends whose kept attention weights
     would not fit are left out, and that is said."""
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     kept = config.num_hidden_layers * config.num_attention_heads
     weights = {
         "flex": 0,  # recomputes them

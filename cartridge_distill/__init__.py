@@ -24,4 +24,4 @@ Axes used in names and docstrings: B sequences, T packed tokens, P prefix tokens
 H kv heads, D head size, L layers, K teacher top-k, N trained tokens, V vocabulary.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

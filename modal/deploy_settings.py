@@ -73,7 +73,7 @@ class DeploySettings(BaseModel):
         """Settings of the variables that are set and not empty, and defaults for the rest.
 
         Raises:
-            ConfigError: naming every variable that is wrong, its value and the mend.
+            ConfigError: naming every variable that is wrong, its value and the fix.
         """
         given: dict[str, str | None] = {}
         for variable, value in environment.items():
@@ -95,8 +95,8 @@ class DeploySettings(BaseModel):
         variable, value = cls.variable(field), problem["input"]
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(field, cls.model_fields, n=1, cutoff=0.5)
-            mend = f"did you mean {cls.variable(near[0])}?" if near else "see modal/README.md"
-            return f"{variable}={value}: there is no such setting; {mend}"
+            fix = f"did you mean {cls.variable(near[0])}?" if near else "see modal/README.md"
+            return f"{variable}={value}: there is no such setting; {fix}"
         message = str(problem["msg"]).removeprefix("Value error, ")
         return f"{variable}={NOTHING if value is None else value}: {message}"
 

@@ -213,7 +213,7 @@ def revert(tree: Tree) -> list[PatchStatus]:
 
 
 def _explain(tree: Tree, item: PatchStatus) -> list[str]:
-    """Why `item` is in trouble, file by file, and the mend."""
+    """Why `item` is in trouble, file by file, and the fix."""
     lines = [f"  {item.name}: {item.state.value}"]
     for path, state in item.files.items():
         match state:
@@ -225,10 +225,10 @@ def _explain(tree: Tree, item: PatchStatus) -> list[str]:
                 what = f"is {state.value}"
         lines.append(f"    {tree.root / path} {what}")
     if (tree.root / ".git").exists():
-        mend = f"git -C {tree.root} checkout v{VERL_VERSION} -- {' '.join(item.files)}"
+        fix = f"git -C {tree.root} checkout v{VERL_VERSION} -- {' '.join(item.files)}"
     else:
-        mend = f"pip install --force-reinstall --no-deps verl=={VERL_VERSION}"
-    lines.append(f"    mend: {mend}   (throws local changes away)")
+        fix = f"pip install --force-reinstall --no-deps verl=={VERL_VERSION}"
+    lines.append(f"    fix: {fix}   (throws local changes away)")
     lines.append(f"    then: python -m verl_patches apply{tree.option}")
     return lines
 
@@ -241,12 +241,12 @@ def _command_check(tree: Tree) -> int:
         else:
             print("\n".join(_explain(tree, item)))
     if any(not item.clean for item in items):
-        print("trouble: see the mend above")
+        print("trouble: see the fix above")
         return EXIT_TROUBLE
     missing = [item for item in items if item.state is State.NOT_APPLIED]
     if missing:
-        mend = f"python -m verl_patches apply{tree.option}"
-        print(f"{len(missing)} of {len(items)} not applied. mend: {mend}")
+        fix = f"python -m verl_patches apply{tree.option}"
+        print(f"{len(missing)} of {len(items)} not applied. fix: {fix}")
         return EXIT_NOT_APPLIED
     print(f"all {len(items)} patches are applied")
     return EXIT_APPLIED

@@ -5,8 +5,8 @@
     python -m benchmarks.gpu_check --device cpu --rehearse           # toy size: do the stages run?
 
 Stages: kernels (every attention kernel against the dense reference), student (and teacher: tokens/s
-at Llama-3.2-3B's shape), memory, engine (the embedded server), sync, differences (server against
-trainer), demo (the whole loop with veRL and Ray). Each runs in a process of its own with a time
+at Llama-3.2-3B's shape), engine (the embedded server), sync, differences (server against trainer),
+memory, demo (the whole loop with veRL and Ray). Each runs in a process of its own with a time
 limit, and writes its figures to OUT/figures when it has them. If one fails, the next one runs.
 At the end, and after every stage, OUT/table.md has all of them as a Markdown table.
 

@@ -103,12 +103,12 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     batch = pack(sequences)
-    wanted = batch.index >= np.repeat([len(prompt) for prompt in prompts], batch.lengths)
+    response_mask = batch.index >= np.repeat([len(prompt) for prompt in prompts], batch.lengths)
 
     def apart(by: Prefix) -> dict[str, float]:
-        logits = packed_forward(model, by, batch, batch.predicts(wanted))
-        own = chosen_logprobs(logits, batch.tokens(wanted), _TEMPERATURE)
-        return summary((own.cpu() - server).abs())
+        logits = packed_forward(model, by, batch, batch.predicts(response_mask))
+        trainer = chosen_logprobs(logits, batch.tokens(response_mask), _TEMPERATURE)
+        return summary((trainer.cpu() - server).abs())
 
     return {
         "dtype": dtype,

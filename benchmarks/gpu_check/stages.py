@@ -96,8 +96,7 @@ def stages(setup: Setup) -> list[Stage]:
             ["-m", "benchmarks.gpu_check.kernels"],
             "--batches 1" if small else "",
         ),
-        stage("student", 150, ["benchmarks/packing.py", *shape], packing),
-        stage("memory", 100, ["benchmarks/memory.py", *shape], memory),
+        stage("student", 180, ["benchmarks/packing.py", *shape], packing),
         stage("engine", 60, ["benchmarks/engine.py", *shape], engine),
         stage(
             "sync",
@@ -106,6 +105,7 @@ def stages(setup: Setup) -> list[Stage]:
             "--tokens 32 --repeats 1" if small else "",
         ),
         stage("differences", 60, differences, "", needs_model=not small),
+        stage("memory", 100, ["benchmarks/memory.py", *shape], memory),
         Stage(
             "demo",
             300,

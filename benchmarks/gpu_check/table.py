@@ -130,10 +130,10 @@ def demo(figures: Figures) -> list[Row]:
 ROWS: Mapping[str, Callable[[Figures], list[Row]]] = {
     "kernels": kernels,
     "student": student,
-    "memory": memory,
     "engine": engine,
     "sync": sync,
     "differences": differences,
+    "memory": memory,
     "demo": demo,
 }
 

@@ -2,7 +2,7 @@
 
 ===========  =====================================================================
 ``main``     the commands, their options and help
-``doctor``   what is there, what fits together, and the mend for what does not
+``doctor``   what is there, what fits together, and the fix for what does not
 ``serve``    cartridges behind OpenAI's chat API
 ===========  =====================================================================
 """

@@ -1,6 +1,6 @@
-"""``cartridge-distill doctor``: what is there, what fits together, and the mend for what does not.
+"""``cartridge-distill doctor``: what is there, what fits together, and the fix for what does not.
 
-Every line is one check: ``ok``, ``--`` for what was not asked about, or ``BAD`` with the mend. veRL
+Every line is one check: ``ok``, ``--`` for what was not asked about, or ``BAD`` with the fix. veRL
 is looked at from outside, in a process of its own: importing it takes seconds, and the core does
 not know it.
 """
@@ -17,7 +17,6 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -51,13 +50,13 @@ class Finding:
     what: str
     good: bool | None
     said: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
         mark = {True: "ok ", False: "BAD", None: "-- "}[self.good]
         lines = [f"{mark} {self.what}: {self.said}"]
-        if self.mend:
-            lines.append(f"      -> {self.mend}")
+        if self.fix:
+            lines.append(f"      -> {self.fix}")
         return "\n".join(lines)
 
 
@@ -90,8 +89,8 @@ def examine(subject: Subject) -> Iterator[Finding]:
 def _python() -> Finding:
     version = platform.python_version()
     good = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    mend = "" if good else "use Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11"
-    return Finding("Python", good, version, mend)
+    fix = "" if good else "use Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11"
+    return Finding("Python", good, version, fix)
 
 
 def requirements(project: Path = PROJECT) -> list[str]:
@@ -164,10 +163,10 @@ def _patches() -> Finding:
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode == 0:
         return Finding("veRL's patches", True, lines[-1] if lines else "applied")
-    mend = "python -m verl_patches apply"
+    fix = "python -m verl_patches apply"
     if any("No module named verl_patches" in line for line in lines):
-        mend = "run this from the project's folder, or install it: pip install --no-deps -e ."
-    return Finding("veRL's patches", False, "\n      ".join(lines), mend)
+        fix = "run this from the project's folder, or install it: pip install --no-deps -e ."
+    return Finding("veRL's patches", False, "\n      ".join(lines), fix)
 
 
 def _gpu() -> Finding:
@@ -190,8 +189,8 @@ def _environment() -> Iterator[Finding]:
         return
     missing = missing_settings(os.environ, gpu=True)
     for setting in missing:
-        mend = f"export {setting.name}={setting.value} (make demo sets it by itself)"
-        yield Finding(setting.name, False, f"not set: {setting.why}", mend)
+        fix = f"export {setting.name}={setting.value} (make demo sets it by itself)"
+        yield Finding(setting.name, False, f"not set: {setting.why}", fix)
     if not missing:
         yield Finding("environment", True, "NCCL and Ray need nothing more")
 
@@ -248,9 +247,9 @@ def _server(url: str | None) -> Finding:
     try:
         return Finding("server", True, asyncio.run(look()))
     except RolloutError as error:
-        said, _, mend = str(error).partition("Start one")
-        mend = "start one" + mend if mend else "see docs/serving.md"
-        return Finding("server", False, said.strip().rstrip("."), mend)
+        said, _, fix = str(error).partition("Start one")
+        fix = "start one" + fix if fix else "see docs/serving.md"
+        return Finding("server", False, said.strip().rstrip("."), fix)
 
 
 def _cartridge(cartridge: str | None, model: str | None) -> Iterator[Finding]:
@@ -264,17 +263,19 @@ def _cartridge(cartridge: str | None, model: str | None) -> Iterator[Finding]:
     yield _try("cartridge", lambda: _describe_cartridge(cartridge, model), "")
 
 
-def _try(what: str, look: Callable[[], str], mend: str) -> Finding:
+def _try(what: str, look: Callable[[], str], fix: str) -> Finding:
     try:
         return Finding(what, True, look())
     except (CartridgeDistillError, OSError, ValueError) as error:
-        return Finding(what, False, str(error).splitlines()[0], mend)
+        return Finding(what, False, str(error).splitlines()[0], fix)
 
 
 def _describe_model(model: str) -> str:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    from cartridge_distill.cartridge.kv_shape import text_config
+
+    config = text_config(AutoConfig.from_pretrained(model))
     context = getattr(config, "max_position_embeddings", None)
     return f"{model}: {config.model_type}, {config.num_hidden_layers} layers, context {context}"
 
@@ -304,11 +305,11 @@ def _data(data: Path | None) -> Iterator[Finding]:
     except ExtraMissing as error:
         yield Finding("data", False, str(error))
         return
-    mend = "write it: cartridge-distill prepare --help"
+    fix = "write it: cartridge-distill prepare --help"
     rows = data / "train.parquet" if data.is_dir() else data
     documents = rows.parent / "documents.jsonl"
-    yield _try("documents", lambda: _describe_documents(documents), mend)
-    yield _try("training data", lambda: _describe_rows(rows, documents), mend)
+    yield _try("documents", lambda: _describe_documents(documents), fix)
+    yield _try("training data", lambda: _describe_rows(rows, documents), fix)
 
 
 def _describe_documents(path: Path) -> str:

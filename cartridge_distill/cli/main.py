@@ -49,7 +49,7 @@ BaseModel = Annotated[
 class Kind(enum.StrEnum):
     """Formats, as `convert --to` names them."""
 
-    own = "own"
+    native = "native"
     tokasaurus = "tokasaurus"
     hazyresearch = "hazyresearch"
     peft = "peft"
@@ -112,7 +112,7 @@ def doctor(
         int, typer.Option(help="Of the longest document, for --row-tokens.")
     ] = 10_000,
 ) -> None:
-    """Look at everything a run needs; each line is ok, or says the mend.
+    """Look at everything a run needs; each line is ok, or says the fix.
 
     Exit status 1 when something is bad. Example:
 
@@ -317,7 +317,7 @@ def compose(
     from cartridge_distill.cartridge.compose import compose as join
 
     joined = join([read_cartridge(part) for part in parts], base_model)
-    write_cartridge(joined, out, "own", overwrite)
+    write_cartridge(joined, out, "native", overwrite)
     typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
 
 

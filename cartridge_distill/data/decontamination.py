@@ -63,14 +63,14 @@ class Guard:
 
     def __init__(self, questions: Sequence[Question]) -> None:
         texts = [text for q in questions for text in (q.question, q.stem) if text]
-        self._kept_apart = sorted({normalised(text) for text in texts})
+        self._evaluation_texts = sorted({normalised(text) for text in texts})
         by_words = {frozenset(_content(q.question)): q.question for q in questions}
         self._near = {key: question for key, question in by_words.items() if len(key) > 1}
 
     def collision(self, text: str) -> str | None:
         """The evaluation text that `text` equals or contains, if any."""
         inside = normalised(text)
-        return next((kept for kept in self._kept_apart if kept in inside), None)
+        return next((known for known in self._evaluation_texts if known in inside), None)
 
     def near(self, text: str) -> str | None:
         """The evaluation question that `text` is near to, if any."""

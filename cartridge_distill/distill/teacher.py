@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.loss import TeacherTopK
-from cartridge_distill.model.forward import decoder_config, packed_forward
+from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import HostMask, host_mask, on_device, pack
 from cartridge_distill.model.prefill import prefix_from_tokens
@@ -58,7 +59,7 @@ class Teacher:
 
     @property
     def context(self) -> int | None:
-        return getattr(decoder_config(self.model), "max_position_embeddings", None)
+        return getattr(text_config(self.model.config), "max_position_embeddings", None)
 
     def document_ids(self, document_id: str) -> list[int]:
         """The token ids of a document, as the teacher reads it.
@@ -92,20 +93,20 @@ class Teacher:
     def topk(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor | HostMask],
+        response_masks: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
         chosen_at: float | None = None,
     ) -> TeacherTopK:
-        """The teacher's distributions over the wanted tokens, looked at.
+        """The teacher's distributions over the counted tokens, looked at.
 
         As :meth:`score`, and the host waits for the result.
 
         Raises:
             DocumentError: as :meth:`score`, or the logits are not finite.
         """
-        found = self.score(sequences, wanted, document_ids, k, temperature, chosen_at)
+        found = self.score(sequences, response_masks, document_ids, k, temperature, chosen_at)
         if not bool(found.finite):
             raise not_finite(document_ids)
         return found
@@ -114,32 +115,32 @@ class Teacher:
     def score(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor | HostMask],
+        response_masks: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
         chosen_at: float | None = None,
     ) -> TeacherTopK:
-        """The teacher's distributions over the wanted tokens; the host waits for nothing.
+        """The teacher's distributions over the counted tokens; the host waits for nothing.
 
         Args:
             sequences: B ``[length]`` id tensors (prompt + response), without the document.
-            wanted: B ``[length]`` bool masks, the tokens whose distribution is asked for; on the
-                host, or the host waits for them.
+            response_masks: B ``[length]`` bool masks of the tokens that count: their distributions
+                are returned. On the host, or the host waits for them.
             document_ids: B ids.
             k, temperature: of the top-k.
-            chosen_at: a temperature; when given, the log-probs of the wanted tokens themselves are
+            chosen_at: a temperature; when given, the log-probs of the counted tokens themselves are
                 taken at it, too (``chosen``).
 
         Returns:
-            N = total wanted tokens rows, in the order of the sequences. Whether they are finite
-            stands in it and is for the caller to look at.
+            One row for each of the N counted tokens, in the order of the sequences. Whether they
+            are finite stands in it and is for the caller to look at.
 
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
         """
         results: list[list[Tensor]] = [[]] * len(sequences)
-        masks = [host_mask(mask) for mask in wanted]
+        masks = [host_mask(mask) for mask in response_masks]
         finite = []
         for document_id in dict.fromkeys(document_ids):
             members = [b for b, other in enumerate(document_ids) if other == document_id]

@@ -15,29 +15,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.files import replace_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "cartridge-distill-answer/1"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """n tokens and their n log-probs under the tempered distribution they were sampled from."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
+_KEPT = ("token_ids", "logprobs", "finish_reason")  # of an answer, in its file
 
 
 class AnswerCache:
@@ -56,7 +47,7 @@ class AnswerCache:
         name = _sha256({"format": FORMAT, **key})
         return self._directory / name[:2] / f"{name}.json"
 
-    def get(self, key: Mapping[str, Any]) -> Answer | None:
+    def get(self, key: Mapping[str, Any]) -> Completion | None:
         """The answer; None when there is none that is whole."""
         path = self.path(key)
         try:
@@ -68,7 +59,7 @@ class AnswerCache:
         try:
             entry = json.loads(text)
             body, checksum = entry["answer"], entry["sha256"]
-            answer = Answer(**body)
+            answer = Completion(**body)
         except (ValueError, TypeError, KeyError) as error:
             return self._damaged(path, f"{type(error).__name__}: {error}")
         if entry.get("key") != dict(key) or checksum != _sha256([dict(key), body]):
@@ -79,24 +70,24 @@ class AnswerCache:
     def _damaged(path: Path, problem: str) -> None:
         logger.warning("%s is damaged (%s); the answer is written anew", path, problem)
 
-    def put(self, key: Mapping[str, Any], answer: Answer) -> None:
+    def put(self, key: Mapping[str, Any], answer: Completion) -> None:
         """Stores an answer, in place of one that is there."""
-        path, body = self.path(key), asdict(answer)
-        path.parent.mkdir(exist_ok=True)
+        path = self.path(key)
+        body = {name: getattr(answer, name) for name in _KEPT}
         entry = {"key": dict(key), "answer": body, "sha256": _sha256([dict(key), body])}
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
+
+        def write(scratch: Path) -> None:
             scratch.write_text(json.dumps(entry), encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+
+        # Not flushed: an answer that a crash of the machine damages fails its checksum.
+        replace_file(path, write, overwrite=True, flush=False)
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-Ask = Callable[[list[int], float, int], Awaitable[Answer]]
+Ask = Callable[[list[int], float, int], Awaitable[Completion]]
 """Asks the server: (prompt ids, temperature, seed) -> the answer."""
 
 
@@ -141,7 +132,7 @@ class TeacherWriter:
 
     async def write(
         self, document_id: str, prompt_ids: Sequence[int], seed: int, ask: Ask
-    ) -> tuple[Answer, bool]:
+    ) -> tuple[Completion, bool]:
         """One answer, and whether it came from the cache.
 
         Args:

@@ -206,14 +206,14 @@ def response_logits(
 ) -> Tensor:
     """Logits `[N, V]` that predict the N response tokens, in order."""
     pairs = list(zip(prompts, responses, strict=True))
-    wanted = [
+    response_mask = [
         flag
         for prompt, response in pairs
         for flag in [False] * len(prompt) + [True] * len(response)
     ]
     batch = _pack(model, [[*prompt, *response] for prompt, response in pairs])
-    keep = batch.predicts(np.array(wanted))
-    return packed_forward(model, prefix, batch, keep)
+    logit_mask = batch.predicts(np.array(response_mask))
+    return packed_forward(model, prefix, batch, logit_mask)
 
 
 def _pack(model: Any, sequences: Sequence[Sequence[int]]) -> PackedBatch:

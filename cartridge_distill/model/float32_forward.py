@@ -67,17 +67,17 @@ def float32_logprobs(
     model: nn.Module,
     prefix: Prefix,
     sequences: Sequence[Tensor],
-    wanted: Sequence[Tensor | HostMask],
+    response_masks: Sequence[Tensor | HostMask],
     temperature: float,
     served: torch.dtype,
 ) -> Tensor:
-    """Log-probs ``[N]`` of the wanted tokens.
+    """Log-probs ``[N]`` of the counted tokens.
 
     Args:
         model: from :func:`cartridge_distill.model.loading.load_model`, in any dtype.
         prefix: the cartridge; it is rounded to ``served``.
         sequences: B ``[length]`` id tensors, on the host.
-        wanted: B ``[length]`` bool masks, on the host.
+        response_masks: B ``[length]`` bool masks, on the host.
         temperature: logits are divided by it; 0 leaves them alone.
         served: the number format that the server has the cartridge in.
 
@@ -85,7 +85,7 @@ def float32_logprobs(
         ConfigError: as :func:`cartridge_distill.model.forward.packed_forward`.
     """
     batch = pack(sequences).to(prefix.keys[0].device)
-    mask = np.concatenate([host_mask(some) for some in wanted])
+    mask = np.concatenate([host_mask(some) for some in response_masks])
     rounded = prefix.to(dtype=served).to(dtype=torch.float32)
     with _InFloat32():
         # Plain products on every device: another kernel would be compiled for another dtype.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cartridge_distill.cartridge.kv_shape import check_fits
+from cartridge_distill.cartridge.kv_shape import check_fits, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
@@ -25,22 +25,16 @@ from cartridge_distill.model.packing import HostMask, PackedBatch, host_mask, on
 from cartridge_distill.util.errors import ConfigError
 
 
-def decoder_config(model: nn.Module) -> Any:
-    """The transformers config of the decoder; FSDP's wrapper passes the attribute through."""
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
-
-
 def run_packed(
     model: nn.Module,
     prefix: Prefix | None,
     batch: PackedBatch,
-    keep: Tensor | HostMask | None = None,
+    logit_mask: Tensor | HostMask | None = None,
     backend: str = "auto",
     cache: Any = None,
 ) -> Tensor:
     """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
-    config = decoder_config(model)
+    config = text_config(model.config)
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
             f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
@@ -63,16 +57,16 @@ def run_packed(
             f"over the model's context of {limit}; shorten the document, prompt or response"
         )
     # A cache that collects the row's KV wants every token of it.
-    wanted = None if keep is None else host_mask(keep)
-    if wanted is not None and cache is None:
-        batch, wanted = batch.up_to_last(wanted)
-    if wanted is None:
-        wanted = np.ones(batch.num_tokens, dtype=bool)
+    mask = None if logit_mask is None else host_mask(logit_mask)
+    if mask is not None and cache is None:
+        batch, mask = batch.up_to_last(mask)
+    if mask is None:
+        mask = np.ones(batch.num_tokens, dtype=bool)
     backend = resolve_backend(backend, batch.device)
     if backend == "flex":
         batch = batch.filled_up(BLOCK, LEAST_ROW)
     layout = PackedLayout(batch, prefix, backend, share_beginnings=cache is None)
-    rows = layout.of_token[np.flatnonzero(wanted)]
+    rows = layout.of_token[np.flatnonzero(mask)]
     ids = batch.input_ids
     if len(layout.computed) < batch.num_tokens:
         ids = ids[on_device(layout.computed, batch.device, torch.long)]
@@ -115,8 +109,7 @@ def recomputing_layers(model: nn.Module) -> Iterator[None]:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
-            f"{type(model).__name__} has no gradient checkpointing; "
-            "set actor_rollout_ref.model.enable_gradient_checkpointing=False"
+            f"{type(model).__name__} has no gradient checkpointing; do without recomputing_layers()"
         )
     if not _checkpointing_layers(model):
         # Not reentrant: the layers' inputs need no gradient, what they attend to does.
@@ -135,7 +128,7 @@ def packed_forward(
     model: nn.Module,
     prefix: Prefix | None,
     batch: PackedBatch,
-    keep: Tensor | HostMask | None = None,
+    logit_mask: Tensor | HostMask | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Logits of a packed batch behind a shared prefix.
@@ -144,9 +137,10 @@ def packed_forward(
         model: frozen decoder from :func:`cartridge_distill.model.loading.load_model`.
         prefix: P tokens visible to every token, or None for the bare model.
         batch: the packed sequences, T tokens.
-        keep: ``[T]`` bool; only these rows go through the vocabulary projection, and what follows
-            a sequence's last one is not computed at all. All by default. A mask on a GPU is
-            fetched, for which the host waits; :meth:`PackedBatch.predicts` gives one on the host.
+        logit_mask: ``[T]`` bool; only these rows go through the vocabulary projection, and what
+            follows a sequence's last one is not computed at all. All by default. A mask on a GPU
+            is fetched, for which the host waits; :meth:`PackedBatch.predicts` gives one on the
+            host, from the mask of the tokens that count.
         backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.model.attention`.
 
     Returns:
@@ -156,4 +150,4 @@ def packed_forward(
         ConfigError: wrong attention implementation, or too many positions for the model.
         CartridgeFormatError: the prefix does not fit the model.
     """
-    return run_packed(model, prefix, batch, keep, backend)
+    return run_packed(model, prefix, batch, logit_mask, backend)

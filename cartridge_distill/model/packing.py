@@ -102,51 +102,52 @@ class PackedBatch:
         """``[n]`` long, the places of the true entries of a ``[T]`` mask, on the device."""
         return on_device(np.flatnonzero(host_mask(mask)), self.device, torch.long)
 
-    def predicts(self, wanted: Tensor | HostMask) -> HostMask:
-        """Which rows of the logits predict the ``wanted`` tokens.
+    def predicts(self, response_mask: Tensor | HostMask) -> HostMask:
+        """Which rows of the logits predict the tokens of ``response_mask``.
 
         The logits at token i are the distribution of token i + 1 of the same sequence.
 
         Args:
-            wanted: ``[T]`` bool, the tokens whose log-probs are asked for.
+            response_mask: ``[T]`` bool, the tokens whose log-probs are asked for.
 
         Returns:
             ``[T]`` bool with as many true entries, in the same order.
 
         Raises:
-            ValueError: the first token of a sequence is wanted; nothing precedes it.
+            ValueError: the first token of a sequence counts; nothing precedes it.
         """
-        wanted = host_mask(wanted)
-        first = wanted & (self.index == 0)
+        response_mask = host_mask(response_mask)
+        first = response_mask & (self.index == 0)
         if first.any():
             raise ValueError(
                 f"sequences {self.seq_ids[first].tolist()}: the first token has no predecessor to "
                 "predict it; a prompt needs at least one token"
             )
-        return np.roll(wanted, -1)
+        return np.roll(response_mask, -1)
 
-    def up_to_last(self, keep: Tensor | HostMask) -> tuple[PackedBatch, HostMask]:
+    def up_to_last(self, logit_mask: Tensor | HostMask) -> tuple[PackedBatch, HostMask]:
         """Leaves out what no kept row depends on: whatever follows a sequence's last one.
 
         Of a prompt with a response that is its last token, whose own prediction nobody asks for.
 
         Args:
-            keep: ``[T]`` bool, the rows whose logits are asked for.
+            logit_mask: ``[T]`` bool, the rows whose logits are asked for.
 
         Returns:
-            The shorter batch, without the sequences of which nothing is kept, and ``keep`` for it.
+            The shorter batch, without the sequences of which nothing is kept, and its
+            ``logit_mask``.
         """
-        keep = host_mask(keep)
-        if not keep.any():
-            return self, keep
+        logit_mask = host_mask(logit_mask)
+        if not logit_mask.any():
+            return self, logit_mask
         last = np.full(len(self.lengths), -1)
-        np.maximum.at(last, self.seq_ids[keep], self.index[keep])
+        np.maximum.at(last, self.seq_ids[logit_mask], self.index[logit_mask])
         needed = self.index <= last[self.seq_ids]
         if needed.all():
-            return self, keep
+            return self, logit_mask
         lengths = tuple(int(place) + 1 for place in last if place >= 0)
         known = None if self._known_ids is None else self._known_ids[needed]
-        return PackedBatch(self.input_ids[self.places(needed)], lengths, known), keep[needed]
+        return PackedBatch(self.input_ids[self.places(needed)], lengths, known), logit_mask[needed]
 
     def filled_up(self, multiple: int, at_least: int) -> PackedBatch:
         """With one more sequence of zeros behind the others, to a multiple of tokens.

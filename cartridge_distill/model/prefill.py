@@ -42,10 +42,10 @@ def prefix_from_tokens(
     values: list[Tensor] = []
     for piece in input_ids.split(at_once):
         cache = DynamicCache()  # without a config: keeps every token, also on windowed layers
-        last = np.arange(len(piece)) == len(piece) - 1  # no logits are wanted: one row of them
+        last = np.arange(len(piece)) == len(piece) - 1  # no logits are asked for: one row of them
         so_far = [[kept[:, :, :done] for kept in kind] for kind in (keys, values)]
         before = Prefix(*so_far) if done else None
-        run_packed(model, before, pack([piece]), keep=last, backend=backend, cache=cache)
+        run_packed(model, before, pack([piece]), logit_mask=last, backend=backend, cache=cache)
         for kind, name in ((keys, "keys"), (values, "values")):
             new = [getattr(layer, name)[:, :, : len(piece)].detach() for layer in cache.layers]
             if not done:

@@ -1,6 +1,6 @@
 """Client of a Tokasaurus server: many requests in flight, checked answers.
 
-``retrying`` has the patience. What it does not mend fails at once with the server's own words: a
+``http`` has the patience. What it does not retry fails at once with the server's own words: a
 prompt over the limit, a missing cartridge, and answers whose tokens or log-probs are malformed or
 not finite. Nothing is replaced by a default: a caller gets tokens with log-probs, or an error.
 
@@ -16,13 +16,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import httpx
 from pydantic import ValidationError
 
-from cartridge_distill.rollout.fingerprint import decode_fingerprint
+from cartridge_distill.rollout.fingerprint import Completion, decode_fingerprint
 from cartridge_distill.rollout.http import (
     CREDENTIALS,
     HOW_TO_START,
@@ -42,21 +41,6 @@ from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnr
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled continuation.
-
-    Attributes:
-        token_ids: n ids, the end token included when one was sampled.
-        logprobs: n log-probs of the *tempered* distribution the tokens were sampled from.
-        finish_reason: "stop" or "length".
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
 
 
 class TokasaurusClient:
@@ -234,25 +218,21 @@ class TokasaurusClient:
             answer = CompletionResponse.model_validate(body)
         except ValidationError as error:
             raise RolloutError(f"{self.url}{path}: {_first_problem(error)}") from error
-        tokens = decode_fingerprint(answer.system_fingerprint, n, self._vocab_size)
         if len(answer.choices) != n:
             raise RolloutError(f"{self.url}{path}: {len(answer.choices)} choices, asked for {n}")
-        completions = []
-        for number, (choice, sampled) in enumerate(zip(answer.choices, tokens, strict=True)):
-            if len(sampled.token_ids) > max_tokens:
+        reasons = [choice.finish_reason for choice in answer.choices]
+        completions = decode_fingerprint(answer.system_fingerprint, reasons, self._vocab_size)
+        for number, completion in enumerate(completions):
+            if len(completion.token_ids) > max_tokens:
                 raise RolloutError(
-                    f"choice {number} has {len(sampled.token_ids)} tokens, asked for at most "
+                    f"choice {number} has {len(completion.token_ids)} tokens, asked for at most "
                     f"{max_tokens}"
                 )
-            if choice.finish_reason not in ("stop", "length"):
+            if completion.finish_reason not in ("stop", "length"):
                 raise RolloutError(
-                    f"choice {number} ended with finish_reason {choice.finish_reason!r}, "
+                    f"choice {number} ended with finish_reason {completion.finish_reason!r}, "
                     "not 'stop' or 'length'"
                 )
-            assert sampled.logprobs is not None  # decode_fingerprint requires them
-            completions.append(
-                Completion(sampled.token_ids, sampled.logprobs, choice.finish_reason)
-            )
         return completions
 
 

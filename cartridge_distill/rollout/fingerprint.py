@@ -5,8 +5,8 @@ It is a JSON *string*; the client decodes with this, the embedded server encodes
 =========================  =====================================================================
 ``completion_ids``         n lists of token ids, the end token included
 ``packed_chosen_logprobs`` n base64 strings of little-endian float32, or null
-``packed_topk_indices``    n base64 strings of little-endian int32, or null
-``packed_topk_logprobs``   n base64 strings of little-endian float32, or null
+``packed_topk_indices``    null: top-k log-probs are never asked for
+``packed_topk_logprobs``   null
 =========================  =====================================================================
 
 Decoding trusts nothing: what a trainer would turn into a silent wrong gradient (NaN, a missing
@@ -21,7 +21,7 @@ import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,34 +33,31 @@ MAX_LOGPROB = 1e-4
 
 
 @dataclass(frozen=True)
-class ChoiceTokens:
-    """The tokens of one choice.
+class Completion:
+    """One sampled continuation: the tokens with their log-probs, on both sides of the wire.
 
     Attributes:
-        token_ids: n_tokens ids, the end token included when one was sampled.
-        logprobs: as many natural logs of the probability each token was sampled with (of the
-            tempered distribution), or None when they were not asked for.
-        topk_ids, topk_logprobs: ``[n_tokens, k]``, or None.
+        token_ids: n ids, the end token included when one was sampled.
+        logprobs: n natural logs of the probability each token was sampled with, which is that of
+            the *tempered* distribution.
+        finish_reason: "stop" or "length".
+        shared_tokens: prompt tokens that a server computed once for several, or had kept; 0 where
+            nobody counted.
     """
 
     token_ids: list[int]
-    logprobs: list[float] | None = None
-    topk_ids: list[list[int]] | None = None
-    topk_logprobs: list[list[float]] | None = None
+    logprobs: list[float]
+    finish_reason: str
+    shared_tokens: int = 0
 
 
-def pack_floats(values: Sequence[float] | Sequence[Sequence[float]]) -> str:
+def pack_floats(values: Sequence[float]) -> str:
     """Base64 of little-endian float32."""
     return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode("ascii")
 
 
-def pack_ints(values: Sequence[int] | Sequence[Sequence[int]]) -> str:
-    """Base64 of little-endian int32."""
-    return base64.b64encode(np.asarray(values, dtype="<i4").tobytes()).decode("ascii")
-
-
-def unpack(packed: Any, dtype: Literal["<f4", "<i4"], what: str) -> npt.NDArray[Any]:
-    """The inverse of the two functions above, 1-D.
+def unpack_floats(packed: Any, what: str) -> npt.NDArray[np.float32]:
+    """The inverse of :func:`pack_floats`, 1-D.
 
     Raises:
         RolloutError: not a string, not base64, or not a whole number of 4-byte values.
@@ -73,50 +70,36 @@ def unpack(packed: Any, dtype: Literal["<f4", "<i4"], what: str) -> npt.NDArray[
         raise RolloutError(f"{what} is not base64: {error}; it begins {packed[:40]!r}") from error
     if len(raw) % 4:
         raise RolloutError(f"{what} holds {len(raw)} bytes, not a multiple of 4: it was cut short")
-    return np.frombuffer(raw, dtype=dtype)
+    return np.frombuffer(raw, dtype="<f4")
 
 
-def encode_fingerprint(choices: Sequence[ChoiceTokens], with_logprobs: bool) -> str:
-    """The ``system_fingerprint`` string for n choices.
-
-    Raises:
-        ValueError: log-probs are wanted and a choice has none.
-    """
-    content: dict[str, Any] = {
-        "completion_ids": [list(choice.token_ids) for choice in choices],
-        "packed_chosen_logprobs": None,
-        "packed_topk_indices": None,
-        "packed_topk_logprobs": None,
-    }
-    if with_logprobs:
-        chosen = [choice.logprobs for choice in choices if choice.logprobs is not None]
-        if len(chosen) != len(choices):
-            raise ValueError("log-probs are to be packed, and a choice carries none")
-        content["packed_chosen_logprobs"] = [pack_floats(values) for values in chosen]
-        topk_ids = [choice.topk_ids for choice in choices if choice.topk_ids is not None]
-        topk = [choice.topk_logprobs for choice in choices if choice.topk_logprobs is not None]
-        if topk_ids and len(topk_ids) == len(topk) == len(choices):
-            content["packed_topk_indices"] = [pack_ints(rows) for rows in topk_ids]
-            content["packed_topk_logprobs"] = [pack_floats(rows) for rows in topk]
-    return json.dumps(content)
+def encode_fingerprint(completions: Sequence[Completion], with_logprobs: bool) -> str:
+    """The ``system_fingerprint`` string for n completions."""
+    logprobs = [pack_floats(completion.logprobs) for completion in completions]
+    return json.dumps(
+        {
+            "completion_ids": [completion.token_ids for completion in completions],
+            "packed_chosen_logprobs": logprobs if with_logprobs else None,
+            "packed_topk_indices": None,
+            "packed_topk_logprobs": None,
+        }
+    )
 
 
 def decode_fingerprint(
     fingerprint: str | None,
-    num_choices: int,
+    finish_reasons: Sequence[str],
     vocab_size: int | None = None,
-    require_logprobs: bool = True,
-) -> list[ChoiceTokens]:
+) -> list[Completion]:
     """Reads and checks a ``system_fingerprint``.
 
     Args:
         fingerprint: the string of the response.
-        num_choices: how many choices were asked for.
+        finish_reasons: of the n choices, which the response carries beside it.
         vocab_size: when given, ids must be below it.
-        require_logprobs: an answer without log-probs is an error.
 
     Returns:
-        One entry per choice.
+        n completions.
 
     Raises:
         RolloutError: anything missing, of the wrong length, out of range or not finite.
@@ -134,25 +117,19 @@ def decode_fingerprint(
         ) from error
     if not isinstance(content, dict):
         raise RolloutError(f"system_fingerprint is a {type(content).__name__}, not an object")
-    all_ids = _list_of(content, "completion_ids", num_choices)
-    packed = content.get("packed_chosen_logprobs")
-    if packed is None and require_logprobs:
+    all_ids = _list_of(content, "completion_ids", len(finish_reasons))
+    if content.get("packed_chosen_logprobs") is None:
         raise RolloutError(
             "packed_chosen_logprobs is null: the request must say logprobs_in_fingerprint=true and "
             "the server must compute chosen log-probs (enable_chosen_logprobs)"
         )
-    all_logprobs = (
-        None if packed is None else _list_of(content, "packed_chosen_logprobs", num_choices)
-    )
-    choices = []
-    for number in range(num_choices):
+    packed = _list_of(content, "packed_chosen_logprobs", len(finish_reasons))
+    completions = []
+    for number, finish_reason in enumerate(finish_reasons):
         ids = _checked_ids(all_ids[number], number, vocab_size)
-        logprobs = None
-        if all_logprobs is not None:
-            logprobs = _checked_logprobs(all_logprobs[number], number, len(ids))
-        topk_ids, topk_logprobs = _topk(content, number, num_choices, len(ids))
-        choices.append(ChoiceTokens(ids, logprobs, topk_ids, topk_logprobs))
-    return choices
+        logprobs = _checked_logprobs(packed[number], number, len(ids))
+        completions.append(Completion(ids, logprobs, finish_reason))
+    return completions
 
 
 def _list_of(content: dict[str, Any], field: str, length: int) -> list[Any]:
@@ -182,7 +159,7 @@ def _checked_ids(ids: Any, number: int, vocab_size: int | None) -> list[int]:
 
 
 def _checked_logprobs(packed: Any, number: int, length: int) -> list[float]:
-    values = unpack(packed, "<f4", f"choice {number}: packed_chosen_logprobs")
+    values = unpack_floats(packed, f"choice {number}: packed_chosen_logprobs")
     if len(values) != length:
         raise RolloutError(
             f"choice {number}: {len(values)} log-probs for {length} tokens; they must be as many"
@@ -196,18 +173,3 @@ def _checked_logprobs(packed: Any, number: int, length: int) -> list[float]:
             "nothing must train on it"
         )
     return [float(value) for value in values]
-
-
-def _topk(
-    content: dict[str, Any], number: int, num_choices: int, length: int
-) -> tuple[list[list[int]] | None, list[list[float]] | None]:
-    if content.get("packed_topk_indices") is None or content.get("packed_topk_logprobs") is None:
-        return None, None
-    what = f"choice {number}: packed_topk"
-    ids = unpack(_list_of(content, "packed_topk_indices", num_choices)[number], "<i4", what)
-    logprobs = unpack(_list_of(content, "packed_topk_logprobs", num_choices)[number], "<f4", what)
-    if len(ids) != len(logprobs) or not len(ids) or len(ids) % length:
-        raise RolloutError(
-            f"{what}: {len(ids)} indices and {len(logprobs)} log-probs for {length} tokens"
-        )
-    return ids.reshape(length, -1).tolist(), logprobs.reshape(length, -1).tolist()

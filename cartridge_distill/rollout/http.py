@@ -186,10 +186,10 @@ class RetryingHttp:
         if status in _PASSING_STATUS or (status >= 500 and status not in _FINAL_STATUS):
             raise _Passing(f"HTTP {status}: {detail(response)}", _retry_after(response))
         if not 200 <= status < 300:
-            mend = f"; {CREDENTIALS}" if status in (401, 403) else ""
+            fix = f"; {CREDENTIALS}" if status in (401, 403) else ""
             raise ServerRefused(
                 f"{method} {self.url}{path} was refused with HTTP {status}: "
-                f"{detail(response)}{mend}",
+                f"{detail(response)}{fix}",
                 status,
             )
         try:

@@ -29,7 +29,7 @@ _LENIENT = ConfigDict(extra="ignore")
 class CartridgeRef(BaseModel):
     """Which cartridge to put before the prompt.
 
-    ``force_redownload`` is part of the protocol and mends nothing: the server never loads an id
+    ``force_redownload`` is part of the protocol and fixes nothing: the server never loads an id
     twice. New weights need a new id.
     """
 

@@ -27,6 +27,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.cartridge.kv_shape import text_config
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
@@ -46,7 +48,7 @@ from cartridge_distill.server.protocol import (
     stop_check,
     to_job,
 )
-from cartridge_distill.server.rows import EngineError, Generated, Row
+from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.disconnect import unless_disconnected
@@ -72,8 +74,7 @@ class Service:
         settings: ServerSettings,
         threads: int | None = None,
     ) -> None:
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
+        config = text_config(model.config)
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = Engine(model, settings, threads)
@@ -87,7 +88,7 @@ class Service:
 
     async def generate(
         self, request: AnyRequest, on_token: Callable[[int, int], None] | None = None
-    ) -> tuple[Job, list[Generated]]:
+    ) -> tuple[Job, list[Completion]]:
         """Computes all choices of a request.
 
         Args:
@@ -126,7 +127,7 @@ class Service:
             for future in futures:
                 future.cancel()
             status = 400
-            if error.mendable:
+            if error.retryable:
                 status = 503 if "shutting down" in str(error) else 500
             raise HTTPException(status, str(error)) from error
 

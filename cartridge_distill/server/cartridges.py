@@ -144,7 +144,7 @@ class CartridgeStore:
             # A name too long for the file system, or an empty one.
             raise CartridgeRefused(f"cartridge id {cartridge_id[:80]!r}: {error}") from error
         if missing:
-            mend = (
+            fix = (
                 "publish it there first"
                 if source == "local"
                 else f"this server downloads nothing, so source {source!r} works only for a "
@@ -152,7 +152,7 @@ class CartridgeStore:
             )
             raise CartridgeRefused(
                 f"cartridge {cartridge_id!r}: no {' and no '.join(missing)} in "
-                f"{folder.name}/ of the cartridge directory; {mend}"
+                f"{folder.name}/ of the cartridge directory; {fix}"
             )
         if outside:
             raise CartridgeRefused(

@@ -23,17 +23,18 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.rows import EngineError, Generated, Row
+from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import choose
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import ConfigError
@@ -77,8 +78,7 @@ class Engine:
         self._model = model
         self._settings = settings
         self._threads = threads
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
+        config = text_config(model.config)
         if config._attn_implementation != SERVING_ATTENTION:
             raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
         self._query_heads: int = config.num_attention_heads
@@ -143,7 +143,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
-    def submit(self, row: Row) -> Future[Generated]:
+    def submit(self, row: Row) -> Future[Completion]:
         """Puts a row in line. Cancelling the future takes the row out.
 
         Raises:
@@ -151,12 +151,12 @@ class Engine:
         """
         with self._submit_lock:
             if self._stopping.is_set():
-                raise EngineError("the server is shutting down", mendable=True)
+                raise EngineError("the server is shutting down", retryable=True)
             self._inbox.put(row)
         return row.future
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> list[Generated]:
+    def run(self, rows: Sequence[Row]) -> list[Completion]:
         """Computes rows here and now, in the caller's thread, on an engine that was not started.
 
         The same rows take the same forwards, whatever the clock says; several ranks that run the
@@ -196,12 +196,12 @@ class Engine:
                     logger.exception("a forward failed; %d rows are given up", len(self._rows))
                     for row in self._rows:
                         message = f"the forward failed: {type(error).__name__}: {error}"
-                        self._fail(row, message, mendable=True)
+                        self._fail(row, message, retryable=True)
                     self._rows.clear()
                     self._buffers.release()
         self._receive()
         for row in (*self._rows, *self._waiting):
-            self._fail(row, "the server is shutting down", mendable=True)
+            self._fail(row, "the server is shutting down", retryable=True)
 
     def _receive(self) -> None:
         """Empties the inbox; with nothing to compute, waits for a row."""
@@ -359,7 +359,7 @@ class Engine:
                 row,
                 "the model's logits are not finite for this prompt and cartridge; the cartridge's "
                 "training has diverged, or the model overflows in this dtype",
-                mendable=False,
+                retryable=False,
             )
             return True
         row.new_ids.append(token)
@@ -375,7 +375,7 @@ class Engine:
         else:
             return False
         try:
-            row.future.set_result(Generated(row.new_ids, row.logprobs, reason, row.shared))
+            row.future.set_result(Completion(row.new_ids, row.logprobs, reason, row.shared))
         except InvalidStateError:
             pass  # Cancelled in this moment: nobody waits for the result.
         return True
@@ -390,8 +390,8 @@ class Engine:
                 self._rows[slot] = last
 
     @staticmethod
-    def _fail(row: Row, message: str, mendable: bool) -> None:
+    def _fail(row: Row, message: str, retryable: bool) -> None:
         try:
-            row.future.set_exception(EngineError(message, mendable))
+            row.future.set_exception(EngineError(message, retryable))
         except InvalidStateError:
             pass  # Cancelled: nobody waits for the result.

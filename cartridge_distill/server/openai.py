@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeRef,
@@ -30,7 +31,6 @@ from cartridge_distill.rollout.protocol import (
 )
 from cartridge_distill.server.app import Service
 from cartridge_distill.server.protocol import Job, answer_text, chat_response
-from cartridge_distill.server.rows import Generated
 from cartridge_distill.util.disconnect import unless_disconnected
 
 DEFAULT_MAX_TOKENS = 512
@@ -152,7 +152,7 @@ class _Chunks:
         choice = {"index": index, "delta": delta, "finish_reason": reason}
         return f"data: {json.dumps(self._common | {'choices': [choice]})}\n\n"
 
-    def usage(self, job: Job, results: Sequence[Generated]) -> str:
+    def usage(self, job: Job, results: Sequence[Completion]) -> str:
         prompt = len(job.prompt_ids) * len(results)
         new = sum(len(result.token_ids) for result in results)
         usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -26,7 +26,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.model.prompts import render_prompt
-from cartridge_distill.rollout.fingerprint import ChoiceTokens, encode_fingerprint
+from cartridge_distill.rollout.fingerprint import Completion, encode_fingerprint
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
@@ -41,7 +41,6 @@ from cartridge_distill.rollout.protocol import (
     PromptTokensDetails,
     Usage,
 )
-from cartridge_distill.server.rows import Generated
 from cartridge_distill.util.errors import ConfigError
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
@@ -229,7 +228,7 @@ def stop_check(
 
 
 def answer_text(
-    result: Generated, job: Job, end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
+    result: Completion, job: Job, end_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """The new text, up to the end token and the first stop string, neither included."""
     ids = result.token_ids
@@ -241,7 +240,7 @@ def answer_text(
     return text[: min(places)] if places else text
 
 
-def _usage(job: Job, results: Sequence[Generated]) -> Usage:
+def _usage(job: Job, results: Sequence[Completion]) -> Usage:
     new = sum(len(result.token_ids) for result in results)
     prompt = len(job.prompt_ids) * len(results)
     return Usage(
@@ -254,15 +253,10 @@ def _usage(job: Job, results: Sequence[Generated]) -> Usage:
     )
 
 
-def _fingerprint(request: AnyRequest, results: Sequence[Generated]) -> str:
-    choices = [ChoiceTokens(result.token_ids, result.logprobs) for result in results]
-    return encode_fingerprint(choices, with_logprobs=request.logprobs_in_fingerprint)
-
-
 def completion_response(
     request: CompletionRequest,
     job: Job,
-    results: Sequence[Generated],
+    results: Sequence[Completion],
     end_ids: frozenset[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> CompletionResponse:
@@ -280,14 +274,14 @@ def completion_response(
             for index, result in enumerate(results)
         ],
         usage=_usage(job, results),
-        system_fingerprint=_fingerprint(request, results),
+        system_fingerprint=encode_fingerprint(results, request.logprobs_in_fingerprint),
     )
 
 
 def chat_response(
     request: ChatCompletionRequest,
     job: Job,
-    results: Sequence[Generated],
+    results: Sequence[Completion],
     end_ids: frozenset[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> ChatCompletionResponse:
@@ -317,5 +311,5 @@ def chat_response(
         model=request.model,
         choices=choices,
         usage=_usage(job, results),
-        system_fingerprint=_fingerprint(request, results),
+        system_fingerprint=encode_fingerprint(results, request.logprobs_in_fingerprint),
     )

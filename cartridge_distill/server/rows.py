@@ -6,28 +6,18 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import CartridgeDistillError
 
 
 class EngineError(CartridgeDistillError):
-    """A row could not be computed. ``mendable``: the same request may work later."""
+    """A row could not be computed. ``retryable``: the same request may work later."""
 
-    def __init__(self, message: str, mendable: bool) -> None:
+    def __init__(self, message: str, retryable: bool) -> None:
         super().__init__(message)
-        self.mendable = mendable
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What came out for one row: n tokens (the end token included) and their n log-probs."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
-    shared_tokens: int = 0  # prompt tokens that were computed for another row, or kept
+        self.retryable = retryable
 
 
 @dataclass(eq=False)
@@ -54,7 +44,7 @@ class Row:
     end_ids: frozenset[int] = frozenset()
     ends_with_stop: Callable[[list[int]], bool] | None = None
     on_token: Callable[[int], None] | None = None
-    future: Future[Generated] = field(default_factory=Future)
+    future: Future[Completion] = field(default_factory=Future)
     done: int = 0  # tokens whose keys and values lie in the buffers
     shared: int = 0
     sought: bool = False  # whether a kept beginning was looked for

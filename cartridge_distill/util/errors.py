@@ -1,4 +1,4 @@
-"""The errors this project raises. Every message says what was wrong, which value, and the mend."""
+"""The errors this project raises. Every message says what was wrong, which value, and the fix."""
 
 
 class CartridgeDistillError(Exception):
@@ -18,7 +18,7 @@ class DocumentError(CartridgeDistillError, ValueError):
 
 
 class RolloutError(CartridgeDistillError, RuntimeError):
-    """The inference server answered in a way that no retry can mend."""
+    """The inference server answered in a way that no retry can fix."""
 
 
 class ServerUnreachable(RolloutError):

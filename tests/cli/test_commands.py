@@ -113,7 +113,7 @@ def test_info_says_what_it_is_and_whether_it_fits(
     assert status == 1 and "no file, no directory and no hub id" in shown
 
 
-@pytest.mark.parametrize("kind", ["tokasaurus", "peft", "hazyresearch", "own"])
+@pytest.mark.parametrize("kind", ["tokasaurus", "peft", "hazyresearch", "native"])
 def test_convert_there_and_back_keeps_every_bit(cartridge: Path, tmp_path: Path, kind: str) -> None:
     target = tmp_path / ("there.pt" if kind == "hazyresearch" else "there")
     status, shown = run("convert", cartridge, target, "--to", kind)

@@ -82,7 +82,7 @@ def test_environment_is_read() -> None:
         ("max_cartridge_tokens", "8", "greater than or equal to 16"),
     ],
 )
-def test_bad_values_are_refused_with_name_value_and_mend(field: str, value: str, says: str) -> None:
+def test_bad_values_are_refused_with_name_value_and_fix(field: str, value: str, says: str) -> None:
     variable = ServerSettings.variable(field)
     with pytest.raises(ConfigError) as refused:
         ServerSettings.from_environment({variable: value})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cartridge_distill.distill.teacher_answers import Answer, AnswerCache
+from cartridge_distill.distill.teacher_answers import AnswerCache
+from cartridge_distill.rollout.fingerprint import Completion
 
 
 def fill(directory: str, own: int) -> None:
@@ -11,4 +12,4 @@ def fill(directory: str, own: int) -> None:
         key = {"number": number}
         found = cache.get(key)
         assert found is None or found.token_ids[0] == number, found
-        cache.put(key, Answer([number, own], [-1.0, -1.0], "stop"))
+        cache.put(key, Completion([number, own], [-1.0, -1.0], "stop"))

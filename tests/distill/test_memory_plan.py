@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.bases import LLAMA_3B, SHAPES
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.data.document_store import DocumentStore
@@ -45,7 +46,7 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
     """Peaks by stage of a step about a new document; those that the teacher keeps are there."""
     with torch.device("meta"):
         model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=step.dtype))
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         shape = (1, text.num_key_value_heads, step.cartridge_tokens, text.head_dim)
         layers = [torch.empty(shape) for _ in range(text.num_hidden_layers)]
         cartridge = TrainableCache(Prefix(layers, layers))
@@ -62,8 +63,8 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
     count = step.row_tokens // step.longest
     sequences = [torch.zeros(step.longest, dtype=torch.long) for _ in range(count)]
     trained = step.trained // count
-    wanted = [(torch.arange(step.longest) >= step.longest - trained).numpy()] * count
-    mask = torch.cat([torch.from_numpy(part) for part in wanted])
+    response_masks = [(torch.arange(step.longest) >= step.longest - trained).numpy()] * count
+    mask = torch.cat([torch.from_numpy(part) for part in response_masks])
     optimizer = torch.optim.AdamW(cartridge.trainable_parameters(), foreach=False)
     with LiveStorages(explain) as storages:
         storages.hold(model, cartridge)
@@ -83,12 +84,12 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
         batch = pack(sequences).to(torch.device("cuda", 0))
         recomputing = recomputing_layers(model) if step.gradient_checkpointing else nullcontext()
         with storages("student forward"), recomputing:
-            keep = batch.predicts(mask)
-            logits = packed_forward(model, cartridge.prefix(), batch, keep, step.backend)
+            logit_mask = batch.predicts(mask)
+            logits = packed_forward(model, cartridge.prefix(), batch, logit_mask, step.backend)
         with storages("document"):
             teacher.prefix("new")
         with storages("teacher forward"):
-            top = teacher.score(sequences, wanted, ["new"] * count, step.topk)
+            top = teacher.score(sequences, response_masks, ["new"] * count, step.topk)
         with storages("loss"):
             loss = get_loss("forward_kl_topk")(logits, top, 1.0).mean()
             chosen_logprobs(logits.detach(), batch.tokens(mask))

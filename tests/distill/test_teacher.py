@@ -34,39 +34,39 @@ def teacher(model: object = None, **options: object) -> Teacher:
 def samples() -> tuple[list[Tensor], list[Tensor], list[str]]:
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB, (n,), generator=generator) for n in (9, 4, 12, 6)]
-    wanted = [
+    response_masks = [
         torch.arange(len(s)) >= start for s, start in zip(sequences, (5, 3, 1, 2), strict=True)
     ]
-    return sequences, wanted, ["b", "a", "b", "a"]
+    return sequences, response_masks, ["b", "a", "b", "a"]
 
 
 def test_scores_equal_a_plain_forward_over_document_and_sample() -> None:
-    sequences, wanted, ids = samples()
+    sequences, response_masks, ids = samples()
     plain = tiny_model()
     expected = []
     with torch.no_grad():
-        for sequence, mask, document in zip(sequences, wanted, ids, strict=True):
+        for sequence, mask, document in zip(sequences, response_masks, ids, strict=True):
             context = torch.tensor(render(TEXTS[document]))
             logits = plain(input_ids=torch.cat([context, sequence])[None]).logits[0]
             rows = len(context) + mask.nonzero()[:, 0] - 1
             expected.append(logits[rows])
     reference = TeacherTopK.from_logits(torch.cat(expected), 7, 1.5)
-    got = teacher().topk(sequences, wanted, ids, 7, 1.5)
+    got = teacher().topk(sequences, response_masks, ids, 7, 1.5)
     assert torch.equal(got.ids, reference.ids)  # in the order of the sequences, not of documents
     torch.testing.assert_close(got.logprobs, reference.logprobs, atol=1e-5, rtol=0)
 
 
 def test_a_documents_kv_is_computed_once_and_kept_within_bounds() -> None:
-    sequences, wanted, ids = samples()
+    sequences, response_masks, ids = samples()
     kept = teacher(max_cached=2)
     for _ in range(3):
-        kept.topk(sequences, wanted, ids, 3)
+        kept.topk(sequences, response_masks, ids, 3)
     assert kept.prefills == 2
     tight = teacher(max_cached=1)
-    tight.topk(sequences, wanted, ids, 3)
-    tight.topk(sequences[:1], wanted[:1], ["a"], 3)  # "a" was used last: still there
+    tight.topk(sequences, response_masks, ids, 3)
+    tight.topk(sequences[:1], response_masks[:1], ["a"], 3)  # "a" was used last: still there
     assert tight.prefills == 2
-    tight.topk(sequences[:1], wanted[:1], ["b"], 3)
+    tight.topk(sequences[:1], response_masks[:1], ["b"], 3)
     assert tight.prefills == 3
 
 
@@ -76,10 +76,12 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
     judge = teacher(model)
     document = torch.tensor(judge.document_ids("b"))
     oracle = cartridge_from_text(model, document, len(document))
-    sequences, wanted, _ = samples()
+    sequences, response_masks, _ = samples()
     batch = pack(sequences)
-    logits = packed_forward(model, oracle.prefix(), batch, batch.predicts(torch.cat(wanted)))
-    loss = forward_kl_topk(logits, judge.topk(sequences, wanted, ["b"] * 4, 20))
+    logits = packed_forward(
+        model, oracle.prefix(), batch, batch.predicts(torch.cat(response_masks))
+    )
+    loss = forward_kl_topk(logits, judge.topk(sequences, response_masks, ["b"] * 4, 20))
     assert loss.abs().max() < 1e-4
     loss.mean().backward()
     gradients = [p.grad for p in oracle.trainable_parameters() if p.grad is not None]
@@ -87,9 +89,9 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
 
 
 def test_a_missing_document_is_named() -> None:
-    sequences, wanted, _ = samples()
+    sequences, response_masks, _ = samples()
     with pytest.raises(DocumentError, match="'zebra' is not in memory .it has: a, b.*bare model"):
-        teacher().topk(sequences, wanted, ["a", "b", "a", "zebra"], 3)
+        teacher().topk(sequences, response_masks, ["a", "b", "a", "zebra"], 3)
 
 
 def test_a_document_longer_than_the_context_is_named() -> None:
@@ -98,9 +100,9 @@ def test_a_document_longer_than_the_context_is_named() -> None:
     with pytest.raises(DocumentError, match="'long' has 600 tokens, the model's context is 512"):
         judge.prefix("long")
     judge = Teacher(prepare_model(tiny_model()), DocumentStore({"edge": "x" * 505}), render)
-    sequences, wanted, _ = samples()
+    sequences, response_masks, _ = samples()
     with pytest.raises(DocumentError, match="'edge' .505 tokens. and a sample of 12 tokens exceed"):
-        judge.topk(sequences, wanted, ["edge"] * 4, 3)
+        judge.topk(sequences, response_masks, ["edge"] * 4, 3)
 
 
 def test_document_files(tmp_path: Path) -> None:

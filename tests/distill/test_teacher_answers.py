@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from cartridge_distill.data.document_store import DocumentStore
-from cartridge_distill.distill.teacher_answers import Answer, AnswerCache, TeacherWriter
+from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
 from cartridge_distill.model.loading import model_identity
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.distill.filling import fill
 
-ANSWER = Answer([5, 6, 7], [-0.1, -2.25, -1e-9], "length")
+ANSWER = Completion([5, 6, 7], [-0.1, -2.25, -1e-9], "length")
 KEY = {"base_model": "m", "seed": 3, "temperature": 0.7}
 TEXTS = {"red": "The red house.", "blue": "The blue boat."}
 
@@ -81,9 +82,9 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], float, int]] = []
 
-    async def __call__(self, ids: list[int], temperature: float, seed: int) -> Answer:
+    async def __call__(self, ids: list[int], temperature: float, seed: int) -> Completion:
         self.asked.append((ids, temperature, seed))
-        return Answer([seed], [-0.5], "length")
+        return Completion([seed], [-0.5], "length")
 
 
 def writer(cache: Path | None = None, texts: dict[str, str] = TEXTS, **changes: Any) -> Any:

@@ -20,7 +20,7 @@ and is started again as a user would: it resumes (trainer.resume_mode=auto) and 
 the end losses, gradient norms, learning rates, weights and optimizer state must be those of the
 run that was never stopped, every step must be there once, none that was saved may be lost or
 trained again, and every step must have been trained on what the version before it wrote, according
-to the stamps on the samples and to the server's log. A table is printed and written as JSON; the
+to the labels of the samples and to the server's log. A table is printed and written as JSON; the
 exit code is 1 if a line of it failed.
 
 A start of veRL takes 20 to 60 seconds of two cores, and each moment needs one (the server's do

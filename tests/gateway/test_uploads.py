@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 def logprobs_of(response: httpx.Response) -> tuple[list[int], list[float]]:
     assert response.status_code == 200, response.text
-    [choice] = decode_fingerprint(response.json()["system_fingerprint"], 1, 259)
+    [choice] = decode_fingerprint(response.json()["system_fingerprint"], ["stop"], 259)
     assert choice.logprobs is not None
     return choice.token_ids, choice.logprobs
 

@@ -22,9 +22,9 @@ def test_they_are_those_of_the_widened_model(kind: str) -> None:
     prefix = cartridge.prefix(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randint(3, VOCAB - 3, (n,), generator=generator) for n in (9, 30, 14)]
-    wanted = [torch.arange(len(ids)) >= 5 for ids in sequences]
+    response_masks = [torch.arange(len(ids)) >= 5 for ids in sequences]
     model = prepare_model(served)
-    arguments = (cartridge.prefix(), sequences, wanted, 0.7, torch.bfloat16)
+    arguments = (cartridge.prefix(), sequences, response_masks, 0.7, torch.bfloat16)
     found = float32_logprobs(model, *arguments)
     expected = [
         value
@@ -34,7 +34,7 @@ def test_they_are_those_of_the_widened_model(kind: str) -> None:
         )
     ]
     difference = (found - torch.tensor(expected)).abs().max()
-    batch, mask = pack(sequences), torch.cat(wanted)
+    batch, mask = pack(sequences), torch.cat(response_masks)
     with torch.no_grad():
         logits = packed_forward(model, prefix, batch, batch.predicts(mask))
     rounded = chosen_logprobs(logits, batch.input_ids[mask], 0.7)

@@ -40,13 +40,15 @@ def one_step(gpu: FakeGpu | None, backend: str) -> tuple[Tensor, list[Tensor]]:
             for name in DOCUMENTS:
                 teacher.prefix(name)
     sequences = [torch.arange(length) + 5 for length in LENGTHS]
-    wanted = [(torch.arange(length) >= length - RESPONSE).numpy() for length in LENGTHS]
+    response_masks = [(torch.arange(length) >= length - RESPONSE).numpy() for length in LENGTHS]
     batch = pack(sequences).to(device)
-    keep = torch.cat([torch.from_numpy(mask) for mask in wanted])
-    logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(keep), backend)
-    own = chosen_logprobs(logits.detach(), batch.tokens(keep))
-    found = teacher.score(sequences, wanted, ["red", "blue", "red"], 5)
-    loss = get_loss("forward_kl_topk")(logits, found, 1.0).mean() + 0 * own.mean()
+    response_mask = torch.cat([torch.from_numpy(mask) for mask in response_masks])
+    logits = packed_forward(
+        model, cartridge.prefix(), batch, batch.predicts(response_mask), backend
+    )
+    student = chosen_logprobs(logits.detach(), batch.tokens(response_mask))
+    found = teacher.score(sequences, response_masks, ["red", "blue", "red"], 5)
+    loss = get_loss("forward_kl_topk")(logits, found, 1.0).mean() + 0 * student.mean()
     loss.backward()
     gradients = [parameter.grad for parameter in cartridge.trainable_parameters()]
     return loss.detach(), [gradient for gradient in gradients if gradient is not None]

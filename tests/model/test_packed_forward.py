@@ -88,12 +88,12 @@ def test_a_bounded_score_buffer_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_keep_takes_rows_by_mask() -> None:
     model = prepare_model(tiny_model())
     batch = pack(sequences())
-    keep = torch.zeros(batch.num_tokens, dtype=torch.bool)
-    keep[[0, 3, 40, batch.num_tokens - 1]] = True
+    logit_mask = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    logit_mask[[0, 3, 40, batch.num_tokens - 1]] = True
     with torch.no_grad():
         everything = packed_forward(model, None, batch)
-        some = packed_forward(model, None, batch, keep)
-    torch.testing.assert_close(some, everything[keep], atol=1e-6, rtol=0)
+        some = packed_forward(model, None, batch, logit_mask)
+    torch.testing.assert_close(some, everything[logit_mask], atol=1e-6, rtol=0)
 
 
 def test_prefix_from_tokens_is_the_models_own_kv() -> None:
@@ -240,11 +240,11 @@ def test_what_follows_the_last_kept_row_is_not_computed(backend: str) -> None:
         lambda _, args, __: seen.append(args[0].numel())
     )
     asked = {1: (15,), 3: (4, 9), 4: (0,), 5: (29,)}  # of LENGTHS = (1, 17, 5, 16, 1, 30)
-    keep = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    logit_mask = torch.zeros(batch.num_tokens, dtype=torch.bool)
     for number, places in asked.items():
-        keep[batch.offsets[number] + torch.tensor(places)] = True
-    whole = packed_forward(model, cartridge.prefix(), batch, backend=backend)[keep]
-    kept = packed_forward(model, cartridge.prefix(), batch, keep, backend)
+        logit_mask[batch.offsets[number] + torch.tensor(places)] = True
+    whole = packed_forward(model, cartridge.prefix(), batch, backend=backend)[logit_mask]
+    kept = packed_forward(model, cartridge.prefix(), batch, logit_mask, backend)
     assert seen == [batch.num_tokens, 16 + 10 + 1 + 30]
     torch.testing.assert_close(kept, whole, atol=1e-5, rtol=0)
     expected, got = (
@@ -253,5 +253,5 @@ def test_what_follows_the_last_kept_row_is_not_computed(backend: str) -> None:
     )
     for mine, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=0)
-    nothing = torch.zeros_like(keep)
+    nothing = torch.zeros_like(logit_mask)
     assert packed_forward(model, cartridge.prefix(), batch, nothing, backend).shape == (0, VOCAB)

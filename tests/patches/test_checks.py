@@ -1,4 +1,4 @@
-"""What is refused when veRL reads the configuration, and that the mend is in the message."""
+"""What is refused when veRL reads the configuration, and that the fix is in the message."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "mend"),
+    ("key", "value", "fix"),
     [
         (f"{MODEL}.use_remove_padding", True, f"set {MODEL}.use_remove_padding=False"),
         (f"{MODEL}.lora_rank", 8, f"set {MODEL}.lora_rank=0"),
@@ -139,8 +139,8 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
         ("ray_kwargs.ray_init.num_cpus", 2, "set ray_kwargs.ray_init.num_cpus=8"),
     ],
 )
-def test_nonsense_is_refused_with_key_value_and_mend(
-    base: DictConfig, key: str, value: Any, mend: str
+def test_nonsense_is_refused_with_key_value_and_fix(
+    base: DictConfig, key: str, value: Any, fix: str
 ) -> None:
     config = changed(base, key, value)
     with pytest.raises(ConfigError) as caught:
@@ -148,7 +148,7 @@ def test_nonsense_is_refused_with_key_value_and_mend(
     message = str(caught.value)
     named = [line for line in message.splitlines() if key in line]
     assert named, message
-    assert any(mend in line for line in named), message
+    assert any(fix in line for line in named), message
     assert any(repr(value) in line for line in named) or value is None, message
 
 
@@ -263,7 +263,7 @@ def test_core_accepts_good_settings() -> None:
 )
 def test_core_refuses(changes: dict[str, Any]) -> None:
     field = "checkpoint_path" if changes.get("init") == "checkpoint" else next(iter(changes))
-    with pytest.raises(ConfigError, match=f"{CARTRIDGE}.{field}="):
+    with pytest.raises(ConfigError, match=f"cartridge.{field}="):
         check_cartridge_config(settings(**changes))
 
 

@@ -76,7 +76,7 @@ def test_check_names_each_patch(tree: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "actor/dp_actor.patch: applied" in said
     assert "cpu.patch: not applied" in said
-    assert "mend: python -m verl_patches apply --target" in said
+    assert "fix: python -m verl_patches apply --target" in said
     assert run("apply", tree) == EXIT_APPLIED
     assert f"{len(manage.patch_files()) - 1} applied now, 1 before" in capsys.readouterr().out
 

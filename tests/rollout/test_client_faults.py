@@ -21,7 +21,8 @@ from typing import Any
 import httpx
 import pytest
 
-from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.http import ClientSettings, _retry_after, auth_headers
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import RolloutError, ServerUnreachable

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from cartridge_distill.rollout.fingerprint import (
-    ChoiceTokens,
+    Completion,
     decode_fingerprint,
     encode_fingerprint,
 )
@@ -25,11 +25,15 @@ from cartridge_distill.rollout.protocol import (
 )
 from cartridge_distill.util.errors import RolloutError
 
-CHOICES = [ChoiceTokens([5, 0, 7], [-0.5, -2.25, 0.0]), ChoiceTokens([3], [-1.0])]
+REASONS = ["stop", "length"]
+COMPLETIONS = [
+    Completion([5, 0, 7], [-0.5, -2.25, 0.0], "stop"),
+    Completion([3], [-1.0], "length"),
+]
 
 
 def fingerprint(**changes: Any) -> str:
-    content = json.loads(encode_fingerprint(CHOICES, with_logprobs=True))
+    content = json.loads(encode_fingerprint(COMPLETIONS, with_logprobs=True))
     return json.dumps(content | changes)
 
 
@@ -38,20 +42,15 @@ def floats(*values: float) -> str:
 
 
 def test_round_trip() -> None:
-    assert decode_fingerprint(encode_fingerprint(CHOICES, True), 2, vocab_size=8) == CHOICES
-    bare = decode_fingerprint(encode_fingerprint(CHOICES, False), 2, require_logprobs=False)
-    assert [choice.logprobs for choice in bare] == [None, None]
+    assert decode_fingerprint(fingerprint(), REASONS, vocab_size=8) == COMPLETIONS
 
 
-def test_the_packing_is_little_endian_float32_and_int32() -> None:
-    topk = ChoiceTokens([1, 2], [-1.5, -0.25], [[1, 9], [2, 70_000]], [[-1.5, -2.0], [-0.25, -3.0]])
-    content = json.loads(encode_fingerprint([topk], True))
-    assert content["completion_ids"] == [[1, 2]]
-    assert content["packed_chosen_logprobs"] == [floats(-1.5, -0.25)]
-    raw = base64.b64decode(content["packed_topk_indices"][0])
-    assert struct.unpack("<4i", raw) == (1, 9, 2, 70_000)
-    assert content["packed_topk_logprobs"] == [floats(-1.5, -2.0, -0.25, -3.0)]
-    assert decode_fingerprint(json.dumps(content), 1) == [topk]
+def test_the_packing_is_little_endian_float32() -> None:
+    content = json.loads(fingerprint())
+    assert content["completion_ids"] == [[5, 0, 7], [3]]
+    assert content["packed_chosen_logprobs"] == [floats(-0.5, -2.25, 0.0), floats(-1.0)]
+    without = json.loads(encode_fingerprint(COMPLETIONS, with_logprobs=False))
+    assert without == content | {"packed_chosen_logprobs": None}
 
 
 @pytest.mark.parametrize(
@@ -76,22 +75,16 @@ def test_the_packing_is_little_endian_float32_and_int32() -> None:
         (fingerprint(packed_chosen_logprobs=["AAA="] * 2), "multiple of 4"),
         (fingerprint(packed_chosen_logprobs=["?" * 16] * 2), "not base64"),
         (fingerprint(packed_chosen_logprobs=[[-1.0] * 3] * 2), "not a base64 string"),
-        (fingerprint(packed_topk_indices=["AAAA"] * 2, packed_topk_logprobs=["AAAA"] * 2), "topk"),
     ],
 )
 def test_malformed_fingerprints_are_named(text: str | None, says: str) -> None:
     with pytest.raises(RolloutError, match=says):
-        decode_fingerprint(text, 2, vocab_size=8)
+        decode_fingerprint(text, REASONS, vocab_size=8)
 
 
 def test_a_rounding_above_zero_is_let_through() -> None:
     text = json.dumps({"completion_ids": [[1]], "packed_chosen_logprobs": [floats(5e-5)]})
-    assert decode_fingerprint(text, 1)[0].token_ids == [1]
-
-
-def test_packing_without_logprobs_is_a_programming_error() -> None:
-    with pytest.raises(ValueError, match="carries none"):
-        encode_fingerprint([ChoiceTokens([1])], with_logprobs=True)
+    assert decode_fingerprint(text, ["stop"])[0].token_ids == [1]
 
 
 def test_defaults_and_unknown_fields() -> None:

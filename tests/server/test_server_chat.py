@@ -27,7 +27,7 @@ def test_chat(start_server: StartServer, llama: PreTrainedModel, tmp_path: Path)
     content = answer.json()
     assert content["object"] == "chat.completion"
     assert content["choices"][0]["message"]["role"] == "assistant"
-    [choice] = decode_fingerprint(content["system_fingerprint"], 1)
+    [choice] = decode_fingerprint(content["system_fingerprint"], ["stop"])
     prompt = list(server.service.tokenizer("<user>Hi\n<assistant>").input_ids)
     wanted = plain_logprobs(llama, cartridge.prefix(), prompt, choice.token_ids)
     assert choice.logprobs == pytest.approx(wanted, abs=1e-5, rel=0)
@@ -35,7 +35,7 @@ def test_chat(start_server: StartServer, llama: PreTrainedModel, tmp_path: Path)
     for path in (CHAT, "/v1/chat/completions"):
         answer = post(server, path, max_completion_tokens=3, **(body | {"messages": started}))
         prompt = list(server.service.tokenizer("<user>Hi\n<assistant>It is").input_ids)
-        [choice] = decode_fingerprint(answer.json()["system_fingerprint"], 1)
+        [choice] = decode_fingerprint(answer.json()["system_fingerprint"], ["stop"])
         assert choice.logprobs == pytest.approx(
             plain_logprobs(llama, None, prompt, choice.token_ids), abs=1e-5, rel=0
         )

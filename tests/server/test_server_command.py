@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.fingerprint import Completion
 from tests.server.asking import IDS
 
 COMMAND = [sys.executable, "-m", "cartridge_distill.server"]

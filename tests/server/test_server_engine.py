@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.rows import EngineError, Generated, Row
+from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
 from tests.tiny import (
@@ -39,7 +40,7 @@ def row(ids: list[int], new: int, prefix: Prefix | None, temperature: float = 0.
 
 
 def check(
-    model: PreTrainedModel, item: Row, result: Generated, temperature: float | None = None
+    model: PreTrainedModel, item: Row, result: Completion, temperature: float | None = None
 ) -> None:
     wanted = plain_logprobs(
         model,
@@ -221,7 +222,7 @@ def test_a_failed_forward_fails_its_rows_and_no_others(
     monkeypatch.setattr(engine, "_forward", broken)
     with pytest.raises(EngineError, match="out of memory") as failure:
         engine.submit(row(prompt(4, 5), 2, None)).result(60)
-    assert failure.value.mendable
+    assert failure.value.retryable
     monkeypatch.setattr(engine, "_forward", forward)
     item = row(prompt(4, 5), 2, None)
     check(llama, item, engine.submit(item).result(60))
@@ -239,7 +240,7 @@ def test_logits_that_are_not_finite_are_an_error(
     futures = [engine.submit(row(prompt(6, 7), 4, poisoned)), engine.submit(good)]
     with pytest.raises(EngineError, match="not finite") as failure:
         futures[0].result(60)
-    assert not failure.value.mendable
+    assert not failure.value.retryable
     check(llama, good, futures[1].result(60))
 
 

@@ -17,7 +17,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.cartridge.trainable import TrainableCache
-from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.errors import RolloutError

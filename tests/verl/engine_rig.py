@@ -154,11 +154,11 @@ def rollouts(
         if row not in chosen:
             continue
         before: Prefix | None = prefixes[row].to(dtype=dtype)
-        context, heat = prompt.tolist(), temperature
+        context, sampled_at = prompt.tolist(), temperature
         if row in by_teacher:
-            before, heat = None, teacher_temperature
+            before, sampled_at = None, teacher_temperature
             context = engine.teacher.document_ids(document) + context
-        logprobs = plain_logprobs(plain, before, context, response.tolist(), heat)
+        logprobs = plain_logprobs(plain, before, context, response.tolist(), sampled_at)
         ones = torch.ones(length, dtype=torch.long)
         ids = torch.cat([prompt, response])
         values = (ids, prompt, response, ones, ones.clone(), torch.tensor(logprobs))
@@ -174,11 +174,11 @@ def rollouts(
     )
     information = [{"document_id": shapes[row][2]} for row in chosen]
     tu.assign_non_tensor_stack(data, "extra_info", information)
-    stamps = [
-        {"source": "teacher"} if row in by_teacher else {"global_steps": engine.version}
+    labels = [
+        {"author": "teacher"} if row in by_teacher else {"global_steps": engine.version}
         for row in chosen
     ]
-    tu.assign_non_tensor_stack(data, "extra_fields", stamps)
+    tu.assign_non_tensor_stack(data, "extra_fields", labels)
     return data
 
 

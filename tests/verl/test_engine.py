@@ -93,7 +93,7 @@ def nan_logprob(data: TensorDict) -> TensorDict:
             lambda d: replace(d, "extra_fields", [{}] * 4),
             OffPolicyError,
             r"step \[None\]",
-            id="no version stamp",
+            id="no version label",
         ),
         pytest.param(wrong_logprob, OffPolicyError, "disagree .* by 0.01", id="other log-prob"),
         pytest.param(nan_logprob, OffPolicyError, "disagree .* by nan", id="NaN log-prob"),
@@ -161,15 +161,15 @@ def test_the_teachers_temperature_is_its_own(build: Any) -> None:
 
 
 def labelled(data: TensorDict, row: int, label: dict[str, Any]) -> TensorDict:
-    stamps = [{"source": "teacher"}] * 4
-    return replace(data, "extra_fields", [*stamps[:row], label, *stamps[row + 1 :]])
+    labels = [{"author": "teacher"}] * 4
+    return replace(data, "extra_fields", [*labels[:row], label, *labels[row + 1 :]])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         pytest.param(
-            lambda e: labelled(rollouts(e, by_teacher=[0, 1, 3]), 2, {"source": "teacher"}),
+            lambda e: labelled(rollouts(e, by_teacher=[0, 1, 3]), 2, {"author": "teacher"}),
             r"disagree .*written by the teacher.*without the document",
             id="the student's answer for the teacher's",
         ),
@@ -187,10 +187,10 @@ def labelled(data: TensorDict, row: int, label: dict[str, Any]) -> TensorDict:
         ),
         pytest.param(
             lambda e: labelled(
-                rollouts(e, by_teacher=[0, 1, 2, 3]), 1, {"source": "teacher", "global_steps": 0}
+                rollouts(e, by_teacher=[0, 1, 2, 3]), 1, {"author": "teacher", "global_steps": 0}
             ),
             r"answers of the teacher carry cartridge steps \[0\]",
-            id="a version stamp",
+            id="a version label",
         ),
         pytest.param(
             lambda e: nan_logprob(rollouts(e, by_teacher=[0, 1])), "by nan", id="NaN log-prob"

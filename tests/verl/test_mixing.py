@@ -29,7 +29,7 @@ from tests.tiny import (
 from tests.verl.test_rollout_proxy import PATIENCE, SAMPLING, sync
 from verl_patches.rollout.agent_loop import CartridgeAgentLoop
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
-from verl_patches.trainer.mixing import EPOCH, PLAN, Mixing, teacher_desk
+from verl_patches.trainer.mixing import EPOCH, PLAN, Mixing, teacher_answers
 
 TEXT = "The red house stands by the sea. " * 4
 NEW = 6
@@ -72,7 +72,7 @@ def came_back(mixing: Mixing, step: int, rows: int) -> tuple[list[Any], list[Any
     """Tags and labels of a batch that went as planned."""
     plan = mixing.plan(step, rows)
     tags = [tag(step - 1 if student else None) for student in plan]
-    labels = [{"source": STUDENT if student else TEACHER} for student in plan]
+    labels = [{"author": STUDENT if student else TEACHER} for student in plan]
     return tags, labels
 
 
@@ -98,25 +98,25 @@ def test_another_batch_than_planned_is_refused(tmp_path: Path) -> None:
     plan = mixing.plan(7, 4)
     student, teacher = plan.index(True), plan.index(False)
     with pytest.raises(RolloutError, match="step 7: planned .*'student': 4.*got .*'student': 5"):
-        check(teacher, tag(6), {"source": STUDENT})
+        check(teacher, tag(6), {"author": STUDENT})
     with pytest.raises(RolloutError, match="got .*'None': 1"):
         check(student, tag(6), {})
-    with pytest.raises(OffPolicyError, match="version 6 from the student, got .*5, 5"):
-        check(student, tag(5), {"source": STUDENT})
-    with pytest.raises(OffPolicyError, match="from the student, got .*None, None"):
-        check(student, tag(None), {"source": STUDENT})
-    with pytest.raises(OffPolicyError, match="version None from the teacher, got .*6, 6"):
-        check(teacher, tag(6), {"source": TEACHER})
+    with pytest.raises(OffPolicyError, match=r"step \[5\] reached the trainer at step 6"):
+        check(student, tag(5), {"author": STUDENT})
+    with pytest.raises(OffPolicyError, match=r"step \[None\] reached"):
+        check(student, tag(None), {"author": STUDENT})
+    with pytest.raises(OffPolicyError, match=r"teacher carry cartridge steps \[6\]"):
+        check(teacher, tag(6), {"author": TEACHER})
 
 
 def test_tokens_are_counted_by_stage_and_go_on_after_a_resume(tmp_path: Path) -> None:
     mixing = Mixing(run_config(tmp_path))
     tags = [tag(0, 3), tag(None, 5), tag(None, 7), tag(0, 1)]
     labels = [
-        {"source": STUDENT},
-        {"source": TEACHER, "cached": True},
-        {"source": TEACHER, "cached": False},
-        {"source": STUDENT},
+        {"author": STUDENT},
+        {"author": TEACHER, "cached": True},
+        {"author": TEACHER, "cached": False},
+        {"author": STUDENT},
     ]
     mixing.count(tags, labels)
     found = mixing.metrics()
@@ -164,7 +164,7 @@ def loop(config: Any, server: Requests, model_folder: Path) -> CartridgeAgentLoo
         tokenizer=tokenizer, local_path=str(model_folder), hf_config=tiny_model().config
     )
     made = CartridgeAgentLoop(SimpleNamespace(config=config), server, tokenizer)
-    made.teacher = teacher_desk(config, model)  # type: ignore[misc]  # of this loop alone
+    made.teacher = teacher_answers(config, model)  # type: ignore[misc]  # of this loop alone
     return made
 
 
@@ -191,18 +191,18 @@ async def test_student_and_teacher_answer_as_planned(
     own = await both.run(SAMPLING, **sample(session=1))
     assert taught.prompt_ids == own.prompt_ids
     assert taught.extra_fields == {
-        "source": TEACHER,
+        "author": TEACHER,
         "cached": False,
         "finish_reason": taught.extra_fields["finish_reason"],
     }
-    assert (own.extra_fields["source"], own.extra_fields["global_steps"]) == (STUDENT, 0)
+    assert (own.extra_fields["author"], own.extra_fields["global_steps"]) == (STUDENT, 0)
     document = render_document(byte_tokenizer(), TEXT)
     prefix = random_cartridge(tiny_model(), 16).prefix()
-    for out, before, ids, heat in (
+    for out, before, ids, temperature in (
         (taught, None, document + taught.prompt_ids, 1.2),
         (own, prefix, own.prompt_ids, 0.7),
     ):
-        expected = plain_logprobs(tiny_model(), before, ids, out.response_ids, heat)
+        expected = plain_logprobs(tiny_model(), before, ids, out.response_ids, temperature)
         assert out.response_logprobs == pytest.approx(expected, abs=1e-5)
 
 
@@ -243,4 +243,4 @@ async def test_no_answer_without_its_document(
 
 
 def test_only_the_student_needs_no_documents(tmp_path: Path) -> None:
-    assert teacher_desk(run_config(tmp_path, on_policy_fraction=1.0), None) is None
+    assert teacher_answers(run_config(tmp_path, on_policy_fraction=1.0), None) is None

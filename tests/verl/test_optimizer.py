@@ -159,7 +159,7 @@ def test_the_teachers_answers_do_not_get_stale(build: Any) -> None:
     assert max(out["metrics"]["stale_logprob_diff/max"]) > 1e-3
     assert max(out["metrics"]["logprob_diff/teacher_max"]) < 1e-5
     wrong = rollouts(engine, take=[2, 3])  # the student's, under the teacher's name
-    tu.assign_non_tensor_stack(wrong, "extra_fields", [{"source": "teacher"}] * 2)
+    tu.assign_non_tensor_stack(wrong, "extra_fields", [{"author": "teacher"}] * 2)
     with pytest.raises(OffPolicyError, match="written by the teacher"):
         step(engine, rollouts(engine, take=[0, 1]), wrong)
 

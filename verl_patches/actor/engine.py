@@ -30,6 +30,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.integrity import weights_checksum
 from cartridge_distill.distill.loss import get_loss
+from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.flex import graphs
 from cartridge_distill.model.forward import packed_forward, recomputing_layers
@@ -41,9 +42,9 @@ from verl_patches.actor import engine_state
 from verl_patches.actor.device import StageSeconds
 from verl_patches.actor.initial_state import initial_cartridge, load_base, load_validation
 from verl_patches.actor.memory import check_memory
-from verl_patches.actor.ranks import RanksTeacher, average_gradients, make_equal, shard
+from verl_patches.actor.ranks import RanksTeacher, average_gradients, copy_from_rank_0, shard
 from verl_patches.actor.samples import Samples
-from verl_patches.actor.step_checks import Computed, StepChecks, answer_temperature, check_versions
+from verl_patches.actor.step_checks import Computed, StepChecks, answer_temperature
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 
 
@@ -91,7 +92,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 "frozen base and a cartridge of megabytes stay on the device: set both to False"
             )
 
-    # ---------------------------------------------------------------- building
+    # ---------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
         """Loads the frozen model, the cartridge, the teacher and the optimizer."""
@@ -114,7 +115,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
         if several:
-            make_equal(self.cartridge)
+            copy_from_rank_0(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)
         self.module = module
         self.checks = StepChecks(
@@ -189,17 +190,17 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         cfg = self.settings
         samples = Samples.from_micro_batch(micro_batch, cfg.document_key)
-        check_versions(samples, self.version)
+        check_versions(samples.authors, samples.steps, self.version)
         batch = pack(samples.sequences).to(self.teacher.device)
-        wanted = np.concatenate(samples.wanted)
+        response_mask = np.concatenate(samples.response_masks)
         prefix = self.cartridge.prefix()
         with self._stage("student_forward"), self._around(self.module):
-            keep = batch.predicts(wanted)
-            logits = packed_forward(self.module, prefix, batch, keep, cfg.attention)
+            logit_mask = batch.predicts(response_mask)
+            logits = packed_forward(self.module, prefix, batch, logit_mask, cfg.attention)
         with self._stage("teacher_forward"):
             teacher = self.teacher.score(
                 samples.sequences,
-                samples.wanted,
+                samples.response_masks,
                 samples.document_ids,
                 cfg.topk,
                 cfg.kl_temperature,
@@ -212,7 +213,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 data=micro_batch,
                 dp_group=self.get_data_parallel_group(),
             )
-        found = Computed(batch.tokens(wanted), logits.detach(), teacher, loss)
+        found = Computed(batch.tokens(response_mask), logits.detach(), teacher, loss)
         metrics: dict[str, Any] = self.checks.run(
             samples, found, self.version, self.staleness > 0, prefix
         )

@@ -3,9 +3,9 @@
 The student's tokens are compared with the student's forward, the teacher's with the teacher's. A
 stale cartridge shows in the one, an answer that was written without the document in the other.
 
-With ``max_logprob_diff`` a number, that bounds the largest difference (:class:`Agreement`). With
-null, :class:`RoundingCheck` runs the test of ``cartridge_distill.distill.agreement``, which holds
-where server and trainer round.
+With ``max_logprob_diff`` a number, that bounds the largest difference
+(:class:`LogprobDifferences`). With null, :class:`RoundingCheck` runs the test of
+``cartridge_distill.distill.rounding``, which holds where server and trainer round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.cartridge.prefix import Prefix
-from cartridge_distill.distill.agreement import (
+from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.distill.rounding import (
     LEVEL_FIGURES,
     Rounding,
     StepLevel,
@@ -27,7 +28,6 @@ from cartridge_distill.distill.agreement import (
     rounding_figures,
     version_figures,
 )
-from cartridge_distill.distill.mixing import STUDENT, TEACHER
 from cartridge_distill.util.errors import OffPolicyError
 
 _CAUSES = {
@@ -44,25 +44,25 @@ _VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LogprobDifferences:
     """How far the log-probs of one author's tokens are apart. Nothing here waits for the device.
 
     Attributes:
         author: who wrote the tokens.
-        own: ``[N]`` the trainer's log-probs, N at least 1.
+        trainer: ``[N]`` the trainer's log-probs, N at least 1.
         server: ``[N]`` the server's.
         tokens: ``[N]`` their ids.
     """
 
     author: str
-    own: Tensor
+    trainer: Tensor
     server: Tensor
     tokens: Tensor
 
     @property
-    def difference(self) -> Tensor:
+    def absolute(self) -> Tensor:
         """``[N]``, absolute; NaN where either is."""
-        return (self.own - self.server).abs()
+        return (self.trainer - self.server).abs()
 
     def check(self, largest: float, bound: float | None) -> None:
         """Refuses the tokens when the numbers differ.
@@ -77,10 +77,10 @@ class Agreement:
         limit = torch.finfo(torch.float32).max if bound is None else bound
         if largest <= limit:
             return
-        worst = int(self.difference.nan_to_num(float("inf")).argmax())
+        worst = int(self.absolute.nan_to_num(float("inf")).argmax())
         raise OffPolicyError(
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
-            f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
+            f"(server {self.server[worst]:.4f}, trainer {self.trainer[worst]:.4f}, "
             f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
             f"{_CAUSES[self.author]}. "
             "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
@@ -126,7 +126,7 @@ class RoundingCheck:
     def student_figures(
         self,
         version: int,
-        own: Tensor,
+        trainer: Tensor,
         server: Tensor,
         counted: Tensor,
         current: Prefix,
@@ -139,11 +139,11 @@ class RoundingCheck:
 
         Args:
             version: that the tokens should be of.
-            own: ``[N]`` the trainer's log-probs of all wanted tokens.
+            trainer: ``[N]`` the trainer's log-probs of all counted tokens.
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
-            behind: log-probs ``[n <= N]`` of the first wanted tokens behind another cartridge, by
+            behind: log-probs ``[n <= N]`` of the first counted tokens behind another cartridge, by
                 the trainer's own forward.
             exactly: the same without rounding, behind the cartridge as it is served.
 
@@ -152,13 +152,13 @@ class RoundingCheck:
         """
         first, self._first = self._first, False
         if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
-            self._measure(version, own, behind(nudged(current, self._dtype)))
+            self._measure(version, trainer, behind(nudged(current, self._dtype)))
         figures: dict[str, Tensor] = {}
         if first and self._previous is not None:
             here, before = exactly(current), exactly(self._previous)
             some = slice(len(before))
             figures[_VERSION] = version_figures(here, before, server[some], counted[some])
-        return figures | self._level_figures(STUDENT, own, server, counted, 1.0)
+        return figures | self._level_figures(STUDENT, trainer, server, counted, 1.0)
 
     def teacher_figures(
         self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
@@ -194,14 +194,19 @@ class RoundingCheck:
             self._level(TEACHER, figures[_LEVEL[TEACHER]])
         return metrics
 
-    def _measure(self, version: int, own: Tensor, repeat: Tensor) -> None:
+    def _measure(self, version: int, trainer: Tensor, repeat: Tensor) -> None:
         count = int(repeat.shape[0])
-        figures = rounding_figures(own[:count], repeat).tolist()
+        figures = rounding_figures(trainer[:count], repeat).tolist()
         self._rounding = Rounding.of(count, figures, self._dtype)
         self._measured_at = version
 
     def _level_figures(
-        self, author: str, own: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+        self,
+        author: str,
+        trainer: Tensor,
+        server: Tensor,
+        counted: Tensor,
+        temperature_ratio: float,
     ) -> dict[str, Tensor]:
         if self._rounding is None:
             raise RuntimeError(
@@ -210,7 +215,7 @@ class RoundingCheck:
         if author not in self._levels:
             self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
         bound = self._levels[author].rounding.high_bound
-        return {_LEVEL[author]: level_figures(own, server, counted, bound)}
+        return {_LEVEL[author]: level_figures(trainer, server, counted, bound)}
 
     def _level(self, author: str, figures: Sequence[float]) -> dict[str, float]:
         level = self._levels[author]

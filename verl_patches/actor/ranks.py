@@ -40,7 +40,7 @@ def shard(module: Any, device_mesh: Any, engine_config: Any) -> Any:
     return module
 
 
-def make_equal(cartridge: nn.Module) -> None:
+def copy_from_rank_0(cartridge: nn.Module) -> None:
     """Gives every rank rank 0's cartridge: equal steps from there on keep them equal."""
     for tensor in cartridge.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)
@@ -67,7 +67,7 @@ class RanksTeacher(Teacher):
     def score(
         self,
         sequences: Sequence[Tensor],
-        wanted: Sequence[Tensor | HostMask],
+        response_masks: Sequence[Tensor | HostMask],
         document_ids: Sequence[str],
         k: int,
         temperature: float = 1.0,
@@ -77,7 +77,7 @@ class RanksTeacher(Teacher):
         own = self._forwards(document_ids)
         most = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        result = super().score(sequences, wanted, document_ids, k, temperature, chosen_at)
+        result = super().score(sequences, response_masks, document_ids, k, temperature, chosen_at)
         for _ in range(int(most) - own):
             batch = pack([sequences[0][:1]]).to(self.device)
             packed_forward(self.model, None, batch, backend=self.backend)

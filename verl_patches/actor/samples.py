@@ -25,21 +25,21 @@ class Samples:
 
     Attributes:
         sequences: B ``[prompt + response]`` token ids, on the host.
-        wanted: B bool masks over them, true at the response tokens that are trained on.
-        rollout_logprobs: ``[N]`` the server's log-probs of the wanted tokens, in order, on the
+        response_masks: B bool masks over them, true at the response tokens that are trained on.
+        rollout_logprobs: ``[N]`` the server's log-probs of the counted tokens, in order, on the
             host.
         document_ids: B ids.
-        steps: B cartridge steps that made the rollouts; None where a rollout has no stamp.
-        sources: B authors; a sample without a label is held against the student.
+        steps: B cartridge steps that made the rollouts; None where a label has none.
+        authors: B, who wrote each; a sample without a label is held against the student.
         temperature: that the server sampled at.
     """
 
     sequences: list[Tensor]
-    wanted: list[HostMask]
+    response_masks: list[HostMask]
     rollout_logprobs: Tensor
     document_ids: list[str]
     steps: list[int | None]
-    sources: list[str]
+    authors: list[str]
     temperature: float
 
     @classmethod
@@ -59,33 +59,33 @@ class Samples:
                 "set actor_rollout_ref.rollout.calculate_log_probs=True"
             )
         logprobs = list(data["rollout_log_probs"].unbind())
-        wanted = []
+        response_masks = []
         for row, (ids, prompt, mask) in enumerate(zip(sequences, prompts, masks, strict=True)):
             if prompt + mask.size != ids.numel() or logprobs[row].numel() != mask.size:
                 raise RolloutError(
                     f"sample {row}: prompt {prompt} + response {mask.size} tokens, "
                     f"{ids.numel()} ids, {logprobs[row].numel()} log-probs do not fit together"
                 )
-            wanted.append(np.concatenate([np.zeros(prompt, dtype=bool), mask]))
+            response_masks.append(np.concatenate([np.zeros(prompt, dtype=bool), mask]))
         info = column(data, "extra_info", len(sequences))
-        stamps = column(data, "extra_fields", len(sequences))
+        labels = column(data, "extra_fields", len(sequences))
         return cls(
             sequences=sequences,
-            wanted=wanted,
+            response_masks=response_masks,
             rollout_logprobs=torch.cat(
                 [values[torch.from_numpy(m)] for values, m in zip(logprobs, masks, strict=True)]
             ),
             document_ids=[document_id_of(item, document_key, row) for row, item in enumerate(info)],
-            steps=[(stamp or {}).get("global_steps") for stamp in stamps],
-            sources=[(stamp or {}).get("source", STUDENT) for stamp in stamps],
+            steps=[(label or {}).get("global_steps") for label in labels],
+            authors=[(label or {}).get("author", STUDENT) for label in labels],
             temperature=float(data["temperature"]),
         )
 
     @property
     def by_teacher(self) -> HostMask:
-        """``[N]`` bool: the wanted tokens that the teacher wrote."""
-        teacher = [source == TEACHER for source in self.sources]
-        return np.repeat(teacher, [int(mask.sum()) for mask in self.wanted])
+        """``[N]`` bool: the counted tokens that the teacher wrote."""
+        teacher = [author == TEACHER for author in self.authors]
+        return np.repeat(teacher, [int(mask.sum()) for mask in self.response_masks])
 
 
 def column(data: TensorDict, key: str, rows: int) -> list[Any]:

@@ -22,31 +22,9 @@ from cartridge_distill.model.float32_forward import float32_logprobs, leading
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import on_device, pack
-from cartridge_distill.util.errors import OffPolicyError
 from verl_patches.actor.device import StageSeconds, fetch
-from verl_patches.actor.logprob_check import Agreement, RoundingCheck
+from verl_patches.actor.logprob_check import LogprobDifferences, RoundingCheck
 from verl_patches.actor.samples import Samples
-
-
-def check_versions(samples: Samples, version: int) -> None:
-    """Refuses rollouts of another cartridge version, and a teacher's answer that carries one.
-
-    Raises:
-        OffPolicyError: names the versions.
-    """
-    authors = list(zip(samples.sources, samples.steps, strict=True))
-    if stamped := sorted({step for who, step in authors if who == TEACHER and step is not None}):
-        raise OffPolicyError(
-            f"answers of the teacher carry cartridge steps {stamped}; the teacher has the "
-            "document and no cartridge. The rollout proxy is out of order"
-        )
-    stale = sorted({step for who, step in authors if who != TEACHER} - {version}, key=str)
-    if stale:
-        raise OffPolicyError(
-            f"rollouts of cartridge step {stale} reached the trainer at step {version}; "
-            f"on-policy training takes step {version} only. The rollout proxy or the sync is out "
-            "of order"
-        )
 
 
 def answer_temperature(samples: Samples, teacher_temperature: float | None) -> float | None:
@@ -55,7 +33,7 @@ def answer_temperature(samples: Samples, teacher_temperature: float | None) -> f
     Args:
         teacher_temperature: as the settings have it; None is the rollout's.
     """
-    if TEACHER not in samples.sources:
+    if TEACHER not in samples.authors:
         return None
     return samples.temperature if teacher_temperature is None else float(teacher_temperature)
 
@@ -65,7 +43,7 @@ class Computed:
     """What the forwards of one micro-batch gave, on the device.
 
     Attributes:
-        tokens: ``[N]`` the wanted tokens.
+        tokens: ``[N]`` the counted tokens.
         logits: ``[N, V]`` of the student, detached.
         teacher: distributions over the same tokens, not looked at yet.
         loss: scalar.
@@ -132,32 +110,32 @@ class StepChecks:
             DocumentError: the teacher's logits are not finite.
             FloatingPointError: the loss is not finite.
         """
-        own = chosen_logprobs(found.logits, found.tokens, samples.temperature)
-        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
-        compared = _compared(samples, own, server, found)
+        trainer = chosen_logprobs(found.logits, found.tokens, samples.temperature)
+        server = on_device(samples.rollout_logprobs, trainer.device, trainer.dtype)
+        compared = _compared(samples, trainer, server, found)
         counted = [
-            agreement.difference
-            for author, agreement in compared.items()
+            differences.absolute
+            for author, differences in compared.items()
             if not (author == STUDENT and stale)
         ]
         assert found.teacher.finite is not None
-        values = {f"largest/{a}": agreement.difference.max() for a, agreement in compared.items()}
+        values = {f"largest/{a}": differences.absolute.max() for a, differences in compared.items()}
         values |= {
             "loss": found.loss,
             "finite": found.teacher.finite,
-            "student_logprob": own.mean(),
+            "student_logprob": trainer.mean(),
             "teacher_tail_mass": found.teacher.tail_logprob.exp().mean(),
         }
         if counted:
             values["logprob_diff/mean"] = torch.cat(counted).mean()
         if self._rounding is not None:
-            values |= self._figures(samples, own, server, found, version, stale, cartridge)
+            values |= self._figures(samples, trainer, server, found, version, stale, cartridge)
         fetched = fetch(values)  # the one time that the host waits for student and teacher
 
         got = {name: figures[0] for name, figures in fetched.items() if len(figures) == 1}
-        for author, agreement in compared.items():
+        for author, differences in compared.items():
             moved = author == STUDENT and stale
-            agreement.check(got[f"largest/{author}"], None if moved else self._bound)
+            differences.check(got[f"largest/{author}"], None if moved else self._bound)
         if self._rounding is not None:
             got |= self._rounding.judge(version, fetched)
         if not got.pop("finite"):
@@ -180,7 +158,7 @@ class StepChecks:
     def _figures(
         self,
         samples: Samples,
-        own: Tensor,
+        trainer: Tensor,
         server: Tensor,
         found: Computed,
         version: int,
@@ -189,13 +167,13 @@ class StepChecks:
     ) -> dict[str, Tensor]:
         """What the test in units of the rounding wants to know of a micro-batch."""
         assert self._rounding is not None
-        theirs = on_device(samples.by_teacher, own.device)
+        theirs = on_device(samples.by_teacher, trainer.device)
         figures = {}
         if not stale:
             # Also when the teacher wrote all of it: every rank runs the model equally often.
             ways = (partial(way, samples) for way in (self._behind, self._exactly))
             figures = self._rounding.student_figures(
-                version, own, server, ~theirs, cartridge, *ways
+                version, trainer, server, ~theirs, cartridge, *ways
             )
         if found.teacher.chosen is not None:
             # Greedy leaves the logits alone.
@@ -206,33 +184,35 @@ class StepChecks:
 
     @torch.no_grad()
     def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
-        """Log-probs of the first samples' wanted tokens behind another cartridge."""
+        """Log-probs of the first samples' counted tokens behind another cartridge."""
         count = leading(samples.sequences)
         batch = pack(samples.sequences[:count]).to(prefix.keys[0].device)
-        wanted = np.concatenate(samples.wanted[:count])
+        response_mask = np.concatenate(samples.response_masks[:count])
         with self._stage("version_check"):
-            keep = batch.predicts(wanted)
-            logits = packed_forward(self._model, prefix, batch, keep, self._backend)
-            return chosen_logprobs(logits, batch.tokens(wanted), samples.temperature)
+            logit_mask = batch.predicts(response_mask)
+            logits = packed_forward(self._model, prefix, batch, logit_mask, self._backend)
+            return chosen_logprobs(logits, batch.tokens(response_mask), samples.temperature)
 
     def _exactly(self, samples: Samples, prefix: Prefix) -> Tensor:
         """Of the same tokens, without rounding, behind the cartridge as a server has it."""
         count = leading(samples.sequences)
-        some = samples.sequences[:count], samples.wanted[:count]
+        some = samples.sequences[:count], samples.response_masks[:count]
         with self._stage("version_check"):
             return float32_logprobs(self._model, prefix, *some, samples.temperature, self._dtype)
 
 
 def _compared(
-    samples: Samples, own: Tensor, server: Tensor, found: Computed
-) -> dict[str, Agreement]:
+    samples: Samples, trainer: Tensor, server: Tensor, found: Computed
+) -> dict[str, LogprobDifferences]:
     """The tokens of each author against the forward of whoever wrote them."""
     compared = {}
-    for author, numbers in ((STUDENT, own), (TEACHER, found.teacher.chosen)):
+    for author, numbers in ((STUDENT, trainer), (TEACHER, found.teacher.chosen)):
         mine = samples.by_teacher == (author == TEACHER)
         if not mine.any():
             continue
         assert numbers is not None
-        rows = on_device(np.flatnonzero(mine), own.device, torch.long)
-        compared[author] = Agreement(author, numbers[rows], server[rows], found.tokens[rows])
+        rows = on_device(np.flatnonzero(mine), trainer.device, torch.long)
+        compared[author] = LogprobDifferences(
+            author, numbers[rows], server[rows], found.tokens[rows]
+        )
     return compared

@@ -15,17 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cartridge_distill.distill.config import KEY, cartridge_problems
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.platform.cluster import joins_a_cluster
 
-PAGE_SIZE = 16
-"""Tokens in a page of Tokasaurus' KV cache."""
-
 MIN_RAY_CPUS = 4
 
 _ACTOR = "actor_rollout_ref.actor"
+KEY = f"{_ACTOR}.cartridge"  # where the settings that the core checks stand
 _MODEL = "actor_rollout_ref.model"
 _ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -253,11 +252,11 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
             "set it to []"
         )
     tokens = _get(config, f"{KEY}.num_tokens")
-    if isinstance(tokens, int) and tokens % PAGE_SIZE:
-        near = max(PAGE_SIZE, round(tokens / PAGE_SIZE) * PAGE_SIZE)
+    if isinstance(tokens, int) and tokens % PAGE_TOKENS:
+        near = max(PAGE_TOKENS, round(tokens / PAGE_TOKENS) * PAGE_TOKENS)
         yield (
             f"{KEY}.num_tokens={tokens}: the server's model process dies unless it is a multiple "
-            f"of its page size, {PAGE_SIZE}; {near} is the nearest"
+            f"of its page size, {PAGE_TOKENS}; {near} is the nearest"
         )
     if _get(config, f"{KEY}.transport") == "shared_dir" and not _get(config, f"{KEY}.sync_dir"):
         yield (
@@ -269,12 +268,12 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
 
 def _document_problems(config: DictConfig) -> Iterator[str]:
     documents = _get(config, f"{KEY}.documents")
-    mend = "set the documents file that training/prepare_data.py wrote beside the prompts"
+    fix = "set the documents file that training/prepare_data.py wrote beside the prompts"
     if not documents:
-        yield f"{KEY}.documents=None: the teacher has nothing to read; {mend}"
+        yield f"{KEY}.documents=None: the teacher has nothing to read; {fix}"
     elif not Path(str(documents)).expanduser().is_file():
         where = Path(str(documents)).expanduser().absolute()
-        yield f"{KEY}.documents={str(documents)!r}: there is no file {where}; {mend}"
+        yield f"{KEY}.documents={str(documents)!r}: there is no file {where}; {fix}"
 
 
 def _validation_problems(config: DictConfig) -> Iterator[str]:
@@ -284,7 +283,7 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
         yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
         return
     questions = _get(config, key)
-    mend = "set the eval.json that training/prepare_data.py wrote beside the prompts"
+    fix = "set the eval.json that training/prepare_data.py wrote beside the prompts"
     if questions is None:
         for name, value, off in (
             ("test_freq", every if every > 0 else None, "-1"),
@@ -293,11 +292,11 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
             if value is not None:
                 yield (
                     f"trainer.{name}={value!r} with {key}=None: there is nothing to validate on; "
-                    f"{mend}, or trainer.{name}={off}"
+                    f"{fix}, or trainer.{name}={off}"
                 )
     elif not Path(str(questions)).expanduser().is_file():
         where = Path(str(questions)).expanduser().absolute()
-        yield f"{key}={str(questions)!r}: there is no file {where}; {mend}"
+        yield f"{key}={str(questions)!r}: there is no file {where}; {fix}"
 
 
 def _critic_problems(config: DictConfig) -> Iterator[str]:
@@ -337,10 +336,10 @@ def check_run_config(config: DictConfig) -> None:
         config: veRL's resolved or unresolved configuration, with actor.cartridge.enabled true.
 
     Raises:
-        ConfigError: every problem found, each with its key, its value and the mend.
+        ConfigError: every problem found, each with its key, its value and the fix.
     """
     problems = [
-        *cartridge_problems(_get(config, KEY)),
+        *cartridge_problems(_get(config, KEY), KEY),
         *_fixed_problems(config),
         *_batch_problems(config),
         *_saving_problems(config),

@@ -20,8 +20,8 @@ from verl.utils.profiler import simple_timer
 
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
-from verl_patches.rollout.ray_errors import in_words
-from verl_patches.trainer.mixing import PLAN, TeacherDesk, teacher_desk
+from verl_patches.rollout.ray_errors import kind_and_message
+from verl_patches.trainer.mixing import PLAN, TeacherAnswers, teacher_answers
 
 AGENT_NAME = "cartridge_agent"
 _ERRORS_KEPT = 3
@@ -32,7 +32,7 @@ class CartridgeAgentLoop(AgentLoopBase):
     """One prompt, one completion, token in and token out."""
 
     # Of the worker's process: veRL makes a loop for each sample, documents are read once.
-    teacher: ClassVar[TeacherDesk | None] = None
+    teacher: ClassVar[TeacherAnswers | None] = None
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **_: Any) -> None:
         # veRL makes one of these for each sample. Its own __init__ builds a token builder with
@@ -87,7 +87,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._errors: list[str] = []
-        CartridgeAgentLoop.teacher = teacher_desk(self.config, self.model_config)
+        CartridgeAgentLoop.teacher = teacher_answers(self.config, self.model_config)
 
     async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -95,7 +95,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
         except Exception as error:
             # veRL logs it and marks the prompt as failed; the trainer then asks for the cause.
             if len(self._errors) < _ERRORS_KEPT:
-                self._errors.append(in_words(error))
+                self._errors.append(kind_and_message(error))
             raise
 
     def take_errors(self) -> list[str]:

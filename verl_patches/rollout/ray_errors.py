@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def in_words(error: BaseException) -> str:
+def kind_and_message(error: BaseException) -> str:
     """Kind and message, for a line of a log or another error's message.
 
     Ray raises an actor's error as one of its own (``RayTaskError``), whose text is the stack of the

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.mixing import (
     STUDENT,
@@ -25,10 +26,12 @@ from cartridge_distill.distill.mixing import (
     answer_seed,
     student_writes,
 )
-from cartridge_distill.distill.teacher_answers import Answer, AnswerCache, TeacherWriter
+from cartridge_distill.distill.on_policy import check_versions
+from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
 from cartridge_distill.model.loading import model_identity
 from cartridge_distill.model.prompts import render_document
-from cartridge_distill.util.errors import OffPolicyError, RolloutError
+from cartridge_distill.rollout.fingerprint import Completion
+from cartridge_distill.util.errors import RolloutError
 from verl_patches.actor.samples import document_id_of
 
 PLAN, EPOCH = "student_writes", "epoch"
@@ -89,26 +92,19 @@ class Mixing:
             OffPolicyError: a sample of the student's carries another version, or one of the
                 teacher's carries any.
         """
-        wanted = sum(self.plan(step, len(tags) // self._choices))
-        sources = [str(label.get("source")) for label in labels]
-        found = {source: sources.count(source) for source in set(sources)}
-        planned = {STUDENT: wanted, TEACHER: len(tags) - wanted}
-        if found != {source: count for source, count in planned.items() if count}:
+        students = sum(self.plan(step, len(tags) // self._choices))
+        authors = [str(label.get("author")) for label in labels]
+        found = {author: authors.count(author) for author in set(authors)}
+        planned = {STUDENT: students, TEACHER: len(tags) - students}
+        if found != {author: count for author, count in planned.items() if count}:
             raise RolloutError(f"step {step}: planned {planned} samples, got {found}")
-        stamps: dict[str, set[tuple[Any, Any]]] = {STUDENT: set(), TEACHER: set()}
-        for tag, source in zip(tags, sources, strict=True):
-            stamps[source].add((tag["min_global_steps"], tag["max_global_steps"]))
-        for source, only in ((STUDENT, (version, version)), (TEACHER, (None, None))):
-            if stamps[source] - {only}:
-                raise OffPolicyError(
-                    f"step {step} needs rollouts of cartridge version {only[0]} from the {source}, "
-                    f"got (first, last) versions {sorted(stamps[source], key=str)}"
-                )
+        for first_or_last in ("min_global_steps", "max_global_steps"):
+            check_versions(authors, [tag[first_or_last] for tag in tags], version)
 
     def count(self, tags: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> None:
         """Counts a batch that was trained on."""
         lengths = [int(tag["response_len"]) for tag in tags]
-        by_teacher = [label["source"] == TEACHER for label in labels]
+        by_teacher = [label["author"] == TEACHER for label in labels]
         hits = [bool(label.get("cached")) for label in labels]
         rows = list(zip(lengths, by_teacher, hits, strict=True))
         step = TokenCounts(
@@ -141,7 +137,7 @@ class Mixing:
         self.totals = TokenCounts.from_saved(state)
 
 
-class TeacherDesk:
+class TeacherAnswers:
     """The agent loop's side: made once a worker, asked for each sample.
 
     Args:
@@ -158,7 +154,9 @@ class TeacherDesk:
         rollout = config.actor_rollout_ref.rollout
         self._document_key: str = settings.document_key
         self._seed = config.data.seed
-        heat = settings.teacher_temperature
+        temperature = settings.teacher_temperature
+        if temperature is None:
+            temperature = rollout.temperature
         cache, base_model = None, ""
         if settings.teacher_cache is not None:
             cache = AnswerCache(settings.teacher_cache)
@@ -169,16 +167,16 @@ class TeacherDesk:
         self._writer = TeacherWriter(
             DocumentStore.from_file(settings.documents),
             partial(render_document, model_config.tokenizer),
-            context=model_config.hf_config.get_text_config(decoder=True).max_position_embeddings,
+            context=text_config(model_config.hf_config).max_position_embeddings,
             max_tokens=rollout.response_length,
-            temperature=rollout.temperature if heat is None else heat,
+            temperature=temperature,
             base_model=base_model,
             cache=cache,
         )
 
     async def write(
         self, server: Any, prompt_ids: list[int], sample: dict[str, Any], request_id: str
-    ) -> tuple[Answer, dict[str, Any]]:
+    ) -> tuple[Completion, dict[str, Any]]:
         """The teacher's answer and its ``extra_fields``.
 
         Args:
@@ -191,24 +189,24 @@ class TeacherDesk:
             DocumentError: the sample has no document, or it does not fit the context.
         """
 
-        async def ask(ids: list[int], temperature: float, seed: int) -> Answer:
+        async def ask(ids: list[int], temperature: float, seed: int) -> Completion:
             output = await server.generate(
                 request_id=request_id,
                 prompt_ids=ids,
-                sampling_params={"source": TEACHER, "temperature": temperature, "seed": seed},
+                sampling_params={"author": TEACHER, "temperature": temperature, "seed": seed},
             )
             reason = output.extra_fields["finish_reason"]
-            return Answer(output.token_ids, output.log_probs, reason)
+            return Completion(output.token_ids, output.log_probs, reason)
 
         row = int(sample["index"])
         document_id = document_id_of(sample.get("extra_info"), self._document_key, row)
         seed = answer_seed(self._seed, row, int(sample[EPOCH]), int(sample["session_id"]))
         answer, cached = await self._writer.write(document_id, prompt_ids, seed, ask)
-        labels = {"source": TEACHER, "cached": cached, "finish_reason": answer.finish_reason}
+        labels = {"author": TEACHER, "cached": cached, "finish_reason": answer.finish_reason}
         return answer, labels
 
 
-def teacher_desk(config: Any, model_config: Any) -> TeacherDesk | None:
-    """A desk where the teacher ever writes; None where only the student does."""
+def teacher_answers(config: Any, model_config: Any) -> TeacherAnswers | None:
+    """Where the teacher ever writes; None where only the student does."""
     fraction = config.actor_rollout_ref.actor.cartridge.on_policy_fraction
-    return TeacherDesk(config, model_config) if Schedule.of(fraction).needs_teacher else None
+    return TeacherAnswers(config, model_config) if Schedule.of(fraction).needs_teacher else None

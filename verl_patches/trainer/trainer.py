@@ -25,7 +25,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from cartridge_distill.distill.mixing import STUDENT
-from cartridge_distill.util.errors import OffPolicyError, ProcessDied, RolloutError
+from cartridge_distill.distill.on_policy import the_served_version
+from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
 from verl_patches.actor.worker import CartridgeWorker
 from verl_patches.hooks import TRAINER_MODE
@@ -33,7 +34,7 @@ from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.history import History
 from verl_patches.trainer.mixing import Mixing
-from verl_patches.trainer.training_record import tell
+from verl_patches.trainer.training_record import add_training_record
 from verl_patches.trainer.watch import ActorWatch, find_actor, why
 
 # veRL polls its queue every 2 s; a step on a small model takes less. A poll is a metadata lookup.
@@ -184,7 +185,7 @@ class CartridgeTrainer(PPOTrainerSync):
         run_folder.check_shared(folder / "actor")
         position = {"loader": self.train_dataloader.state_dict(), "tokens": self.mixing.state()}
         run_folder.write_data_position(folder, position, self._data_identity())
-        tell(folder, self.config, self._history.lines)
+        add_training_record(folder, self.config, self._history.lines)
         self._history.write(run)
         run_folder.mark_complete(run, step)
         run_folder.keep_newest(run, step, self.config.trainer.max_actor_ckpt_to_keep)
@@ -335,14 +336,9 @@ class CartridgeTrainer(PPOTrainerSync):
 
     def _version_of(self, labels: list[dict[str, Any]]) -> str:
         """The one version id that the proxies serve, and that all the student's rollouts carry."""
-        served = set(ray.get([proxy.current.remote() for proxy in self._proxies()]))
-        made_by = {label["cartridge_version"] for label in labels if label["source"] == STUDENT}
-        if len(served) != 1 or made_by - served:
-            raise OffPolicyError(
-                f"step {self.global_steps} has rollouts of the versions {sorted(made_by)}, and "
-                f"the proxies serve {sorted(served)}"
-            )
-        return str(served.pop())
+        served = ray.get([proxy.current.remote() for proxy in self._proxies()])
+        by_student = [label for label in labels if label["author"] == STUDENT]
+        return the_served_version([label["cartridge_version"] for label in by_student], served)
 
     def _compute_metrics(
         self,

@@ -39,8 +39,10 @@ _NUMBERS = {
 _OF_CURVE = ("step", "loss", "grad_norm")
 
 
-def tell(checkpoint: Path, config: DictConfig, history: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the story to the cartridge of a checkpoint (``global_step_7``).
+def add_training_record(
+    checkpoint: Path, config: DictConfig, history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Adds recipe, curve and last numbers to the cartridge of a checkpoint (``global_step_7``).
 
     Args:
         checkpoint: whose files the engine has written.
@@ -51,8 +53,8 @@ def tell(checkpoint: Path, config: DictConfig, history: Sequence[Mapping[str, An
     recipe = {name: value for name, value in found.items() if value is not None}
     steps = [curve.row(line["step"], **_numbers(line["data"])) for line in history]
     rows = [{name: row[name] for name in _OF_CURVE if name in row} for row in steps]
-    told = {"curve": curve.thinned(rows), "last_step": steps[-1]} if steps else {}
-    record(checkpoint / "actor" / CARTRIDGE_FOLDER, recipe=recipe, metrics=told)
+    metrics = {"curve": curve.thinned(rows), "last_step": steps[-1]} if steps else {}
+    record(checkpoint / "actor" / CARTRIDGE_FOLDER, recipe=recipe, metrics=metrics)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -33,15 +33,15 @@ class ActorWatch:
 
     Args:
         actors: what a person calls them -> their Ray handles.
-        mend: how to go on; ends every message.
+        fix: how to go on; ends every message.
         grace_s: seconds from a death until the process ends, unless it ends by itself.
     """
 
     def __init__(
-        self, actors: Mapping[str, Any], mend: str, grace_s: float = _GRACE_SECONDS
+        self, actors: Mapping[str, Any], fix: str, grace_s: float = _GRACE_SECONDS
     ) -> None:
         self._actors = dict(actors)
-        self._mend = mend
+        self._fix = fix
         self._grace_s = grace_s
         self._dead: str | None = None
         self._stopped = threading.Event()
@@ -87,7 +87,7 @@ class ActorWatch:
                     raise ProcessDied(self._message(name, words))
 
     def _message(self, name: str, words: str) -> str:
-        return f"the {name} died ({words}). {self._mend}"
+        return f"the {name} died ({words}). {self._fix}"
 
     def _look(self) -> None:
         signs: dict[str, Any] = {}

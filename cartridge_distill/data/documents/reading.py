@@ -6,7 +6,7 @@
     .pdf            the text of its pages; a page without any is named, a scan is refused
 
 Nothing is lost in silence: a file of another kind is named among the skipped ones, and a file of
-these kinds that gives no text is an error that says how to mend it.
+these kinds that gives no text is an error that says how to fix it.
 
 Not done here: OCR, office formats, and undoing a PDF's line ends (structure.py reads over them).
 """
@@ -116,7 +116,7 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
     """The document in one file.
 
     Raises:
-        DocumentError: it cannot be read or holds no text; names the file and the mend.
+        DocumentError: it cannot be read or holds no text; names the file and the fix.
     """
     kind = KINDS.get(path.suffix.lower())
     if kind is None:

@@ -2,7 +2,7 @@
 
 Dropped, in this order, each counted: cut off at the token limit; no three words; words or letters
 that repeat; a copy of the seed prompt or of the document; longer than a prompt may be; an
-evaluation question, or near to one; a prompt seen before, or nearly (kept_apart.py).
+evaluation question, or near to one; a prompt seen before, or nearly (decontamination.py).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _WRITTEN = "written_cartridge_id"
 """Attribute of a cartridge's first block, set when the model workers were told to fill the chain.
 
 It lives on the block, because the block is what gets taken away: a table of ids elsewhere has to be
-told of each eviction, and the one that was not told is the bug that this package mends.
+told of each eviction, and the one that was not told is the bug that this package fixes.
 """
 
 

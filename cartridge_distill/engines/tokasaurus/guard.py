@@ -58,7 +58,7 @@ def import_tokasaurus(module: str) -> Any:
     """A module of Tokasaurus, as Any: there are no types, and mostly there is no Tokasaurus.
 
     Raises:
-        TokasaurusMissing: it cannot be imported, with the mend.
+        TokasaurusMissing: it cannot be imported, with the fix.
     """
     name = f"tokasaurus.{module}"
     try:
@@ -116,7 +116,7 @@ def require(known: Sequence[Known] | None = None) -> None:
     """Let only the known Tokasaurus pass.
 
     Raises:
-        UnknownTokasaurus: names each function that differs or is missing, and the mend.
+        UnknownTokasaurus: names each function that differs or is missing, and the fix.
         TokasaurusMissing: there is none.
     """
     wrong = [finding.line() for finding in check(known) if finding.state != "ok"]

@@ -1,7 +1,7 @@
 """The functions of the pinned Tokasaurus that are replaced or relied on, with their hashes.
 
 Data only; :mod:`.guard` compares. When the pinned commit changes, read the functions that
-``--check`` names, mend the replacements, then put the hashes that it prints here.
+``--check`` names, fix the replacements, then put the hashes that it prints here.
 """
 
 from __future__ import annotations

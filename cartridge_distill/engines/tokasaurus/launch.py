@@ -246,7 +246,7 @@ def _listen_on(host: str) -> None:
 
 
 def _import_pydra() -> Any:
-    import_tokasaurus("common_types")  # says what is missing, and the mend
+    import_tokasaurus("common_types")  # says what is missing, and the fix
     import importlib
 
     return importlib.import_module("pydra")

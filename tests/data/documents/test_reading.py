@@ -1,4 +1,4 @@
-"""Files of every kind give their text, or an error that names the file and the mend."""
+"""Files of every kind give their text, or an error that names the file and the fix."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_what_cannot_be_read_says_why_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_what_cannot_be_read_says_why_and_how_to_fix_it(tmp_path: Path) -> None:
     for name, says in bad_files(tmp_path).items():
         with pytest.raises(DocumentError) as caught:
             read_file(tmp_path / name)

@@ -136,7 +136,7 @@ def test_check_names_what_is_wrong_and_ends_with_1(
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["model=some"], ["--unrepaired", "model=some"]])
-def test_without_tokasaurus_the_mend_is_said(
+def test_without_tokasaurus_the_fix_is_said(
     nothing: None, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

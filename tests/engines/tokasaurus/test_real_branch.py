@@ -232,7 +232,7 @@ def error_of(answer: httpx.Response, version: int, prompt: tuple[int, ...]) -> f
     """Greatest difference to the log-probs of a plain forward with this version's cartridge."""
     model = tiny_model()
     prefix = random_cartridge(model, CARTRIDGE, seed=version).prefix()
-    (completion,) = decode_fingerprint(answer.json()["system_fingerprint"], 1)
+    (completion,) = decode_fingerprint(answer.json()["system_fingerprint"], ["stop"])
     expected = plain_logprobs(model, prefix, list(prompt), completion.token_ids)
     assert completion.logprobs is not None
     return max(abs(a - b) for a, b in zip(completion.logprobs, expected, strict=True))

@@ -32,7 +32,7 @@ from cartridge_distill.sync.shared_dir import CartridgePublisher, SharedDirector
 from cartridge_distill.sync.versions import new_run_id, version_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, SyncError
 from verl_patches.hooks import cartridge_config_of
-from verl_patches.rollout.ray_errors import in_words
+from verl_patches.rollout.ray_errors import kind_and_message
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
 from verl_patches.trainer import run_folder
 
@@ -125,7 +125,7 @@ class ServerAdapter(BaseRollout):
             # older version; the few that are kept are for a person who wants to look.
             publisher.retire(self.settings.sync_keep)
         except BaseException as error:
-            ray.get([proxy.give_up.remote(version, in_words(error)) for proxy in proxies])
+            ray.get([proxy.give_up.remote(version, kind_and_message(error)) for proxy in proxies])
             raise
         seconds = time.monotonic() - start
         if seconds > 5:

@@ -15,7 +15,8 @@ import sys
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cartridge_distill.model.prompts import render_document, render_prompt
-from cartridge_distill.rollout.client import Completion, TokasaurusClient
+from cartridge_distill.rollout.client import TokasaurusClient
+from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.http import ClientSettings
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError

@@ -1,6 +1,6 @@
 """The Ray actor that veRL talks to: an HTTP proxy, no GPU, no model.
 
-It asks the server for completions with the cartridge version it was told to use, and stamps every
+It asks the server for completions with the cartridge version it was told to use, and labels every
 answer with it. The teacher's answers, whose prompts begin with the document, go the same way
 without a cartridge. The server itself runs elsewhere: on Modal, on a GPU box, or embedded on this
 CPU.
@@ -147,10 +147,10 @@ class TokasaurusHttpServer:
         image_data: Any = None,
         video_data: Any = None,
     ) -> TokenOutput:
-        """One completion, stamped with the version that made it.
+        """One completion, labelled with the version that made it.
 
-        ``sampling_params`` with ``source="teacher"`` asks the bare model, for a prompt that begins
-        with its document: no cartridge, no stamp, and no waiting for the version on its way.
+        ``sampling_params`` with ``author="teacher"`` asks the bare model, for a prompt that begins
+        with its document: no cartridge, no version, and no waiting for the version on its way.
 
         Raises:
             ConfigError: sampling parameters that Tokasaurus refuses.
@@ -162,7 +162,7 @@ class TokasaurusHttpServer:
                 "the tokasaurus rollout is text only; the sample carries images or video"
             )
         _check_sampling(sampling_params)
-        by_teacher = sampling_params.get("source", STUDENT) == TEACHER
+        by_teacher = sampling_params.get("author", STUDENT) == TEACHER
         version = None if by_teacher else await self.current()
         completion = (
             await self.client.complete(
@@ -175,10 +175,10 @@ class TokasaurusHttpServer:
         )[0]
         if not completion.token_ids:
             raise RolloutError(f"the server answered request {request_id} with no token")
-        labels: dict[str, Any] = {"source": TEACHER, "finish_reason": completion.finish_reason}
+        labels: dict[str, Any] = {"author": TEACHER, "finish_reason": completion.finish_reason}
         if version is not None:
             labels |= {
-                "source": STUDENT,
+                "author": STUDENT,
                 "global_steps": step_of(version),
                 "cartridge_version": version,
             }

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from verl.workers.rollout.replica import TokenOutput, get_rollout_replica_class
 
 from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.model.forward import packed_forward
@@ -50,7 +51,7 @@ PROMPTS = (
     "Which operations were there, and when?",
     "Hello",
 )
-CONFIG = Path(__file__).resolve().parents[3] / "training" / "config"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 # The versions are published in float32: what is left is the order of the sums.
 LARGEST_DIFFERENCE = 1e-3
 EXAMPLES = """\
@@ -182,7 +183,7 @@ def build_replica(config: DictConfig) -> Any:
     try:
         replica_class = get_rollout_replica_class(rollout.name)
     except ValueError as error:
-        raise ConfigError(f"{error}. mend: python -m verl_patches apply") from error
+        raise ConfigError(f"{error}. fix: python -m verl_patches apply") from error
     return replica_class(
         replica_rank=0,
         config=rollout,
@@ -249,18 +250,18 @@ def differences(
     model = load_model(model_name)
     sequences = [torch.tensor(r.prompt_ids + list(r.output.token_ids)) for r in rollouts]
     batch = pack(sequences)
-    wanted = torch.cat(
+    response_mask = torch.cat(
         [
             torch.arange(len(sequence)) >= len(rollout.prompt_ids)
             for sequence, rollout in zip(sequences, rollouts, strict=True)
         ]
     )
-    logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(wanted))
-    own = chosen_logprobs(logits, batch.tokens(wanted), temperature)
+    logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(response_mask))
+    trainer = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
     counts = [len(rollout.output.token_ids) for rollout in rollouts]
     return [
         (mine - torch.tensor(rollout.output.log_probs)).abs().max().item()
-        for mine, rollout in zip(own.split(counts), rollouts, strict=True)
+        for mine, rollout in zip(trainer.split(counts), rollouts, strict=True)
     ]
 
 
@@ -284,7 +285,7 @@ def print_table(
 def run(options: argparse.Namespace) -> int:
     """All of it; returns how many answers are bad."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    vocabulary = AutoConfig.from_pretrained(options.model).get_text_config().vocab_size
+    vocabulary = text_config(AutoConfig.from_pretrained(options.model)).vocab_size
     cartridge = make_cartridge(options) if options.cartridge or not options.version else None
     with server(options) as (url, publisher):
         replica = build_replica(compose_config(options, url))

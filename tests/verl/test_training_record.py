@@ -13,7 +13,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from tests.tiny import random_cartridge, tiny_model
 from verl_patches.trainer.history import History
-from verl_patches.trainer.training_record import tell
+from verl_patches.trainer.training_record import add_training_record
 
 CONFIG: DictConfig = OmegaConf.create(
     {
@@ -35,7 +35,7 @@ def test_it_is_in_the_cartridge(tmp_path: Path) -> None:
     history = History()
     for step in (1, 2):
         history.add(step, f"run-step-{step - 1:06d}", metrics(step))
-    tell(tmp_path / "global_step_2", CONFIG, history.lines)
+    add_training_record(tmp_path / "global_step_2", CONFIG, history.lines)
     told = read_cartridge(folder).meta
     assert told.recipe == {
         "cartridge.lr": 0.02,

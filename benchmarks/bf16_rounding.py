@@ -1,8 +1,8 @@
-"""Can a wrong server be told from one that only rounds? Figures for the test in ``agreement``.
+"""Can a wrong server be told from one that only rounds? Figures for ``distill/rounding.py``.
 
-    python benchmarks/bf16_agreement.py                        # SmolLM2-135M, the demo's recipe
-    python benchmarks/bf16_agreement.py --steps 4 --prompts 8  # a look
-    python benchmarks/bf16_agreement.py --device cuda --model owner/name --prompts 32 --response 128
+    python benchmarks/bf16_rounding.py                        # SmolLM2-135M, the demo's recipe
+    python benchmarks/bf16_rounding.py --steps 4 --prompts 8  # a look
+    python benchmarks/bf16_rounding.py --device cuda --model owner/name --prompts 32 --response 128
 
 Trains a cartridge as the demo does (rollouts by the embedded server's engine, teacher, loss, AdamW,
 a rate that falls along a cosine), in one process and without veRL. Every step of the healthy server
@@ -45,8 +45,8 @@ sys.path.insert(0, str(ROOT))
 
 from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
-from cartridge_distill.distill.agreement import scaled  # noqa: E402
 from cartridge_distill.distill.loss import get_loss  # noqa: E402
+from cartridge_distill.distill.rounding import scaled  # noqa: E402
 from cartridge_distill.distill.teacher import Teacher  # noqa: E402
 from cartridge_distill.model.float32_forward import float32_logprobs  # noqa: E402
 from cartridge_distill.model.forward import packed_forward  # noqa: E402
@@ -107,12 +107,14 @@ class Rollouts:
     """B sequences with masks of their responses, and the server's N log-probs."""
 
     sequences: list[Tensor]
-    wanted: list[Tensor]
+    response_masks: list[Tensor]
     server: Tensor
 
     def __add__(self, other: Rollouts) -> Rollouts:
         server = torch.cat([self.server, other.server])
-        return Rollouts(self.sequences + other.sequences, self.wanted + other.wanted, server)
+        return Rollouts(
+            self.sequences + other.sequences, self.response_masks + other.response_masks, server
+        )
 
 
 @dataclass
@@ -186,19 +188,19 @@ class Experiment:
             torch.tensor([*ids, *answer.token_ids], device=world.device)
             for ids, answer in zip(prompts, found, strict=True)
         ]
-        wanted = [
+        response_masks = [
             torch.arange(len(ids), device=world.device) >= len(prompt)
             for ids, prompt in zip(sequences, prompts, strict=True)
         ]
         logprobs = [value for answer in found for value in answer.logprobs]
         self.seconds["rollout"] += time.perf_counter() - start
-        return Rollouts(sequences, wanted, torch.tensor(logprobs, device=world.device))
+        return Rollouts(sequences, response_masks, torch.tensor(logprobs, device=world.device))
 
     def logits(self, prefix: Prefix, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Of the wanted tokens ``[N, V]``, and their ids ``[N]``."""
-        batch, wanted = pack(rollouts.sequences), torch.cat(rollouts.wanted)
-        logits = packed_forward(self.world.model, prefix, batch, batch.predicts(wanted))
-        return logits, batch.input_ids[wanted]
+        """Of the counted tokens ``[N, V]``, and their ids ``[N]``."""
+        batch, response_mask = pack(rollouts.sequences), torch.cat(rollouts.response_masks)
+        logits = packed_forward(self.world.model, prefix, batch, batch.predicts(response_mask))
+        return logits, batch.input_ids[response_mask]
 
     @torch.no_grad()
     def behind(self, rollouts: Rollouts, prefix: Prefix) -> Tensor:
@@ -211,23 +213,23 @@ class Experiment:
     def exactly(self, rollouts: Rollouts, prefix: Prefix) -> Tensor:
         """The same without rounding."""
         start = time.perf_counter()
-        some = rollouts.sequences, rollouts.wanted
+        some = rollouts.sequences, rollouts.response_masks
         found = float32_logprobs(self.world.model, prefix, *some, TEMPERATURE, self.world.dtype)
         self.seconds["extra forwards in float32"] += time.perf_counter() - start
         return found
 
-    def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, own: Tensor) -> None:
+    def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, trainer: Tensor) -> None:
         """Asks the check about one server's rollouts and keeps what it says."""
         check.begin_batch()
         outcome = self.outcomes[name]
-        difference = rollouts.server - own
-        outcome.means.append(scaled(difference, own).abs().mean().item())
+        difference = rollouts.server - trainer
+        outcome.means.append(scaled(difference, trainer).abs().mean().item())
         outcome.largest.append(difference.abs().max().item())
-        everything = torch.ones_like(own, dtype=torch.bool)
+        everything = torch.ones_like(trainer, dtype=torch.bool)
         try:
             figures = check.student_figures(
                 self.step,
-                own,
+                trainer,
                 rollouts.server,
                 everything,
                 self.served(),
@@ -279,11 +281,11 @@ class Experiment:
             torch.equal(one, other)
             for one, other in zip(rollouts.sequences, again.sequences, strict=True)
         ]
-        counts = [int(mask.sum()) for mask in rollouts.wanted]
+        counts = [int(mask.sum()) for mask in rollouts.response_masks]
         pairs = zip(
             same,
             rollouts.server.split(counts),
-            again.server.split([int(mask.sum()) for mask in again.wanted]),
+            again.server.split([int(mask.sum()) for mask in again.response_masks]),
             strict=True,
         )
         kept = [scaled(other - one, one).abs() for equal, one, other in pairs if equal]
@@ -299,15 +301,15 @@ class Experiment:
         start = time.perf_counter()
         logits, tokens = self.logits(self.cartridge.prefix(), rollouts)
         self.seconds["student"] += time.perf_counter() - start
-        own = chosen_logprobs(logits.detach(), tokens, TEMPERATURE)
-        self.judge("healthy", self.check, rollouts, own)
+        trainer = chosen_logprobs(logits.detach(), tokens, TEMPERATURE)
+        self.judge("healthy", self.check, rollouts, trainer)
         for name in planted:
             self.plant(name)
         if CARTRIDGE in planted:
             self.repeat(rollouts)
         start = time.perf_counter()
         names = [DOCUMENT] * len(rollouts.sequences)
-        top = self.teacher.topk(rollouts.sequences, rollouts.wanted, names, TOPK)
+        top = self.teacher.topk(rollouts.sequences, rollouts.response_masks, names, TOPK)
         loss = get_loss("forward_kl_topk")(logits, top, 1.0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.cartridge.trainable_parameters(), 1.0)
@@ -400,7 +402,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
-    option("--data", default="runs/bf16_agreement/data", help="prepared data; made if missing")
+    option("--data", default="runs/bf16_rounding/data", help="prepared data; made if missing")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     option("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     option("--steps", type=int, default=36, help="optimizer steps (%(default)s)")

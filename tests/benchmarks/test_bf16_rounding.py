@@ -1,10 +1,10 @@
-"""The command line of ``benchmarks/bf16_agreement.py``; its experiment: core/test_agreement."""
+"""The command line of ``benchmarks/bf16_rounding.py``; its experiment: ``test_rounding.py``."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.bf16_agreement import Outcome, cosine, main, parse
+from benchmarks.bf16_rounding import Outcome, cosine, main, parse
 
 
 @pytest.mark.parametrize("name", ["--steps", "--prompts", "--response", "--every"])
