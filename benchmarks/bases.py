@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.model.loading import load_model, prepare_model
 from cartridge_distill.util.errors import ConfigError
 
@@ -112,7 +113,7 @@ def demo_model() -> str:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    size: int = model.config.get_text_config(decoder=True).vocab_size
+    size: int = text_config(model.config).vocab_size
     return size
 
 

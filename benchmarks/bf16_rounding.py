@@ -218,18 +218,18 @@ class Experiment:
         self.seconds["extra forwards in float32"] += time.perf_counter() - start
         return found
 
-    def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, own: Tensor) -> None:
+    def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, trainer: Tensor) -> None:
         """Asks the check about one server's rollouts and keeps what it says."""
         check.begin_batch()
         outcome = self.outcomes[name]
-        difference = rollouts.server - own
-        outcome.means.append(scaled(difference, own).abs().mean().item())
+        difference = rollouts.server - trainer
+        outcome.means.append(scaled(difference, trainer).abs().mean().item())
         outcome.largest.append(difference.abs().max().item())
-        everything = torch.ones_like(own, dtype=torch.bool)
+        everything = torch.ones_like(trainer, dtype=torch.bool)
         try:
             figures = check.student_figures(
                 self.step,
-                own,
+                trainer,
                 rollouts.server,
                 everything,
                 self.served(),
@@ -301,8 +301,8 @@ class Experiment:
         start = time.perf_counter()
         logits, tokens = self.logits(self.cartridge.prefix(), rollouts)
         self.seconds["student"] += time.perf_counter() - start
-        own = chosen_logprobs(logits.detach(), tokens, TEMPERATURE)
-        self.judge("healthy", self.check, rollouts, own)
+        trainer = chosen_logprobs(logits.detach(), tokens, TEMPERATURE)
+        self.judge("healthy", self.check, rollouts, trainer)
         for name in planted:
             self.plant(name)
         if CARTRIDGE in planted:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cartridge_distill.cartridge.formats.peft import prompt_embeddings
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
@@ -137,7 +138,7 @@ class Way:
 def ways_for(model: PreTrainedModel, prefix: int, lengths: Sequence[int]) -> list[Way]:
     """The first is the project's choice on this device; backends whose kept attention weights
     would not fit are left out, and that is said."""
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     kept = config.num_hidden_layers * config.num_attention_heads
     weights = {
         "flex": 0,  # recomputes them

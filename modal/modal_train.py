@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 
 from deploy_settings import TrainSettings
-from train_plan import RUN_NAME, command, run_attempt, script_environment
+from train_plan import command, run_attempt, script_environment
 
 import modal
+from cartridge_distill.sync.versions import is_run_name
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
@@ -158,7 +159,7 @@ def main(
     if not url.startswith(("https://", "http://")):
         sys.exit(f"--url {url}: give the whole URL, beginning with https://")
     for option, value in (("--name", name), ("--data", data)):
-        if not RUN_NAME.fullmatch(value):
+        if not is_run_name(value):
             sys.exit(f"{option} {value}: use letters and digits with single - or _ between them")
     for option, number in (("--steps", steps), ("--save-every", save_every)):
         if number < 1:

@@ -12,7 +12,6 @@ No Modal in this module: it is tested on real directories.
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from cartridge_distill.util.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-RUN_NAME = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
 # veRL writes it last: what it names is whole.
 _TRACKER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
 # What is decided here; a value from the command line would be overwritten, or break the resume.

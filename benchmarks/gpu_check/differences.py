@@ -107,8 +107,8 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
 
     def apart(by: Prefix) -> dict[str, float]:
         logits = packed_forward(model, by, batch, batch.predicts(response_mask))
-        own = chosen_logprobs(logits, batch.tokens(response_mask), _TEMPERATURE)
-        return summary((own.cpu() - server).abs())
+        trainer = chosen_logprobs(logits, batch.tokens(response_mask), _TEMPERATURE)
+        return summary((trainer.cpu() - server).abs())
 
     return {
         "dtype": dtype,

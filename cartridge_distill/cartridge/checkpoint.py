@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 
-from cartridge_distill.cartridge.formats import hazyresearch, own
+from cartridge_distill.cartridge.formats import hazyresearch, native
 from cartridge_distill.cartridge.formats.detect import FORMATS, Format, read_local, write_local
-from cartridge_distill.cartridge.formats.own import META_FILE, WEIGHTS_FILE
-from cartridge_distill.cartridge.formats.stored import DTYPES, CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.formats.native import META_FILE, WEIGHTS_FILE
+from cartridge_distill.cartridge.formats.stored_cartridge import (
+    DTYPES,
+    CartridgeMeta,
+    StoredCartridge,
+)
 from cartridge_distill.cartridge.formats.tokasaurus import write_snapshot
 from cartridge_distill.cartridge.hub import is_hub_id, pull
 from cartridge_distill.cartridge.kv_shape import check_fits
@@ -132,13 +136,13 @@ def convert(
 def save_cartridge(cartridge: TrainableCache, directory: str | Path, meta: CartridgeMeta) -> Path:
     """Writes our own format in float32; what is there is replaced."""
     snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
-    own.write(StoredCartridge(snapshot, meta), Path(directory), overwrite=True)
+    native.write(StoredCartridge(snapshot, meta), Path(directory), overwrite=True)
     return Path(directory)
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
     """The JSON beside a cartridge in our own format."""
-    return own.read_json(Path(directory))
+    return native.read_json(Path(directory))
 
 
 def record(
@@ -156,9 +160,9 @@ def record(
     if not (path / META_FILE).is_file():
         raise CartridgeFormatError(
             f"{directory} is no directory in our own format, the only one that holds them: "
-            "`cartridge-distill convert SOURCE TARGET --to own` makes one"
+            "`cartridge-distill convert SOURCE TARGET --to native` makes one"
         )
-    own.record(path, recipe or {}, metrics or {})
+    native.record(path, recipe or {}, metrics or {})
 
 
 def write_tokasaurus(

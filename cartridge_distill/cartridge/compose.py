@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cartridge_distill.cartridge.formats.stored import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.snapshot import Snapshot, split_layers
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError

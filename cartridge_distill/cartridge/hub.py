@@ -25,7 +25,7 @@ import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from cartridge_distill.cartridge.formats import own, peft, tokasaurus
+from cartridge_distill.cartridge.formats import native, peft, tokasaurus
 from cartridge_distill.cartridge.formats.detect import (
     Format,
     check_replaceable,
@@ -34,15 +34,15 @@ from cartridge_distill.cartridge.formats.detect import (
     read_local,
     write_local,
 )
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.model_card import CARD_FILE, card
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, HubError
 from cartridge_distill.util.files import replace_directory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_KNOWN_FILES = (*own.FILES, *peft.FILES, *tokasaurus.FILES)
-PUSHED: tuple[Format, ...] = ("own", "peft", "tokasaurus")
+_KNOWN_FILES = (*native.FILES, *peft.FILES, *tokasaurus.FILES)
+PUSHED: tuple[Format, ...] = ("native", "peft", "tokasaurus")
 """The formats a repository can hold side by side; a second ``.pt`` would be ambiguous."""
 
 

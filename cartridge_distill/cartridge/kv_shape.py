@@ -14,6 +14,11 @@ PAGE_TOKENS = 16
 """Page size of the real server: a cartridge's token count must be a multiple of it."""
 
 
+def text_config(config: Any) -> Any:
+    """The decoder's own part of a transformers config, also of multimodal models."""
+    return config.get_text_config(decoder=True)
+
+
 @dataclass(frozen=True)
 class KvShape:
     """What one token's keys and values take: L layers, H kv heads of D numbers."""
@@ -25,7 +30,7 @@ class KvShape:
     @classmethod
     def of(cls, config: Any) -> KvShape:
         """Of a model, by its transformers config; of the decoder, where there is more."""
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         heads = text.num_attention_heads
         return cls(
             num_layers=text.num_hidden_layers,
@@ -50,7 +55,7 @@ def check_fits(prefix: KvShape, config: Any) -> None:
         ("head size", prefix.head_dim, model.head_dim),
     ):
         if got != want:
-            kind = config.get_text_config(decoder=True).model_type
+            kind = text_config(config).model_type
             raise CartridgeFormatError(
                 f"the prefix has {got} {what}, the model ({kind}) has {want}; "
                 "it was made for another model"

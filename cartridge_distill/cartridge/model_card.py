@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 
 CARD_FILE = "README.md"
 _CURVE_ROWS = 12
@@ -43,7 +43,7 @@ def card(stored: StoredCartridge, formats: Sequence[str], location: str) -> str:
         "A cartridge is the beginning of a conversation. The prompt that follows carries no "
         "begin-of-text token and no system prompt; `render_prompt` leaves both out.",
     ]
-    if "own" in formats:
+    if "native" in formats:
         sections.append(_use_here(base, location))
     if "peft" in formats:
         sections.append(_use_peft(base, location, stored))

@@ -1,7 +1,7 @@
 """Talk to a model that has a cartridge instead of the document.
 
-    python -m cartridge_distill.cli.chat --model MODEL --cartridge CARTRIDGE
-    python -m cartridge_distill.cli.chat --model MODEL --cartridge CARTRIDGE --prompt "Where ...?"
+    cartridge-distill chat --model MODEL --cartridge CARTRIDGE
+    cartridge-distill chat --model MODEL --cartridge CARTRIDGE --prompt "Where ...?"
 
 Tokens are shown as they come. Without --cartridge the bare model answers, for comparison.
 """
@@ -19,7 +19,7 @@ from cartridge_distill.util.errors import CartridgeDistillError
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m cartridge_distill.cli.chat",
+        prog="cartridge-distill chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.model_card import curve_in_a_line
 
 

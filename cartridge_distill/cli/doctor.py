@@ -17,16 +17,29 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from cartridge_distill.util.errors import CartridgeDistillError, RolloutError, ServerRefused
+from cartridge_distill.util.extras import ExtraMissing, require
 from cartridge_distill.util.node import missing_settings
 
 PROJECT = Path(__file__).resolve().parents[2]
 _NAME = "cartridge-distill"
-_PACKAGES = ("torch", "transformers", "verl", "ray", "TransferQueue", "peft")
+# Named, with the extra that asks for them; None for the light core.
+_PACKAGES = {
+    "torch": None,
+    "transformers": None,
+    "verl": "train",
+    "ray": "train",
+    "TransferQueue": "train",
+    "peft": "train",
+    "plotly": "report",
+    "bm25s": "data",
+    "pypdf": "data",
+    "aiohttp": "gateway",
+}
 _INSTALL = "make setup installs the tested set (requirements/lock.txt)"
 
 
@@ -81,7 +94,7 @@ def _python() -> Finding:
 
 
 def requirements(project: Path = PROJECT) -> list[str]:
-    """What the project asks for: of the checkout that this runs from, or of what is installed.
+    """What the project asks for, extras with their marker: of this checkout, or as installed.
 
     A checkout comes first: its bounds may be newer than those of its last installation, and on a
     node without network it is not installed at all.
@@ -90,7 +103,11 @@ def requirements(project: Path = PROJECT) -> list[str]:
     if file.is_file():
         described = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
         if described.get("name") == _NAME:
-            return list(described["dependencies"])
+            extras = described.get("optional-dependencies", {})
+            return [
+                *described["dependencies"],
+                *(f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines),
+            ]
     try:
         return importlib.metadata.requires(_NAME) or []
     except importlib.metadata.PackageNotFoundError:
@@ -98,26 +115,48 @@ def requirements(project: Path = PROJECT) -> list[str]:
 
 
 def _packages() -> Iterator[Finding]:
-    bounds = {}
-    for line in requirements():
-        requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            bounds[requirement.name.lower()] = requirement.specifier
-    for name in _PACKAGES:
+    """Versions. What an extra brings may be missing; where it is there, its bounds count."""
+    asked = [Requirement(line) for line in requirements()]
+    for name, extra in _PACKAGES.items():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, False, "not installed", _INSTALL)
+            get = f"pip install 'cartridge-distill[{extra}]'" if extra else _INSTALL
+            what = f"not installed; [{extra}] brings it" if extra else "not installed"
+            yield Finding(name, None if extra else False, what, get)
             continue
-        bound = bounds.get(name.lower())
-        if bound is not None and not bound.contains(version, prereleases=True):
+        bound = SpecifierSet()
+        for requirement in asked:
+            if requirement.name.lower() == name.lower() and _counts(requirement):
+                bound &= requirement.specifier
+        if bound.contains(version, prereleases=True):
+            yield Finding(name, True, version)
+        else:
             fix = f"this project needs {name}{bound}; {_INSTALL}"
             yield Finding(name, False, version, fix)
-        else:
-            yield Finding(name, True, version)
+
+
+def _counts(requirement: Requirement) -> bool:
+    """Whether it is the core's, or of an extra that is installed: [train] is when veRL is."""
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"extra": ""}):
+        return True
+    extras = {extra for extra in _PACKAGES.values() if extra is not None}
+    named = {extra for extra in extras if marker.evaluate({"extra": extra})}
+    return bool(named - {"train"}) or ("train" in named and _is_installed("verl"))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _patches() -> Finding:
+    if not _is_installed("verl"):
+        return Finding("veRL's patches", None, "veRL is not installed; only training needs it")
     done = subprocess.run(
         [sys.executable, "-m", "verl_patches", "check"], capture_output=True, text=True, timeout=120
     )
@@ -134,7 +173,7 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", True, "none; train with PLATFORM=cpu, serve with --device cpu")
+        return Finding("GPU", True, "none; train and serve with --device cpu")
     devices = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -203,7 +242,7 @@ def _server(url: str | None) -> Finding:
             except ServerRefused:
                 raise
             except RolloutError:
-                return f"{url} serves {models}; it takes no uploads: give the trainer SYNC_DIR"
+                return f"{url} serves {models}; it takes no uploads: train with --sync-dir"
 
     try:
         return Finding("server", True, asyncio.run(look()))
@@ -234,7 +273,9 @@ def _try(what: str, look: Callable[[], str], fix: str) -> Finding:
 def _describe_model(model: str) -> str:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+    from cartridge_distill.cartridge.kv_shape import text_config
+
+    config = text_config(AutoConfig.from_pretrained(model))
     context = getattr(config, "max_position_embeddings", None)
     return f"{model}: {config.model_type}, {config.num_hidden_layers} layers, context {context}"
 
@@ -259,7 +300,12 @@ def _data(data: Path | None) -> Iterator[Finding]:
     if data is None:
         yield Finding("data", None, "not looked at: name its folder with --data")
         return
-    fix = "write it with training/prepare_data.py (--help)"
+    try:
+        require("doctor --data")
+    except ExtraMissing as error:
+        yield Finding("data", False, str(error))
+        return
+    fix = "write it: cartridge-distill prepare --help"
     rows = data / "train.parquet" if data.is_dir() else data
     documents = rows.parent / "documents.jsonl"
     yield _try("documents", lambda: _describe_documents(documents), fix)

@@ -49,7 +49,7 @@ BaseModel = Annotated[
 class Kind(enum.StrEnum):
     """Formats, as `convert --to` names them."""
 
-    own = "own"
+    native = "native"
     tokasaurus = "tokasaurus"
     hazyresearch = "hazyresearch"
     peft = "peft"
@@ -317,7 +317,7 @@ def compose(
     from cartridge_distill.cartridge.compose import compose as join
 
     joined = join([read_cartridge(part) for part in parts], base_model)
-    write_cartridge(joined, out, "own", overwrite)
+    write_cartridge(joined, out, "native", overwrite)
     typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
 
 

@@ -78,6 +78,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     )
     option(
         "--recipe",
+        dest="prompt_recipe",
         choices=("started", "open", "mixed", "self_study"),
         default="started",
         help="where the prompts come from, see above (%(default)s)",
@@ -86,7 +87,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     option(
         "--val-rows",
         type=int,
-        help="prompts kept aside, of the recipes other than self_study (16)",
+        help="prompts kept aside, of the prompt recipes other than self_study (16)",
     )
     option("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
 

@@ -5,8 +5,8 @@
     documents.jsonl   what the teacher reads, by id; a prompt names it in extra_info
     eval.json         multiple-choice questions; an empty list where there are none
 
-docs/data.md has the columns. All recipes write the same ones, so that several folders' files can be
-given to veRL together.
+docs/data.md has the columns. All prompt recipes write the same ones, so that several folders'
+files can be given to veRL together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def make_row(
     source: Source,
     document_id: str,
     messages: Sequence[dict[str, str]],
-    recipe: str,
+    prompt_recipe: str,
     kind: str,
     answer: str = "",
     chunk: str | None = None,
@@ -62,7 +62,7 @@ def make_row(
         source: the document it is about.
         document_id: the part of it that the teacher reads.
         messages: the conversation; ends with the user, or with a started answer.
-        recipe, kind: what made it, and which of its kinds it is.
+        prompt_recipe, kind: what made it, and which of its kinds it is.
         answer: how the document goes on, for a started answer.
         chunk: `start:end`, the characters of the teacher's document it was written from.
         seed: what it was drawn with.
@@ -74,7 +74,7 @@ def make_row(
         "correct_answer": answer,
         "extra_info": {
             "document_id": document_id,
-            "recipe": recipe,
+            "recipe": prompt_recipe,
             "kind": kind,
             "chunk": chunk,
             "seed": seed,

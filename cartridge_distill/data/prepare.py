@@ -12,6 +12,7 @@ from functools import partial
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
@@ -24,7 +25,6 @@ from cartridge_distill.data.self_study.writing import (
     study_rows,
     write_prompts,
 )
-from cartridge_distill.model.loading import text_config
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
@@ -42,12 +42,13 @@ def run(options: argparse.Namespace) -> None:
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
-    if options.recipe == SELF_STUDY:
+    if options.prompt_recipe == SELF_STUDY:
         train, val = asyncio.run(self_study(sources, tokenizer, options))
     else:
         val_rows = 16 if options.val_rows is None else options.val_rows
         train, val = make_rows(
-            *(tokenizer, sources, options.recipe, options.rows, val_rows, options.seed), say=say
+            *(tokenizer, sources, options.prompt_recipe, options.rows, val_rows, options.seed),
+            say=say,
         )
     write_dataset(options.out, sources, train, val)
     say(f"Wrote {len(train)} training and {len(val)} validation prompts to {options.out}")
@@ -60,17 +61,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses what does not belong to the recipe.
+    """Refuses what does not belong to the prompt recipe.
 
     Raises:
         ConfigError: names the option and the fix.
     """
-    if options.recipe != SELF_STUDY:
+    if options.prompt_recipe != SELF_STUDY:
         for name in ("server", "held_out"):
             if getattr(options, name) is not None:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} belongs to --recipe self_study, not to "
-                    f"{options.recipe}; leave it out, or choose that recipe."
+                    f"{options.prompt_recipe}; leave it out, or choose that prompt recipe."
                 )
         return
     if options.server is None:

@@ -28,7 +28,7 @@ from cartridge_distill.data.documents.source import Source
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 
-RECIPES = ("started", "open", "mixed")
+PROMPT_RECIPES = ("started", "open", "mixed")
 _FEWEST_WORDS = 3  # of a sentence in a file, where page numbers and captions stand around
 
 # Short, because every token of the user's turn is paid for in each of the three forwards.
@@ -201,7 +201,7 @@ def _about(section: str, source: Source, name_it: bool) -> str:
 def make_rows(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[Source],
-    recipe: str,
+    prompt_recipe: str,
     rows: int,
     val_rows: int,
     seed: int,
@@ -212,17 +212,21 @@ def make_rows(
     No cut and no open prompt of `val` is in `train`.
 
     Raises:
-        ConfigError: unknown recipe, nothing to make prompts of, or a collision with evaluation.
+        ConfigError: unknown prompt recipe, nothing to make prompts of, or a collision with
+            evaluation.
     """
-    if recipe not in RECIPES:
-        raise ConfigError(f"The recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}.")
+    if prompt_recipe not in PROMPT_RECIPES:
+        raise ConfigError(
+            f"The prompt recipe {prompt_recipe!r} is unknown; "
+            f"choose one of {', '.join(PROMPT_RECIPES)}."
+        )
     if rows < 1 or val_rows < 1:
         raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")
     rng = random.Random(seed)
     guard = Guard([question for source in sources for question in source.questions])
     name_it = len(sources) > 1
     makers: dict[str, list[Iterator[Row]]] = {"train": [], "val": []}
-    if recipe in ("started", "mixed"):
+    if prompt_recipe in ("started", "mixed"):
         every = all_cuts(tokenizer, sources, rows + val_rows, seed)
         cuts = [cut for cut in every if guard.collision(cut.start) is None]
         say(f"{len(cuts)} started answers, {len(every) - len(cuts)} dropped: evaluation stems.")
@@ -234,7 +238,7 @@ def make_rows(
         rng.shuffle(cuts)
         makers["val"].append(started_rows(cuts[:val_rows], rng, name_it))
         makers["train"].append(started_rows(cuts[val_rows:], rng, name_it))
-    if recipe in ("open", "mixed"):
+    if prompt_recipe in ("open", "mixed"):
         prompts = [p for p in open_prompts(sources, name_it) if guard.collision(p[2]) is None]
         if len(prompts) < 2:
             raise ConfigError("Every open prompt collides with an evaluation question.")

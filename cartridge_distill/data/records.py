@@ -9,7 +9,7 @@ LongHealth (github.com/kbressem/LongHealth) has no stems. Other keys are ignored
 The evaluation questions travel as `eval.json` (`save_questions`, `load_questions`), the documents
 as `documents.jsonl` (`save_documents`; `teacher.DocumentStore` reads it), each document once.
 
-Not done here: training prompts (`recipes.py`, `self_study/`) and anything with tokens.
+Not done here: training prompts (`prompt_recipes.py`, `self_study/`) and anything with tokens.
 """
 
 from __future__ import annotations

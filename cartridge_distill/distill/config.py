@@ -7,23 +7,18 @@ sizes) are not here but in `verl_patches.config.checks`.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from cartridge_distill.distill.loss import LOSSES
 from cartridge_distill.distill.mixing import Schedule
 from cartridge_distill.model.attention import BACKENDS as ATTENTIONS
+from cartridge_distill.sync.versions import is_run_name
 from cartridge_distill.util.errors import ConfigError
 
 INITS = ("text", "random", "checkpoint")
 TRANSPORTS = ("shared_dir", "http")
 SYNC_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-KEY = "actor_rollout_ref.actor.cartridge"
-"""Where these settings stand in veRL's configuration; messages name the full key."""
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*")
 
 
 def _is_int(value: Any) -> bool:
@@ -34,12 +29,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
-    """What is wrong with `config`, one line each: the key, its value, the fix. Empty when fine."""
+def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
+    """What is wrong with `config`, one line each: the setting, its value, the fix. Empty when fine.
+
+    Args:
+        where: the settings stand in the caller's configuration; messages begin with it.
+    """
     problems: list[str] = []
 
     def refuse(field: str, fix: str) -> None:
-        problems.append(f"{key}.{field}={getattr(config, field)!r}: {fix}")
+        problems.append(f"{where}.{field}={getattr(config, field)!r}: {fix}")
 
     def at_least(field: str, smallest: int, why: str) -> None:
         value = getattr(config, field)
@@ -72,7 +71,7 @@ def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
         refuse(
             "checkpoint_path",
             f"would be ignored with init={config.init}; "
-            f"set {key}.init=checkpoint, or {key}.checkpoint_path=null",
+            f"set {where}.init=checkpoint, or {where}.checkpoint_path=null",
         )
     if not isinstance(config.document_key, str) or not config.document_key:
         refuse("document_key", "name the key in extra_info that holds the document's id")
@@ -97,7 +96,7 @@ def cartridge_problems(config: Any, key: str = KEY) -> list[str]:
     one_of("transport", TRANSPORTS)
     at_least("sync_keep", 1, "the version being sampled must stay")
     one_of("sync_dtype", SYNC_DTYPES)
-    if config.run_name is not None and not _RUN_NAME.fullmatch(str(config.run_name)):
+    if config.run_name is not None and not is_run_name(str(config.run_name)):
         refuse("run_name", "version ids start with it; use letters, digits and single - or _")
     at_least("seed", 0, "torch wants a seed of 0 or more")
     return problems
@@ -107,7 +106,7 @@ def check_cartridge_config(config: Any) -> None:
     """Refuse a cartridge configuration that makes no sense.
 
     Raises:
-        ConfigError: every problem found, each with its full Hydra key, its value and the fix.
+        ConfigError: every problem found, each with its name, its value and the fix.
     """
     problems = cartridge_problems(config)
     if problems:

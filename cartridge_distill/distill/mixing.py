@@ -93,7 +93,7 @@ def student_writes(seed: int | None, step: int, samples: int, fraction: float) -
     A larger fraction adds samples to those of a smaller one.
 
     Args:
-        seed: ``data.seed``.
+        seed: of the run.
         step: the training step.
         samples: in the batch.
         fraction: 0 to 1.
@@ -110,7 +110,7 @@ def answer_seed(seed: int | None, row: int, epoch: int, choice: int) -> int:
     """The seed of one answer of the teacher, below 2**31.
 
     Args:
-        seed: ``data.seed``.
+        seed: of the run.
         row: of the data set.
         epoch: how often the data was gone through before.
         choice: number among the samples of one prompt.

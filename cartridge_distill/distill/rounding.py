@@ -84,17 +84,17 @@ def scaled(difference: Tensor, logprobs: Tensor) -> Tensor:
     return difference.double() / torch.sqrt(unsure**2 + _CERTAIN**2)
 
 
-def rounding_figures(own: Tensor, repeat: Tensor) -> Tensor:
+def rounding_figures(trainer: Tensor, repeat: Tensor) -> Tensor:
     """The trainer against its own repeat, for :meth:`Rounding.of`.
 
     Args:
-        own: ``[N]`` log-probs of chosen tokens.
+        trainer: ``[N]`` log-probs of chosen tokens.
         repeat: ``[N]`` the same tokens behind the :func:`nudged` cartridge.
 
     Returns:
         ``[2]`` float64: mean and 95th percentile of the scaled differences.
     """
-    size = scaled(repeat - own, own).abs()
+    size = scaled(repeat - trainer, trainer).abs()
     return torch.stack([size.mean(), size.quantile(QUANTILE)])
 
 
@@ -152,11 +152,11 @@ class Rounding:
 LEVEL_FIGURES = ("tokens", "sum", "max", "scaled_sum", "scaled_high", "over", "not_finite")
 
 
-def level_figures(own: Tensor, server: Tensor, counted: Tensor, high_bound: float) -> Tensor:
+def level_figures(trainer: Tensor, server: Tensor, counted: Tensor, high_bound: float) -> Tensor:
     """How far server and trainer are apart, for :class:`StepLevel`.
 
     Args:
-        own: ``[N]`` the trainer's log-probs of chosen tokens.
+        trainer: ``[N]`` the trainer's log-probs of chosen tokens.
         server: ``[N]`` the server's.
         counted: ``[N]`` bool, the tokens that count.
         high_bound: :meth:`Rounding.high_bound`; infinite where there is none.
@@ -165,12 +165,12 @@ def level_figures(own: Tensor, server: Tensor, counted: Tensor, high_bound: floa
         ``[7]`` float64, :data:`LEVEL_FIGURES`. The 95th percentile is NaN when nothing counts; what
         is over twice the bound counts as twice the bound in the scaled sum.
     """
-    difference = (server.to(own) - own).double()
+    difference = (server.to(trainer) - trainer).double()
     finite = difference.isfinite()
     good = counted & finite
     none = torch.zeros_like(difference)
     size = torch.where(good, difference.abs(), none)
-    by_rounding = torch.where(good, scaled(difference, own).abs(), none)
+    by_rounding = torch.where(good, scaled(difference, trainer).abs(), none)
     seen = torch.where(good, by_rounding, torch.full_like(none, float("nan")))
     return torch.stack(
         [
@@ -233,7 +233,7 @@ class StepLevel:
 VERSION_FIGURES = ("tokens", "xx", "xy", "yy")
 
 
-def version_figures(own: Tensor, previous: Tensor, server: Tensor, counted: Tensor) -> Tensor:
+def version_figures(trainer: Tensor, previous: Tensor, server: Tensor, counted: Tensor) -> Tensor:
     """Is the server nearer to this version or to the one before: sums for a regression.
 
     With c, p and s the log-probs under the current version, the previous one and of the server,
@@ -242,15 +242,15 @@ def version_figures(own: Tensor, previous: Tensor, server: Tensor, counted: Tens
     which it would not if s - c were regressed on p - c.
 
     Args:
-        own, previous, server: ``[N]`` log-probs of chosen tokens.
+        trainer, previous, server: ``[N]`` log-probs of chosen tokens.
         counted: ``[N]`` bool, the tokens that count.
 
     Returns:
         ``[4]`` float64, :data:`VERSION_FIGURES`; what is not finite is left out.
     """
-    middle = (own + previous) / 2
-    x = scaled(previous - own, middle)
-    y = scaled(server.to(own) - middle, middle)
+    middle = (trainer + previous) / 2
+    x = scaled(previous - trainer, middle)
+    y = scaled(server.to(trainer) - middle, middle)
     good = counted & x.isfinite() & y.isfinite()
     none = torch.zeros_like(x)
     x, y = torch.where(good, x, none), torch.where(good, y, none)

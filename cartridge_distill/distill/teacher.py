@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.loss import TeacherTopK
-from cartridge_distill.model.forward import decoder_config, packed_forward
+from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import HostMask, host_mask, on_device, pack
 from cartridge_distill.model.prefill import prefix_from_tokens
@@ -58,7 +59,7 @@ class Teacher:
 
     @property
     def context(self) -> int | None:
-        return getattr(decoder_config(self.model), "max_position_embeddings", None)
+        return getattr(text_config(self.model.config), "max_position_embeddings", None)
 
     def document_ids(self, document_id: str) -> list[int]:
         """The token ids of a document, as the teacher reads it.

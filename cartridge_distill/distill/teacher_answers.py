@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +74,13 @@ class AnswerCache:
         """Stores an answer, in place of one that is there."""
         path = self.path(key)
         body = {name: getattr(answer, name) for name in _KEPT}
-        path.parent.mkdir(exist_ok=True)
         entry = {"key": dict(key), "answer": body, "sha256": _sha256([dict(key), body])}
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
+
+        def write(scratch: Path) -> None:
             scratch.write_text(json.dumps(entry), encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+
+        # Not flushed: an answer that a crash of the machine damages fails its checksum.
+        replace_file(path, write, overwrite=True, flush=False)
 
 
 def _sha256(value: Any) -> str:

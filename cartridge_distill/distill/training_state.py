@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.util.errors import CartridgeFormatError
 
 STATE_FILE = "training_state.safetensors"
 ABOUT_FILE = "training_state.json"
@@ -41,7 +41,7 @@ class TrainingState:
         schedule: steps of the learning-rate schedule done.
         optimizer: parameter name -> the optimizer's tensors for it, by their names.
         rng: from :func:`rng_state`.
-        recipe: settings that must be the same when training goes on; JSON values.
+        settings: those that must be the same when training goes on; JSON values.
     """
 
     step: int
@@ -49,7 +49,7 @@ class TrainingState:
     schedule: int
     optimizer: dict[str, dict[str, Tensor]]
     rng: dict[str, Tensor]
-    recipe: dict[str, Any]
+    settings: dict[str, Any]
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ def save_state(state: TrainingState, directory: str | Path) -> None:
         "step": state.step,
         "version": state.version,
         "schedule": state.schedule,
-        "recipe": state.recipe,
+        "recipe": state.settings,  # the key of files that are kept
     }
     (Path(directory) / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
 
@@ -122,7 +122,7 @@ def load_state(directory: str | Path) -> TrainingState:
     if not about_path.is_file() or not state_path.is_file():
         raise CartridgeFormatError(
             f"{directory} has no {ABOUT_FILE} and {STATE_FILE}: a cartridge was saved there "
-            "without its optimizer. Start a new run from it with actor.cartridge.init=checkpoint"
+            "without its optimizer. Start a new run that begins with that cartridge"
         )
     try:
         about = json.loads(about_path.read_text())
@@ -149,31 +149,5 @@ def load_state(directory: str | Path) -> TrainingState:
         schedule=about["schedule"],
         optimizer=optimizer,
         rng=rng,
-        recipe=about["recipe"],
+        settings=about["recipe"],
     )
-
-
-def check_same_recipe(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuses to go on with another run's state.
-
-    Raises:
-        ConfigError: names every setting that differs, with both values.
-    """
-    plain = json.loads(json.dumps(dict(now)))  # tuples become lists, as in the file
-    different = [
-        f"{key}: {saved.get(key)!r} there, {plain.get(key)!r} now"
-        for key in sorted({*saved, *plain})
-        if saved.get(key) != plain.get(key)
-    ]
-    if different:
-        raise ConfigError(
-            "\n- ".join(
-                [
-                    f"{where} was saved by a run with other settings, so this run cannot go on "
-                    "from it. Give the same settings; or another trainer.default_local_dir for a "
-                    "new run, which may start from that cartridge with "
-                    "actor.cartridge.init=checkpoint",
-                    *different,
-                ]
-            )
-        )

@@ -29,13 +29,13 @@ from difflib import SequenceMatcher
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Protocol
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.conditions import View
 from cartridge_distill.evaluation.names import MAX_NEW_TOKENS, TEMPERATURE
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.scoring import sampled_answers
-from cartridge_distill.model.forward import decoder_config
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import ConfigError
@@ -144,7 +144,7 @@ class LocalAnswerer:
     def _check_context(
         self, prefixes: Sequence[Prefix | None], prompts: Sequence[list[int]]
     ) -> None:
-        limit = getattr(decoder_config(self._model), "max_position_embeddings", None)
+        limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
         new = self._sampling.max_new_tokens
         for prefix, prompt in zip(prefixes, prompts, strict=True):
             read = prefix.num_tokens if prefix is not None else 0

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import cartridge_distill
 from cartridge_distill.cartridge.checkpoint import read_cartridge, record
-from cartridge_distill.cartridge.formats.stored import CartridgeMeta
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.distill.integrity import weights_checksum
 from cartridge_distill.distill.teacher import Teacher

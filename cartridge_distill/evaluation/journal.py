@@ -15,6 +15,7 @@ from typing import Any
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult, Results
 from cartridge_distill.util import journal
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.same_settings import OtherSettings
 
 JOURNAL_FILE = "evaluation.journal.jsonl"
 
@@ -55,7 +56,7 @@ class Journal:
         self.path = folder / JOURNAL_FILE
         try:
             self._file = journal.Journal(self.path, settings)
-        except journal.OtherSettings as error:
+        except OtherSettings as error:
             say(f"{self.path} is of an evaluation with other settings: {', '.join(error.names)}")
             self._set_aside(say)
             self._file = journal.Journal(self.path, settings)

@@ -16,19 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cartridge_distill.cartridge.kv_shape import check_fits
+from cartridge_distill.cartridge.kv_shape import check_fits, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.model.layout import PackedLayout
 from cartridge_distill.model.packing import HostMask, PackedBatch, host_mask, on_device
 from cartridge_distill.util.errors import ConfigError
-
-
-def decoder_config(model: nn.Module) -> Any:
-    """The transformers config of the decoder; FSDP's wrapper passes the attribute through."""
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
 
 
 def run_packed(
@@ -40,7 +34,7 @@ def run_packed(
     cache: Any = None,
 ) -> Tensor:
     """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
-    config = decoder_config(model)
+    config = text_config(model.config)
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
             f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
@@ -115,8 +109,7 @@ def recomputing_layers(model: nn.Module) -> Iterator[None]:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
-            f"{type(model).__name__} has no gradient checkpointing; "
-            "set actor_rollout_ref.model.enable_gradient_checkpointing=False"
+            f"{type(model).__name__} has no gradient checkpointing; do without recomputing_layers()"
         )
     if not _checkpointing_layers(model):
         # Not reentrant: the layers' inputs need no gradient, what they attend to does.

@@ -20,14 +20,10 @@ from huggingface_hub.utils.tqdm import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.model.attention import ATTENTION_NAME, register
 from cartridge_distill.model.frozen_linear import onednn_is_faster, use_frozen_linear
 from cartridge_distill.util.errors import ConfigError
-
-
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's own config, also of multimodal models."""
-    return config.get_text_config(decoder=True)
 
 
 def check_supported(config: PreTrainedConfig) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.util.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ class ModelShape:
             ConfigError: a layer is built in a way whose memory is not known here (a mixture of
                 experts, for one).
         """
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         kv = KvShape.of(config)

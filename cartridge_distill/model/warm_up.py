@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.model import flex
 from cartridge_distill.model.attention import resolve_backend
 from cartridge_distill.model.blocks import BLOCK
-from cartridge_distill.model.forward import decoder_config, packed_forward
+from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.packing import pack
 from cartridge_distill.model.prefill import prefix_from_tokens
 
@@ -69,7 +70,7 @@ def _jobs(
     around_student: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     device = next(model.parameters()).device
-    cartridge = TrainableCache.from_random(decoder_config(model), BLOCK).to(device)
+    cartridge = TrainableCache.from_random(text_config(model.config), BLOCK).to(device)
     batch = pack([torch.zeros(_LENGTH, dtype=torch.long, device=device)] * _SEQUENCES)
     first = batch.index == 0  # one row of logits a sequence
 

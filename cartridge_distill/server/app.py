@@ -27,6 +27,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
@@ -73,8 +74,7 @@ class Service:
         settings: ServerSettings,
         threads: int | None = None,
     ) -> None:
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
+        config = text_config(model.config)
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = Engine(model, settings, threads)

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
@@ -78,8 +78,7 @@ class Engine:
         self._model = model
         self._settings = settings
         self._threads = threads
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
+        config = text_config(model.config)
         if config._attn_implementation != SERVING_ATTENTION:
             raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
         self._query_heads: int = config.num_attention_heads

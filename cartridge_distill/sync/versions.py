@@ -13,8 +13,13 @@ from datetime import UTC, datetime
 
 from cartridge_distill.util.errors import ConfigError, SyncError
 
-_RUN = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
-_VERSION = re.compile(rf"(?P<run>{_RUN.pattern})-step-(?P<step>\d{{6}})")
+_RUN_NAME = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
+_VERSION = re.compile(rf"(?P<run>{_RUN_NAME.pattern})-step-(?P<step>\d{{6}})")
+
+
+def is_run_name(text: str) -> bool:
+    """Letters and digits with single - or _ between them: what no server rewrites in an id."""
+    return _RUN_NAME.fullmatch(text) is not None
 
 
 def new_run_id(name: str) -> str:
@@ -23,7 +28,7 @@ def new_run_id(name: str) -> str:
     Raises:
         ConfigError: the name holds what Tokasaurus would rewrite in an id.
     """
-    if not _RUN.fullmatch(name):
+    if not is_run_name(name):
         raise ConfigError(
             f"run name {name!r}: use letters and digits with single - or _ between them; "
             "Tokasaurus rewrites anything else, and the id would no longer be found"
@@ -33,7 +38,7 @@ def new_run_id(name: str) -> str:
 
 def is_run_id(text: str) -> bool:
     """Whether :func:`new_run_id` may have made it."""
-    return re.fullmatch(rf"{_RUN.pattern}-\d{{14}}-[0-9a-f]{{4}}", text) is not None
+    return re.fullmatch(rf"{_RUN_NAME.pattern}-\d{{14}}-[0-9a-f]{{4}}", text) is not None
 
 
 def version_id(run: str, step: int) -> str:

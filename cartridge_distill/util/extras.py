@@ -20,6 +20,7 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {"train": _TRAIN},
     "eval": {"data": ("bm25s", "pandas", "pyarrow")},
     "report": {"report": _REPORT},
+    "doctor --data": {"data": ("pandas", "pyarrow")},
     "demo": {"train": (*_TRAIN, "gguf"), "data": _DATA, "report": _REPORT},
 }
 """Command to extras, extra to the modules of it that the command imports."""

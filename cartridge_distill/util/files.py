@@ -73,15 +73,21 @@ def move_into_place(scratch: Path, target: Path) -> None:
     _flush(target.parent)
 
 
-def replace_file(target: Path, write: Callable[[Path], None], overwrite: bool) -> None:
+def replace_file(
+    target: Path, write: Callable[[Path], None], overwrite: bool, flush: bool = True
+) -> None:
     """The same for one file.
+
+    Args:
+        flush: False leaves the time of writing to the system, for what tells itself whether it is
+            whole: after a crash of the machine the name may stand for half a file.
 
     Raises:
         FileExistsError: ``target`` is there and ``overwrite`` is false.
         IsADirectoryError: it is a directory.
     """
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; the name of a file is wanted")
+        raise IsADirectoryError(f"{target} is a directory; name a file")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is already there")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,9 +97,11 @@ def replace_file(target: Path, write: Callable[[Path], None], overwrite: bool) -
     try:
         write(scratch)
         scratch.chmod(0o644)
-        _flush(scratch)
+        if flush:
+            _flush(scratch)
         os.replace(scratch, target)
-        _flush(target.parent)
+        if flush:
+            _flush(target.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise

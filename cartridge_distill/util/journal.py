@@ -15,18 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cartridge_distill.util.errors import ConfigError
-
-
-class OtherSettings(ConfigError):
-    """The journal's rows were made with other settings.
-
-    Attributes:
-        names: of those that differ.
-    """
-
-    def __init__(self, message: str, names: list[str]) -> None:
-        super().__init__(message)
-        self.names = names
+from cartridge_distill.util.same_settings import check_same_settings
 
 
 class Journal:
@@ -55,7 +44,7 @@ class Journal:
         self._file: BinaryIO = path.open("a+b")
         try:
             self._lock()
-            self.rows, self.torn = self._read(json.loads(json.dumps(dict(made_with))))
+            self.rows, self.torn = self._read(made_with)
         except BaseException:
             self._file.close()
             raise
@@ -90,7 +79,7 @@ class Journal:
                 "another folder."
             ) from error
 
-    def _read(self, made_with: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    def _read(self, made_with: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
         self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
@@ -107,15 +96,10 @@ class Journal:
             raise ConfigError(
                 f"{self.path} is not a journal, or damaged: {error}. Move it away to start afresh."
             ) from error
-        self._check_same(before, made_with)
+        check_same_settings(
+            before,
+            made_with,
+            f"{self.path} holds what another run wrote, so this one cannot go on from it. Give "
+            "the same settings, another folder, or move the file away",
+        )
         return rows, torn
-
-    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        names = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if names:
-            different = [f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in names]
-            said = (
-                f"{self.path} holds what another run wrote, so this one cannot go on from it. Give "
-                "the same settings, another folder, or move the file away"
-            )
-            raise OtherSettings("\n- ".join([said, *different]), names)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, write_cartridge
 from cartridge_distill.cartridge.compose import compose
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot, split_layers
 from cartridge_distill.model.forward import packed_forward
@@ -51,7 +51,7 @@ def test_tokens_stand_one_after_the_other_in_the_order_given(tmp_path: Path) -> 
     assert not same_bits(whole, compose([a, b, c]))
     assert same_bits(compose([compose([c, a]), b]), whole)
     for format, name in (
-        ("own", "w"),
+        ("native", "w"),
         ("peft", "p"),
         ("tokasaurus", "t"),
         ("hazyresearch", "h.pt"),

@@ -27,7 +27,7 @@ from cartridge_distill.cartridge.checkpoint import (
     read_meta,
     write_cartridge,
 )
-from cartridge_distill.cartridge.formats import own, peft
+from cartridge_distill.cartridge.formats import native, peft
 from cartridge_distill.cartridge.hub import is_hub_id, pull, push
 from cartridge_distill.cartridge.model_card import card
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, HubError
@@ -42,7 +42,7 @@ ALL_FILES = {
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_cartridge(stored(), tmp_path / "source", "own")
+    return write_cartridge(stored(), tmp_path / "source", "native")
 
 
 # ---- a directory in the Hub's place
@@ -55,7 +55,7 @@ def test_one_directory_for_every_tool(source: Path, tmp_path: Path) -> None:
     assert same_bits(read_cartridge(there), stored())
     assert read_cartridge(there).meta.step == 7
     assert PeftModel.from_pretrained(tiny_model(), there).peft_type == "CARTRIDGE"
-    for files in (own.FILES, peft.FILES):
+    for files in (native.FILES, peft.FILES):
         for name in files:
             (there / name).unlink()
         assert same_bits(read_cartridge(there), stored())  # of what is left: PEFT, Tokasaurus
@@ -97,7 +97,7 @@ def test_pushing_again_replaces_a_cartridge_and_nothing_else(source: Path, tmp_p
     push(source, target)
     with pytest.raises(FileExistsError):
         push(source, target)
-    push(source, target, formats=["own"], overwrite=True)
+    push(source, target, formats=["native"], overwrite=True)
     assert set(os.listdir(target)) == {"cartridge.safetensors", "cartridge.json", "README.md"}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
@@ -109,12 +109,12 @@ def test_pushing_again_replaces_a_cartridge_and_nothing_else(source: Path, tmp_p
 def test_formats_that_do_not_go(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="hazyresearch.*holds some of"):
         push(source, tmp_path / "a", formats=["hazyresearch"])
-    odd = write_cartridge(stored(tokens=20), tmp_path / "odd", "own")
+    odd = write_cartridge(stored(tokens=20), tmp_path / "odd", "native")
     push(odd, tmp_path / "b")
     assert not (tmp_path / "b" / "cartridge.pt").exists()
     assert "Tokasaurus" not in (tmp_path / "b" / "README.md").read_text()
     with pytest.raises(CartridgeFormatError, match="multiple of 16"):
-        push(odd, tmp_path / "c", formats=["own", "tokasaurus"])
+        push(odd, tmp_path / "c", formats=["native", "tokasaurus"])
     nameless = convert(source, tmp_path / "a.pt", "hazyresearch")
     with pytest.raises(CartridgeFormatError, match="which model.*base_model"):
         push(nameless, tmp_path / "d")
@@ -152,19 +152,19 @@ def test_what_the_card_says(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_card_of_little_knowledge() -> None:
-    text = card(stored(meta=CartridgeMeta("owner/tiny")), ["own"], "owner/name")
+    text = card(stored(meta=CartridgeMeta("owner/tiny")), ["native"], "owner/name")
     assert "# Cartridge: a document" in text
     for absent in ("None", "## Recipe", "## Training", "## Results", "PEFT"):
         assert absent not in text
     odd = replace(META, metrics={"curve": [{"step": 1, "loss": float("nan")}], "results": [3]})
-    assert "| 1 | nan |" in card(stored(meta=odd), ["own"], "owner/name")
+    assert "| 1 | nan |" in card(stored(meta=odd), ["native"], "owner/name")
     hostile = replace(META, document_title="a\n---\n<script>|`")
-    assert "# Cartridge: a --- &lt;script>\\|'" in card(stored(meta=hostile), ["own"], "o/n")
+    assert "# Cartridge: a --- &lt;script>\\|'" in card(stored(meta=hostile), ["native"], "o/n")
 
 
 def test_the_cards_code_runs_as_it_stands(tmp_path: Path, model_folder: Path) -> None:
     meta = CartridgeMeta(str(model_folder))
-    source = write_cartridge(stored(64, meta=meta), tmp_path / "source", "own")
+    source = write_cartridge(stored(64, meta=meta), tmp_path / "source", "native")
     text = (Path(push(source, tmp_path / "pushed")) / "README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     printed, names = io.StringIO(), dict[str, Any]()
@@ -234,7 +234,7 @@ def test_a_branch(source: Path, api: Any) -> None:
 
 def test_a_model_that_nobody_else_can_find_is_not_pushed(api: Any, tmp_path: Path) -> None:
     meta = CartridgeMeta("/home/me/models/tiny")
-    source = write_cartridge(stored(meta=meta), tmp_path / "source", "own")
+    source = write_cartridge(stored(meta=meta), tmp_path / "source", "native")
     with pytest.raises(ConfigError, match="folder of this machine.*base_model=owner/name"):
         push(source, "owner/name")
     api.create_repo.assert_not_called()

@@ -171,7 +171,7 @@ def test_data_without_documents(data: Path) -> None:
     status, said = ask("--data", data)
     assert status == 1
     assert "1 of 2 rows have no extra_info.document_id" in said
-    assert "training/prepare_data.py" in said
+    assert "cartridge-distill prepare --help" in said
     (data / "documents.jsonl").unlink()
     status, said = ask("--data", data)
     assert status == 1

@@ -106,17 +106,17 @@ def prompts(rows: list[dict[str, Any]]) -> list[str]:
     return [json.dumps(row["prompt"]) for row in rows]
 
 
-@pytest.mark.parametrize("recipe", ["started", "open", "mixed"])
+@pytest.mark.parametrize("prompt_recipe", ["started", "open", "mixed"])
 def test_rows_are_repeatable_and_of_the_kind_asked_for(
-    bpe: PreTrainedTokenizerFast, demo: list[Source], recipe: str
+    bpe: PreTrainedTokenizerFast, demo: list[Source], prompt_recipe: str
 ) -> None:
-    train, val = make_rows(bpe, demo, recipe, rows=300, val_rows=8, seed=3)
-    again, _ = make_rows(bpe, demo, recipe, rows=300, val_rows=8, seed=3)
-    other, _ = make_rows(bpe, demo, recipe, rows=300, val_rows=8, seed=4)
+    train, val = make_rows(bpe, demo, prompt_recipe, rows=300, val_rows=8, seed=3)
+    again, _ = make_rows(bpe, demo, prompt_recipe, rows=300, val_rows=8, seed=3)
+    other, _ = make_rows(bpe, demo, prompt_recipe, rows=300, val_rows=8, seed=4)
     assert train == again and train != other
     assert (len(train), len(val)) == (300, 8)
     kinds = {row["extra_info"]["kind"] for row in train}
-    assert kinds == ({"started", "open"} if recipe == "mixed" else {recipe})
+    assert kinds == ({"started", "open"} if prompt_recipe == "mixed" else {prompt_recipe})
     for index, row in enumerate(train):
         info = row["extra_info"]
         assert (info["index"], info["split"], info["document_id"]) == (index, "train", "demo_01")
@@ -124,7 +124,7 @@ def test_rows_are_repeatable_and_of_the_kind_asked_for(
         assert last["role"] == ("assistant" if info["kind"] == "started" else "user")
         if info["kind"] == "started":
             assert last["content"] in demo[0].text
-    if recipe == "started":
+    if prompt_recipe == "started":
         cuts = {row["prompt"][-1]["content"] for row in train}
         assert not cuts & {row["prompt"][-1]["content"] for row in val}
 
@@ -187,9 +187,9 @@ def files() -> Source:
     return Source.of_file(ReadFile("town/guide.md", "Guide", text))
 
 
-@pytest.mark.parametrize("recipe", ["started", "open"])
+@pytest.mark.parametrize("prompt_recipe", ["started", "open"])
 def test_a_prompt_from_a_long_document_names_the_part_it_came_from(
-    bpe: PreTrainedTokenizerFast, recipe: str
+    bpe: PreTrainedTokenizerFast, prompt_recipe: str
 ) -> None:
     whole = files()
     source = whole.split(300, lambda text: len(text.split()))
@@ -200,13 +200,13 @@ def test_a_prompt_from_a_long_document_names_the_part_it_came_from(
         assert part.document.parent_id == "town/guide.md"
         assert part.document.parent_sha256 == whole.parts[0].document.sha256
         assert source.part_at(part.start) == source.part_at(part.end - 1) == part
-    train, _ = make_rows(bpe, [source], recipe, rows=60, val_rows=2, seed=0)
+    train, _ = make_rows(bpe, [source], prompt_recipe, rows=60, val_rows=2, seed=0)
     assert {row["patient_id"] for row in train} == {"town/guide.md"}
     assert len({row["extra_info"]["document_id"] for row in train}) == len(texts)
     for row in train:
         read = texts[row["extra_info"]["document_id"]]
         said = row["prompt"][-1]["content"]
-        if recipe == "started":
+        if prompt_recipe == "started":
             assert said in " ".join(read.split())
         else:
             heading = said[said.index("District") :].split()[1]
@@ -243,9 +243,9 @@ def test_a_document_that_fits_is_its_own_only_part(demo: list[Source]) -> None:
 def test_bad_requests_are_refused(
     bpe: PreTrainedTokenizerFast, demo: list[Source], arguments: tuple[str, int, int], says: str
 ) -> None:
-    recipe, rows, val_rows = arguments
+    prompt_recipe, rows, val_rows = arguments
     with pytest.raises(ConfigError, match=says):
-        make_rows(bpe, demo, recipe, rows, val_rows, seed=0)
+        make_rows(bpe, demo, prompt_recipe, rows, val_rows, seed=0)
 
 
 def test_patients_are_chosen_by_name(clinic: list[Source]) -> None:

@@ -46,7 +46,7 @@ def test_it_is_a_configuration_of_the_training(patched: Path) -> None:  # noqa: 
     line = command(SCRIPT, 128, 10, ["data.seed=7", "trainer.save_freq=20"])
     search = f"hydra.searchpath=[file://{patched / 'verl/trainer/config'}]"
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(PROJECT / "training" / "config"), version_base=None):
+    with initialize_config_dir(str(PROJECT / "verl_patches" / "config"), version_base=None):
         config = compose("cartridge_distill", overrides=[*line[2:], search])
     assert config.trainer.resume_mode == "auto"
     assert config.trainer.total_training_steps == 128

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.bases import LLAMA_3B, SHAPES
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.data.document_store import DocumentStore
@@ -45,7 +46,7 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
     """Peaks by stage of a step about a new document; those that the teacher keeps are there."""
     with torch.device("meta"):
         model = prepare_model(AutoModelForCausalLM.from_config(config, dtype=step.dtype))
-        text = config.get_text_config(decoder=True)
+        text = text_config(config)
         shape = (1, text.num_key_value_heads, step.cartridge_tokens, text.head_dim)
         layers = [torch.empty(shape) for _ in range(text.num_hidden_layers)]
         cartridge = TrainableCache(Prefix(layers, layers))

@@ -55,12 +55,12 @@ def measured(forwards: Forwards) -> Rounding:
 
 def evidence(forwards: Forwards, moved: float, stale: float, seen: int = TOKENS) -> list[float]:
     """One step's figures; ``stale`` is the share of the tokens that the previous version wrote."""
-    own, before = forwards.of(0.0, noise=1e-6), forwards.of(moved, noise=1e-6)
+    trainer, before = forwards.of(0.0, noise=1e-6), forwards.of(moved, noise=1e-6)
     server = torch.where(
-        torch.arange(len(own)) < stale * len(own), forwards.of(moved), forwards.of()
+        torch.arange(len(trainer)) < stale * len(trainer), forwards.of(moved), forwards.of()
     )
-    counted = torch.arange(len(own)) < seen
-    return version_figures(own, before, server, counted).tolist()
+    counted = torch.arange(len(trainer)) < seen
+    return version_figures(trainer, before, server, counted).tolist()
 
 
 def test_scaled_differences_have_one_spread() -> None:
@@ -75,15 +75,15 @@ def test_scaled_differences_have_one_spread() -> None:
 def test_a_healthy_server_is_let_through_whatever_is_an_outlier() -> None:
     for seed in range(50):
         forwards = Forwards(seed)
-        level, own, server = StepLevel(measured(forwards)), forwards.of(), forwards.of()
+        level, trainer, server = StepLevel(measured(forwards)), forwards.of(), forwards.of()
         server[seed] -= 0.9  # over any bound on the largest difference that is of use
         for part in range(0, TOKENS, 50):
             some = slice(part, part + 50)
             bound = torch.tensor(level.rounding.high_bound)
-            figures = level_figures(own[some], server[some], everything(own[some]), bound)
+            figures = level_figures(trainer[some], server[some], everything(trainer[some]), bound)
             assert level.add(figures.tolist()) is None
         assert level.tokens == TOKENS
-        clipped = scaled(server - own, own).abs().clamp(max=2 * level.rounding.high_bound)
+        clipped = scaled(server - trainer, trainer).abs().clamp(max=2 * level.rounding.high_bound)
         assert level.mean == pytest.approx(clipped.mean().item())
 
 
@@ -98,11 +98,11 @@ def test_another_server_is_refused(moved: float, part: float, message: str) -> N
     import re
 
     forwards = Forwards(1)
-    level, own, server = StepLevel(measured(forwards)), forwards.of(), forwards.of()
+    level, trainer, server = StepLevel(measured(forwards)), forwards.of(), forwards.of()
     other = torch.arange(TOKENS) < part * TOKENS
     server = torch.where(other, forwards.of(moved), server)
     bound = torch.tensor(level.rounding.high_bound)
-    problem = level.add(level_figures(own, server, everything(own), bound).tolist())
+    problem = level.add(level_figures(trainer, server, everything(trainer), bound).tolist())
     assert problem is not None and re.search(message, problem)
 
 
@@ -116,19 +116,19 @@ def test_many_tokens_over_the_bound_are_refused_where_the_mean_is_not() -> None:
 
 
 def test_tokens_that_do_not_count_do_not_count() -> None:
-    own = torch.tensor([-0.5, -1.0, -2.0])
+    trainer = torch.tensor([-0.5, -1.0, -2.0])
     server = torch.tensor([-0.5, float("nan"), -3.0])
     inf = torch.tensor(math.inf)
     first = torch.tensor([True, False, False])
-    assert level_figures(own, server, first, inf).tolist()[:4] == [1.0, 0.0, 0.0, 0.0]
+    assert level_figures(trainer, server, first, inf).tolist()[:4] == [1.0, 0.0, 0.0, 0.0]
     assert (
-        StepLevel(Rounding(9, 1.0, 1.0)).add(level_figures(own, server, first, inf).tolist())
+        StepLevel(Rounding(9, 1.0, 1.0)).add(level_figures(trainer, server, first, inf).tolist())
         is None
     )
-    none = level_figures(own, server, torch.zeros(3, dtype=torch.bool), inf).tolist()
+    none = level_figures(trainer, server, torch.zeros(3, dtype=torch.bool), inf).tolist()
     assert none[0] == 0.0 and math.isnan(none[4])
     assert StepLevel(Rounding(9, 1.0, 1.0)).add(none) is None
-    every = level_figures(own, server, everything(own), inf).tolist()
+    every = level_figures(trainer, server, everything(trainer), inf).tolist()
     assert StepLevel(Rounding(9, 1.0, 1.0)).add(every) == "1 log-probs are not finite"
 
 
@@ -206,10 +206,10 @@ def test_nudging_moves_one_number_in_61_by_one_last_place() -> None:
 
 
 def test_rounding_refuses_what_is_not_finite_and_is_never_nothing() -> None:
-    own = torch.tensor([-0.5, -1.0])
-    assert Rounding.of(2, rounding_figures(own, own).tolist(), torch.bfloat16).mean == 2**-7
+    trainer = torch.tensor([-0.5, -1.0])
+    assert Rounding.of(2, rounding_figures(trainer, trainer).tolist(), torch.bfloat16).mean == 2**-7
     with pytest.raises(ValueError, match="not finite"):
-        Rounding.of(2, rounding_figures(own, own * math.nan).tolist(), torch.bfloat16)
+        Rounding.of(2, rounding_figures(trainer, trainer * math.nan).tolist(), torch.bfloat16)
     with pytest.raises(ValueError, match="above 0"):
         Rounding(2, 0.1, 0.2).at(0.0)
     assert Rounding(2, 0.1, 0.2).at(2.0) == Rounding(2, 0.05, 0.1)

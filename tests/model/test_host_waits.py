@@ -46,9 +46,9 @@ def one_step(gpu: FakeGpu | None, backend: str) -> tuple[Tensor, list[Tensor]]:
     logits = packed_forward(
         model, cartridge.prefix(), batch, batch.predicts(response_mask), backend
     )
-    own = chosen_logprobs(logits.detach(), batch.tokens(response_mask))
+    student = chosen_logprobs(logits.detach(), batch.tokens(response_mask))
     found = teacher.score(sequences, response_masks, ["red", "blue", "red"], 5)
-    loss = get_loss("forward_kl_topk")(logits, found, 1.0).mean() + 0 * own.mean()
+    loss = get_loss("forward_kl_topk")(logits, found, 1.0).mean() + 0 * student.mean()
     loss.backward()
     gradients = [parameter.grad for parameter in cartridge.trainable_parameters()]
     return loss.detach(), [gradient for gradient in gradients if gradient is not None]

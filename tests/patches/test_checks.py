@@ -263,7 +263,7 @@ def test_core_accepts_good_settings() -> None:
 )
 def test_core_refuses(changes: dict[str, Any]) -> None:
     field = "checkpoint_path" if changes.get("init") == "checkpoint" else next(iter(changes))
-    with pytest.raises(ConfigError, match=f"{CARTRIDGE}.{field}="):
+    with pytest.raises(ConfigError, match=f"cartridge.{field}="):
         check_cartridge_config(settings(**changes))
 
 

@@ -8,6 +8,7 @@ base model is never written.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
 from cartridge_distill.distill.training_state import (
     TrainingState,
-    check_same_recipe,
     load_state,
     rng_state,
     save_state,
@@ -26,6 +26,7 @@ from cartridge_distill.distill.training_state import (
 )
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory
+from cartridge_distill.util.same_settings import check_same_settings
 
 CARTRIDGE_FOLDER = "cartridge"
 
@@ -51,7 +52,7 @@ def documents_sha256(documents: DocumentStore) -> str:
     return digest.hexdigest()
 
 
-def recipe_of(engine: Any) -> dict[str, Any]:
+def settings_of(engine: Any) -> dict[str, Any]:
     """The settings that must be the same when a run goes on."""
     return {
         **_settings(engine),
@@ -76,7 +77,7 @@ def save(engine: Any, directory: Path) -> None:
         schedule=engine.lr_scheduler.last_epoch,
         optimizer=_optimizer_tensors(engine),
         rng=rng_state(engine.cartridge.trainable_keys[0].device),
-        recipe=recipe_of(engine),
+        settings=settings_of(engine),
     )
     meta = _meta(engine)
 
@@ -104,6 +105,21 @@ def _meta(engine: Any) -> CartridgeMeta:
     )
 
 
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuses to go on with another run's state.
+
+    Raises:
+        OtherSettings: names every setting that differs, with both values.
+    """
+    check_same_settings(
+        saved,
+        now,
+        f"{where} was saved by a run with other settings, so this run cannot go on from it. Give "
+        "the same settings; or another trainer.default_local_dir for a new run, which may start "
+        "from that cartridge with actor.cartridge.init=checkpoint",
+    )
+
+
 def restore(engine: Any, directory: Path) -> None:
     """Puts an engine that was just built where the saved one stood. Every rank calls it.
 
@@ -112,7 +128,7 @@ def restore(engine: Any, directory: Path) -> None:
         ConfigError: they are of a run with other settings.
     """
     state = load_state(directory)
-    check_same_recipe(state.recipe, recipe_of(engine), str(directory))
+    check_same_run(state.settings, settings_of(engine), directory)
     saved = load_cartridge(directory / CARTRIDGE_FOLDER)
     engine.cartridge.load_state_dict(saved.state_dict())  # in place: the optimizer keeps them
     _set_optimizer(engine, state, directory)
@@ -148,7 +164,7 @@ def _set_optimizer(engine: Any, state: TrainingState, where: Path) -> None:
         strange = sorted(set(state.optimizer) ^ set(names))
         raise CartridgeFormatError(f"{where}: the optimizer state does not fit at {strange[:4]}")
     whole = engine.optimizer.state_dict()
-    # Settings stay those of this run's configuration (they are equal, the recipe was compared).
+    # Settings stay those of this run's configuration (they are equal, they were compared).
     whole["state"] = {
         index: state.optimizer[name] for index, name in enumerate(names) if name in state.optimizer
     }

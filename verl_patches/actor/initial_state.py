@@ -24,17 +24,25 @@ def load_base(model_config: Any, engine_config: Any) -> Any:
     """The frozen model, whole, on this rank's device.
 
     Raises:
-        ConfigError: ``actor.fsdp_config.model_dtype`` is not set.
+        ConfigError: ``actor.fsdp_config.model_dtype`` is not set, or the model cannot recompute its
+            layers and ``model.enable_gradient_checkpointing`` asks for it.
     """
     if engine_config.model_dtype is None:
         raise ConfigError(
             "actor.fsdp_config.model_dtype is null; say bfloat16 (GPU) or float32 (CPU)"
         )
-    return load_model(
+    model = load_model(
         model_config.local_path,
         dtype=PrecisionType.to_dtype(engine_config.model_dtype),
         device=get_device_id(),
     )
+    if model_config.enable_gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(
+                "actor_rollout_ref.model.enable_gradient_checkpointing=True: "
+                f"{type(model).__name__} has none; set it to False"
+            )
+    return model
 
 
 def initial_cartridge(settings: Any, module: Any, teacher: Teacher) -> TrainableCache:

@@ -49,20 +49,20 @@ class LogprobDifferences:
 
     Attributes:
         author: who wrote the tokens.
-        own: ``[N]`` the trainer's log-probs, N at least 1.
+        trainer: ``[N]`` the trainer's log-probs, N at least 1.
         server: ``[N]`` the server's.
         tokens: ``[N]`` their ids.
     """
 
     author: str
-    own: Tensor
+    trainer: Tensor
     server: Tensor
     tokens: Tensor
 
     @property
     def absolute(self) -> Tensor:
         """``[N]``, absolute; NaN where either is."""
-        return (self.own - self.server).abs()
+        return (self.trainer - self.server).abs()
 
     def check(self, largest: float, bound: float | None) -> None:
         """Refuses the tokens when the numbers differ.
@@ -80,7 +80,7 @@ class LogprobDifferences:
         worst = int(self.absolute.nan_to_num(float("inf")).argmax())
         raise OffPolicyError(
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
-            f"(server {self.server[worst]:.4f}, trainer {self.own[worst]:.4f}, "
+            f"(server {self.server[worst]:.4f}, trainer {self.trainer[worst]:.4f}, "
             f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
             f"{_CAUSES[self.author]}. "
             "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
@@ -126,7 +126,7 @@ class RoundingCheck:
     def student_figures(
         self,
         version: int,
-        own: Tensor,
+        trainer: Tensor,
         server: Tensor,
         counted: Tensor,
         current: Prefix,
@@ -139,7 +139,7 @@ class RoundingCheck:
 
         Args:
             version: that the tokens should be of.
-            own: ``[N]`` the trainer's log-probs of all counted tokens.
+            trainer: ``[N]`` the trainer's log-probs of all counted tokens.
             server: ``[N]`` the log-probs that came with them.
             counted: ``[N]`` bool, those that the student wrote.
             current: the cartridge.
@@ -152,13 +152,13 @@ class RoundingCheck:
         """
         first, self._first = self._first, False
         if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
-            self._measure(version, own, behind(nudged(current, self._dtype)))
+            self._measure(version, trainer, behind(nudged(current, self._dtype)))
         figures: dict[str, Tensor] = {}
         if first and self._previous is not None:
             here, before = exactly(current), exactly(self._previous)
             some = slice(len(before))
             figures[_VERSION] = version_figures(here, before, server[some], counted[some])
-        return figures | self._level_figures(STUDENT, own, server, counted, 1.0)
+        return figures | self._level_figures(STUDENT, trainer, server, counted, 1.0)
 
     def teacher_figures(
         self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
@@ -194,14 +194,19 @@ class RoundingCheck:
             self._level(TEACHER, figures[_LEVEL[TEACHER]])
         return metrics
 
-    def _measure(self, version: int, own: Tensor, repeat: Tensor) -> None:
+    def _measure(self, version: int, trainer: Tensor, repeat: Tensor) -> None:
         count = int(repeat.shape[0])
-        figures = rounding_figures(own[:count], repeat).tolist()
+        figures = rounding_figures(trainer[:count], repeat).tolist()
         self._rounding = Rounding.of(count, figures, self._dtype)
         self._measured_at = version
 
     def _level_figures(
-        self, author: str, own: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
+        self,
+        author: str,
+        trainer: Tensor,
+        server: Tensor,
+        counted: Tensor,
+        temperature_ratio: float,
     ) -> dict[str, Tensor]:
         if self._rounding is None:
             raise RuntimeError(
@@ -210,7 +215,7 @@ class RoundingCheck:
         if author not in self._levels:
             self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
         bound = self._levels[author].rounding.high_bound
-        return {_LEVEL[author]: level_figures(own, server, counted, bound)}
+        return {_LEVEL[author]: level_figures(trainer, server, counted, bound)}
 
     def _level(self, author: str, figures: Sequence[float]) -> dict[str, float]:
         level = self._levels[author]

@@ -110,9 +110,9 @@ class StepChecks:
             DocumentError: the teacher's logits are not finite.
             FloatingPointError: the loss is not finite.
         """
-        own = chosen_logprobs(found.logits, found.tokens, samples.temperature)
-        server = on_device(samples.rollout_logprobs, own.device, own.dtype)
-        compared = _compared(samples, own, server, found)
+        trainer = chosen_logprobs(found.logits, found.tokens, samples.temperature)
+        server = on_device(samples.rollout_logprobs, trainer.device, trainer.dtype)
+        compared = _compared(samples, trainer, server, found)
         counted = [
             differences.absolute
             for author, differences in compared.items()
@@ -123,13 +123,13 @@ class StepChecks:
         values |= {
             "loss": found.loss,
             "finite": found.teacher.finite,
-            "student_logprob": own.mean(),
+            "student_logprob": trainer.mean(),
             "teacher_tail_mass": found.teacher.tail_logprob.exp().mean(),
         }
         if counted:
             values["logprob_diff/mean"] = torch.cat(counted).mean()
         if self._rounding is not None:
-            values |= self._figures(samples, own, server, found, version, stale, cartridge)
+            values |= self._figures(samples, trainer, server, found, version, stale, cartridge)
         fetched = fetch(values)  # the one time that the host waits for student and teacher
 
         got = {name: figures[0] for name, figures in fetched.items() if len(figures) == 1}
@@ -158,7 +158,7 @@ class StepChecks:
     def _figures(
         self,
         samples: Samples,
-        own: Tensor,
+        trainer: Tensor,
         server: Tensor,
         found: Computed,
         version: int,
@@ -167,13 +167,13 @@ class StepChecks:
     ) -> dict[str, Tensor]:
         """What the test in units of the rounding wants to know of a micro-batch."""
         assert self._rounding is not None
-        theirs = on_device(samples.by_teacher, own.device)
+        theirs = on_device(samples.by_teacher, trainer.device)
         figures = {}
         if not stale:
             # Also when the teacher wrote all of it: every rank runs the model equally often.
             ways = (partial(way, samples) for way in (self._behind, self._exactly))
             figures = self._rounding.student_figures(
-                version, own, server, ~theirs, cartridge, *ways
+                version, trainer, server, ~theirs, cartridge, *ways
             )
         if found.teacher.chosen is not None:
             # Greedy leaves the logits alone.
@@ -202,16 +202,16 @@ class StepChecks:
 
 
 def _compared(
-    samples: Samples, own: Tensor, server: Tensor, found: Computed
+    samples: Samples, trainer: Tensor, server: Tensor, found: Computed
 ) -> dict[str, LogprobDifferences]:
     """The tokens of each author against the forward of whoever wrote them."""
     compared = {}
-    for author, numbers in ((STUDENT, own), (TEACHER, found.teacher.chosen)):
+    for author, numbers in ((STUDENT, trainer), (TEACHER, found.teacher.chosen)):
         mine = samples.by_teacher == (author == TEACHER)
         if not mine.any():
             continue
         assert numbers is not None
-        rows = on_device(np.flatnonzero(mine), own.device, torch.long)
+        rows = on_device(np.flatnonzero(mine), trainer.device, torch.long)
         compared[author] = LogprobDifferences(
             author, numbers[rows], server[rows], found.tokens[rows]
         )

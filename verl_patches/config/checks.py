@@ -15,17 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cartridge_distill.distill.config import KEY, cartridge_problems
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.platform.cluster import joins_a_cluster
 
-PAGE_SIZE = 16
-"""Tokens in a page of Tokasaurus' KV cache."""
-
 MIN_RAY_CPUS = 4
 
 _ACTOR = "actor_rollout_ref.actor"
+KEY = f"{_ACTOR}.cartridge"  # where the settings that the core checks stand
 _MODEL = "actor_rollout_ref.model"
 _ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -253,11 +252,11 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
             "set it to []"
         )
     tokens = _get(config, f"{KEY}.num_tokens")
-    if isinstance(tokens, int) and tokens % PAGE_SIZE:
-        near = max(PAGE_SIZE, round(tokens / PAGE_SIZE) * PAGE_SIZE)
+    if isinstance(tokens, int) and tokens % PAGE_TOKENS:
+        near = max(PAGE_TOKENS, round(tokens / PAGE_TOKENS) * PAGE_TOKENS)
         yield (
             f"{KEY}.num_tokens={tokens}: the server's model process dies unless it is a multiple "
-            f"of its page size, {PAGE_SIZE}; {near} is the nearest"
+            f"of its page size, {PAGE_TOKENS}; {near} is the nearest"
         )
     if _get(config, f"{KEY}.transport") == "shared_dir" and not _get(config, f"{KEY}.sync_dir"):
         yield (
@@ -340,7 +339,7 @@ def check_run_config(config: DictConfig) -> None:
         ConfigError: every problem found, each with its key, its value and the fix.
     """
     problems = [
-        *cartridge_problems(_get(config, KEY)),
+        *cartridge_problems(_get(config, KEY), KEY),
         *_fixed_problems(config),
         *_batch_problems(config),
         *_saving_problems(config),

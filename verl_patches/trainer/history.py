@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cartridge_distill.util.errors import CartridgeFormatError
-from verl_patches.trainer.run_folder import replace_file
+from cartridge_distill.util.files import replace_file
 
 HISTORY_FILE = "history.jsonl"
 
@@ -79,7 +79,7 @@ class History:
         def write(file: Path) -> None:
             file.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-        replace_file(run / HISTORY_FILE, write)
+        replace_file(run / HISTORY_FILE, write, overwrite=True)
 
 
 def _json_or_none(line: str) -> Any:

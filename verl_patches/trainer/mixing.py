@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.mixing import (
     STUDENT,
@@ -166,7 +167,7 @@ class TeacherAnswers:
         self._writer = TeacherWriter(
             DocumentStore.from_file(settings.documents),
             partial(render_document, model_config.tokenizer),
-            context=model_config.hf_config.get_text_config(decoder=True).max_position_embeddings,
+            context=text_config(model_config.hf_config).max_position_embeddings,
             max_tokens=rollout.response_length,
             temperature=temperature,
             base_model=base_model,

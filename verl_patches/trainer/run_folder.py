@@ -23,15 +23,15 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cartridge_distill.distill.training_state import check_same_recipe
 from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.util.files import replace_file
+from verl_patches.actor.engine_state import check_same_run
 
 LOCK = ".running"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -172,7 +172,7 @@ def write_data_position(folder: Path, position: dict[str, Any], about: dict[str,
         torch.save({"loader": position, "about": about}, file)
 
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / DATA_FILE, write)
+    replace_file(folder / DATA_FILE, write, overwrite=True)
 
 
 def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
         position, saved_about = saved["loader"], saved["about"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise CartridgeFormatError(f"{file} cannot be read as a data position: {error}") from error
-    check_same_recipe(saved_about, about, str(folder))
+    check_same_run(saved_about, about, folder)
     return dict(position)
 
 
@@ -198,7 +198,7 @@ def mark_complete(run: Path, step: int) -> None:
     def write(file: Path) -> None:
         file.write_text(str(step))
 
-    replace_file(run / TRACKER, write)
+    replace_file(run / TRACKER, write, overwrite=True)
 
 
 def record_start(run: Path, run_id: str) -> list[str]:
@@ -210,7 +210,8 @@ def record_start(run: Path, run_id: str) -> list[str]:
     earlier = file.read_text().splitlines() if file.is_file() else []
     known = [line for line in earlier if is_run_id(line) and line != run_id]
     run.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda scratch: _write_lines(scratch, [*known, run_id]))
+    lines = [*known, run_id]
+    replace_file(file, lambda scratch: _write_lines(scratch, lines), overwrite=True)
     return known
 
 
@@ -251,20 +252,3 @@ def _saved(run: Path) -> list[Path]:
         return []
     found = [f for f in run.iterdir() if _number(f) is not None and (f / DATA_FILE).is_file()]
     return sorted((f for f in found if (f / "actor").is_dir()), key=step_of_folder)
-
-
-def replace_file(target: Path, write: Callable[[Path], None]) -> None:
-    """``target`` is the old file or the new one, also after a crash of the machine."""
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    write(scratch)
-    _flush(scratch)
-    os.replace(scratch, target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
-from cartridge_distill.cartridge.formats import hazyresearch, own, peft, tokasaurus
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats import hazyresearch, native, peft, tokasaurus
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.util.errors import CartridgeFormatError
 
-Format = Literal["own", "hazyresearch", "tokasaurus", "peft"]
+Format = Literal["native", "hazyresearch", "tokasaurus", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 # Best first: a repository may hold several, and ours says most.
 _DIRECTORIES: tuple[tuple[Format, tuple[str, ...]], ...] = (
-    ("own", own.FILES),
+    ("native", native.FILES),
     ("peft", peft.FILES),
     ("tokasaurus", tokasaurus.FILES),
 )
@@ -75,8 +75,8 @@ def locate(path: Path) -> tuple[Format, Path]:
         raise CartridgeFormatError(f"{path}: {error}") from None
     if found is None:
         raise CartridgeFormatError(
-            f"{path} holds no cartridge: neither {own.WEIGHTS_FILE} nor {peft.ADAPTER_WEIGHTS} nor "
-            f"a .pt file (it has {', '.join(names[:8]) or 'no files'})"
+            f"{path} holds no cartridge: neither {native.WEIGHTS_FILE} nor "
+            f"{peft.ADAPTER_WEIGHTS} nor a .pt file (it has {', '.join(names[:8]) or 'no files'})"
         )
     format, files = found
     return format, path / files[0] if format == "hazyresearch" else path
@@ -89,8 +89,8 @@ def read_local(path: Path) -> StoredCartridge:
         CartridgeFormatError: it cannot be read, with the reason.
     """
     format, place = locate(path)
-    if format == "own":
-        return own.read(place)
+    if format == "native":
+        return native.read(place)
     if format == "peft":
         return peft.read(place)
     if format == "tokasaurus":
@@ -113,7 +113,7 @@ def write_local(
         FileExistsError: the target is there and ``overwrite`` is false.
     """
     writers = {
-        "own": own.write,
+        "native": native.write,
         "hazyresearch": hazyresearch.write,
         "tokasaurus": tokasaurus.write,
         "peft": peft.write,

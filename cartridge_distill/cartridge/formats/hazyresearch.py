@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.cartridge.formats.stored import (
+from cartridge_distill.cartridge.formats.stored_cartridge import (
     NO_FROZEN_TOKEN,
     CartridgeMeta,
     StoredCartridge,

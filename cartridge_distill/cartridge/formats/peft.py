@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cartridge_distill.cartridge.formats.stored import (
+from cartridge_distill.cartridge.formats.stored_cartridge import (
     NO_FROZEN_TOKEN,
     CartridgeMeta,
     StoredCartridge,

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from cartridge_distill.cartridge.formats import hazyresearch
-from cartridge_distill.cartridge.formats.stored import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError

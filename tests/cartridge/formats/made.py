@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cartridge_distill.cartridge.formats.stored import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot, split_layers
 from tests.tiny import random_cartridge, tiny_model
 

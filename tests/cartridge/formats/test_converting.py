@@ -19,7 +19,7 @@ from cartridge_distill.cartridge.checkpoint import (
     read_cartridge,
     write_cartridge,
 )
-from cartridge_distill.cartridge.formats import own
+from cartridge_distill.cartridge.formats import native
 from cartridge_distill.util import files
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from tests.cartridge.formats.made import META, same_bits, stored
@@ -45,18 +45,18 @@ def test_every_pair_keeps_every_bit(tmp_path: Path, first: Format, second: Forma
 
 
 def test_what_is_known_goes_as_far_as_the_format_holds_it(tmp_path: Path) -> None:
-    source = write_cartridge(stored(), tmp_path / "own", "own")
-    assert read_cartridge(convert(source, tmp_path / "own2", "own")).meta == META
+    source = write_cartridge(stored(), tmp_path / "native", "native")
+    assert read_cartridge(convert(source, tmp_path / "native2", "native")).meta == META
     meta = read_cartridge(convert(source, tmp_path / "peft", "peft")).meta
     assert (meta.base_model, meta.base_revision, meta.step) == ("owner/tiny", "c0ffee", 0)
     meta = read_cartridge(convert(source, tmp_path / "toka", "tokasaurus")).meta
     assert (meta.base_model, meta.base_revision) == ("owner/tiny", None)
-    named = convert(source, tmp_path / "named", "own", base_model="owner/other")
+    named = convert(source, tmp_path / "named", "native", base_model="owner/other")
     meta = read_cartridge(named).meta
     assert (meta.base_model, meta.base_revision, meta.step) == ("owner/other", None, 7)
 
 
-@pytest.mark.parametrize("format", ["own", "tokasaurus", "peft"])
+@pytest.mark.parametrize("format", ["native", "tokasaurus", "peft"])
 def test_a_pt_file_does_not_say_its_model(tmp_path: Path, format: Format) -> None:
     source = write_cartridge(stored(), tmp_path / "a.pt", "hazyresearch")
     with pytest.raises(CartridgeFormatError, match="which model.*base_model"):
@@ -87,26 +87,26 @@ def test_a_tokasaurus_directory_is_plain_lists(tmp_path: Path) -> None:
 
 
 def test_another_dtype(tmp_path: Path) -> None:
-    source = write_cartridge(stored(), tmp_path / "a", "own")
+    source = write_cartridge(stored(), tmp_path / "a", "native")
     half = convert(source, tmp_path / "b", "tokasaurus", dtype=torch.bfloat16)
     assert same_bits(read_cartridge(half), stored().to(torch.bfloat16))
     large = stored()
     large.snapshot.parts["trainable_keys"][1][0, 0, 0, 0] = 1e5
-    source = write_cartridge(large, tmp_path / "large", "own")
+    source = write_cartridge(large, tmp_path / "large", "native")
     with pytest.raises(CartridgeFormatError, match="too large for torch.float16: trainable_keys.1"):
-        convert(source, tmp_path / "c", "own", dtype=torch.float16)
+        convert(source, tmp_path / "c", "native", dtype=torch.float16)
     with pytest.raises(ConfigError, match="float32, bfloat16 or float16"):
-        convert(source, tmp_path / "c", "own", dtype=torch.int8)
+        convert(source, tmp_path / "c", "native", dtype=torch.int8)
 
 
 def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
-    odd = write_cartridge(stored(tokens=20), tmp_path / "odd", "own")
+    odd = write_cartridge(stored(tokens=20), tmp_path / "odd", "native")
     with pytest.raises(CartridgeFormatError, match="20 tokens are not a multiple of 16.*dies"):
         convert(odd, tmp_path / "b", "tokasaurus")
     assert read_cartridge(convert(odd, tmp_path / "p", "peft")).snapshot.num_tokens == 20
     with pytest.raises(CartridgeFormatError, match="ends in .pt"):
         convert(odd, tmp_path / "b", "hazyresearch")
-    with pytest.raises(CartridgeFormatError, match="no format 'gguf'; there are own, "):
+    with pytest.raises(CartridgeFormatError, match="no format 'gguf'; there are native, "):
         convert(odd, tmp_path / "b", "gguf")  # type: ignore[arg-type]
 
 
@@ -114,7 +114,7 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
 def test_nothing_is_replaced_unasked_and_folders_of_others_never(
     tmp_path: Path, format: Format
 ) -> None:
-    source = write_cartridge(stored(seed=1), tmp_path / "source", "own")
+    source = write_cartridge(stored(seed=1), tmp_path / "source", "native")
     target = place(tmp_path, "target", format)
     write_cartridge(stored(), target, format)
     with pytest.raises(FileExistsError):
@@ -148,10 +148,10 @@ def test_a_write_that_fails_leaves_the_old_one(
 
 
 def test_json_of_an_older_or_newer_release(tmp_path: Path) -> None:
-    path = write_cartridge(stored(), tmp_path / "a", "own")
+    path = write_cartridge(stored(), tmp_path / "a", "native")
     about = checkpoint.read_meta(path)
     for name in ("metrics", "document_title", "base_revision"):  # as the first release wrote it
         del about[name]
-    (path / own.META_FILE).write_text(json.dumps(about | {"something_new": 1}))
+    (path / native.META_FILE).write_text(json.dumps(about | {"something_new": 1}))
     meta = read_cartridge(path).meta
     assert (meta.step, meta.metrics, meta.document_title) == (7, {}, None)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, write_cartridge
 from cartridge_distill.cartridge.compose import compose
 from cartridge_distill.cartridge.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from cartridge_distill.cartridge.formats.stored import StoredCartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.util.errors import CartridgeFormatError

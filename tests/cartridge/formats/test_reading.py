@@ -213,7 +213,7 @@ def test_our_directory(tmp_path: Path) -> None:
 
 
 def test_our_directory_when_its_parts_disagree(tmp_path: Path) -> None:
-    path = write_cartridge(stored(), tmp_path / "c", "own")
+    path = write_cartridge(stored(), tmp_path / "c", "native")
     about, json_file = read_meta(path), path / "cartridge.json"
 
     def refused(match: str) -> None:
@@ -262,7 +262,7 @@ def test_the_wrong_model_is_told_by_the_number(
 ) -> None:
     config = tiny_model().config
     for format, name in (
-        ("own", "a"),
+        ("native", "a"),
         ("peft", "b"),
         ("tokasaurus", "c"),
         ("hazyresearch", "d.pt"),
@@ -291,7 +291,7 @@ def test_the_best_of_several_formats_is_found() -> None:
     own = ["cartridge.safetensors", "cartridge.json"]
     peft = ["adapter_model.safetensors", "adapter_config.json"]
     toka = ["cartridge.pt", "config.yaml"]
-    assert find([*toka, *peft, *own, "README.md"]) == ("own", tuple(own))
+    assert find([*toka, *peft, *own, "README.md"]) == ("native", tuple(own))
     assert find([*toka, *peft]) == ("peft", tuple(peft))
     assert find(toka) == ("tokasaurus", tuple(toka))
     assert find(["cache-step9.pt", "cache-step10.pt"]) == ("hazyresearch", ("cache-step10.pt",))

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import RolloutReplica
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
@@ -48,7 +49,7 @@ class TokasaurusReplica(RolloutReplica):
         url = urls[self.replica_rank % len(urls)]
         # veRL hands the replica the bare YAML of the model, without its transformers config.
         model = AutoConfig.from_pretrained(copy_to_local(self.model_config["path"]))
-        vocabulary = model.get_text_config(decoder=True).vocab_size
+        vocabulary = text_config(model).vocab_size
         proxy = (
             ray.remote(TokasaurusHttpServer)
             .options(

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from verl.workers.rollout.replica import TokenOutput, get_rollout_replica_class
 
 from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.model.forward import packed_forward
@@ -50,7 +51,7 @@ PROMPTS = (
     "Which operations were there, and when?",
     "Hello",
 )
-CONFIG = Path(__file__).resolve().parents[3] / "training" / "config"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 # The versions are published in float32: what is left is the order of the sums.
 LARGEST_DIFFERENCE = 1e-3
 EXAMPLES = """\
@@ -256,11 +257,11 @@ def differences(
         ]
     )
     logits = packed_forward(model, cartridge.prefix(), batch, batch.predicts(response_mask))
-    own = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
+    trainer = chosen_logprobs(logits, batch.tokens(response_mask), temperature)
     counts = [len(rollout.output.token_ids) for rollout in rollouts]
     return [
         (mine - torch.tensor(rollout.output.log_probs)).abs().max().item()
-        for mine, rollout in zip(own.split(counts), rollouts, strict=True)
+        for mine, rollout in zip(trainer.split(counts), rollouts, strict=True)
     ]
 
 
@@ -284,7 +285,7 @@ def print_table(
 def run(options: argparse.Namespace) -> int:
     """All of it; returns how many answers are bad."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    vocabulary = AutoConfig.from_pretrained(options.model).get_text_config().vocab_size
+    vocabulary = text_config(AutoConfig.from_pretrained(options.model)).vocab_size
     cartridge = make_cartridge(options) if options.cartridge or not options.version else None
     with server(options) as (url, publisher):
         replica = build_replica(compose_config(options, url))

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cartridge_distill.cartridge.formats.stored import (
+from cartridge_distill.cartridge.formats.stored_cartridge import (
     CartridgeMeta,
     StoredCartridge,
     checked_snapshot,
