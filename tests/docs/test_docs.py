@@ -230,6 +230,14 @@ def test_the_readme_says_at_once_how_far_it_is_proven() -> None:
         assert re.search(rf"^\| {name}", first_screen, re.M), name
 
 
+def test_the_demo_has_one_table() -> None:
+    """README shows it, and the page of results explains it."""
+    table = re.compile(r"^\| condition \|.*\n(?:\|.*\n)+", re.M)
+    shown = table.findall(text_of(ROOT / "README.md"))
+    assert len(shown) == 1
+    assert shown == table.findall(text_of(ROOT / "docs" / "results.md"))
+
+
 @pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_no_page_uses_a_retired_name(page: Path) -> None:
     code = "\n".join([*inline_code_of(page), *shell_blocks(page)])
