@@ -128,7 +128,8 @@ class Teacher:
             response_masks: B ``[length]`` bool masks of the tokens that count: their distributions
                 are returned. On the host, or the host waits for them.
             document_ids: B ids.
-            k, temperature: of the top-k.
+            k: tokens of the top-k.
+            temperature: the logits are divided by it.
             chosen_at: a temperature; when given, the log-probs of the counted tokens themselves are
                 taken at it, too (``chosen``).
 

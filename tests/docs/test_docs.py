@@ -20,12 +20,12 @@ from tests.docs.pages import (
     links_of,
     pages,
     prose_of,
+    shell_blocks,
     text_of,
 )
 from tests.test_layers import ROOMS
 
 PAGES = pages()
-DOCS = [ROOT / "README.md", ROOT / "PLAN.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 
 # Folders of the repository, from its root and from the packages; other paths are the user's.
@@ -42,9 +42,11 @@ RETIRED_WORDS = {
     r"\bstamps?\b": "labels",
 }
 RETIRED_CODE = {
-    r"\bChoiceTokens\b|\bGenerated\b": "Completion",
-    r"\bstory\b|\btell\b|\bin_words\b|\bbuilding\b": "what it does",
-    r"\bOneEach\b|\bTeacherDesk\b|\bkept_apart\b|\bmake_equal\b": "what it does",
+    r"\bChoiceTokens\b|\bGenerated\b|\banswers\.Answer\b": "Completion",
+    r"\bwanted\b|\blogits_rows\b": "response_mask",
+    r"\b(story|tell|in_words|building|agreement|preparing)\b": "what it does",
+    r"\b(OneEach|TeacherDesk|kept_apart|make_equal)\b": "what it does",
+    r"--to own\b|\bformats/own\b|\bown\.py\b": "native",
 }
 
 
@@ -228,11 +230,20 @@ def test_the_readme_says_at_once_how_far_it_is_proven() -> None:
         assert re.search(rf"^\| {name}", first_screen, re.M), name
 
 
-@pytest.mark.parametrize("page", DOCS, **BY_NAME)
+def test_the_demo_has_one_table() -> None:
+    """README shows it, and the page of results explains it."""
+    table = re.compile(r"^\| condition \|.*\n(?:\|.*\n)+", re.M)
+    shown = table.findall(text_of(ROOT / "README.md"))
+    assert len(shown) == 1
+    assert shown == table.findall(text_of(ROOT / "docs" / "results.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_no_page_uses_a_retired_name(page: Path) -> None:
+    code = "\n".join([*inline_code_of(page), *shell_blocks(page)])
     said = [
         *((prose_of(page), old, better) for old, better in RETIRED_WORDS.items()),
-        *(("\n".join(inline_code_of(page)), old, better) for old, better in RETIRED_CODE.items()),
+        *((code, old, better) for old, better in RETIRED_CODE.items()),
     ]
     found = [
         f"{match[0]} (say: {better})"
