@@ -91,7 +91,8 @@ TORCH ?= 2.11.0
 NEWER ?= 5.17.0
 OTHER ?= .venv-torch$(TORCH)-transformers$(NEWER)
 OTHER_PIP = $(OTHER)/bin/python -m pip --disable-pip-version-check
-TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data tests/cli
+TESTED := tests/cartridge tests/model tests/distill tests/data tests/cli tests/server \
+  tests/verl/test_engine.py tests/verl/test_optimizer.py
 # What transformers itself asks for is taken as it is in the lock, where transformers allows that.
 $(OTHER)/.installed: $(LOCK)
 	$(PYTHON) -m venv --clear $(OTHER)

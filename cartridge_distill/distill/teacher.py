@@ -140,6 +140,11 @@ class Teacher:
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
         """
+        if not len(sequences) == len(response_masks) == len(document_ids) > 0:
+            raise ValueError(
+                f"{len(sequences)} sequences, {len(response_masks)} masks and {len(document_ids)} "
+                "document ids; a sample has one of each"
+            )
         results: list[list[Tensor]] = [[]] * len(sequences)
         masks = [host_mask(mask) for mask in response_masks]
         finite = []
