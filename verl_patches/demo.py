@@ -25,7 +25,6 @@ from pathlib import Path
 import httpx
 
 from cartridge_distill.data.command import DEFAULT_DATA
-from cartridge_distill.report.page import write_report
 from cartridge_distill.report.recipe import write_recipe
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, tail, wait_for
@@ -133,6 +132,8 @@ def run(options: argparse.Namespace, out: Path, supervisor: Supervisor) -> None:
     supervisor.stop()  # the evaluation gets the whole machine
     print_proof(out, options.steps)
     evaluate(options, model, out, supervisor)
+    from cartridge_distill.report.page import write_report  # --help needs no plotly
+
     report = write_report([out], out / "report.html")
     cartridge = shorter(out / "cartridge")
     print(f"\ncartridge: {cartridge}")

@@ -243,7 +243,7 @@ class RoundingCheck:
         if evidence.stale:
             self._evidence = VersionEvidence()  # a caller that goes on asks anew
             raise OffPolicyError(
-                f"rollouts stamped step {version} were made, all or some, by the version before: "
+                f"rollouts labelled step {version} were made, all or some, by the version before: "
                 f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
                 f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
                 "server does not serve the version it names. The rollout proxy or the sync is out "
