@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, marked_blocks
+from tests.docs.pages import ROOT, commands_in, marked_blocks, shell_blocks
 from tests.docs.run_commands import run
 
 PAGE = ROOT / "docs" / "getting-started.md"
@@ -27,6 +27,21 @@ def test_the_five_commands_are_marked() -> None:
     said = "\n".join(marked_blocks(PAGE, "cpu"))
     for command in ("prepare", "serve", "train", "eval", "report", "chat"):
         assert f"cartridge-distill {command} " in said, command
+
+
+def test_the_readme_has_the_same_five() -> None:
+    """Names stand there in place of paths; the options are those that the long test runs."""
+    run_as_written = {
+        command.words[1]: set(command.options)
+        for block in marked_blocks(PAGE, "cpu")
+        for command in commands_in(PAGE, block)
+        if command.words[0] == "cartridge-distill"
+    }
+    (block,) = [body for body in shell_blocks(ROOT / "README.md") if "distill prepare" in body]
+    shown = commands_in(ROOT / "README.md", block)
+    assert [c.words[1] for c in shown] == ["prepare", "serve", "train", "eval", "chat"]
+    for command in shown:
+        assert set(command.options) <= run_as_written[command.words[1]], str(command)
 
 
 @pytest.mark.long
