@@ -1,7 +1,6 @@
 """One thing has one name: the names that were given up stay given up.
 
-The glossary of docs/architecture.md has the names that are used. The pages are looked at by
-tests/docs, too, which knows prose from code; here every line of every file counts.
+The glossary of docs/architecture.md has the names that are used. Every line of every file counts.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from pathlib import Path
 import httpx
 
 from cartridge_distill.data.command import DEFAULT_DATA
-from cartridge_distill.report.page import write_report
 from cartridge_distill.report.recipe import write_recipe
+from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, tail, wait_for
 from verl_patches import launch
@@ -107,15 +107,17 @@ def main(arguments: list[str] | None = None, name: str = PROGRAM) -> int:
     options = parse(arguments, name)
     start = time.monotonic()
     out: Path = options.out.resolve()
-    if out.exists():
-        shutil.rmtree(out)
-    (out / "cartridges").mkdir(parents=True)
     try:
+        fresh_folder(out)
+        (out / "cartridges").mkdir()
         with Supervisor() as supervisor:
             run(options, out, supervisor)
     except KeyboardInterrupt:
         print("\nstopped; every process of the demo was ended", flush=True)
         return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ChildFailed as error:
         print(f"\nthe demo failed: {error}\nall logs: {out}", file=sys.stderr)
         return 1
@@ -133,6 +135,8 @@ def run(options: argparse.Namespace, out: Path, supervisor: Supervisor) -> None:
     supervisor.stop()  # the evaluation gets the whole machine
     print_proof(out, options.steps)
     evaluate(options, model, out, supervisor)
+    from cartridge_distill.report.page import write_report  # --help needs no plotly
+
     report = write_report([out], out / "report.html")
     cartridge = shorter(out / "cartridge")
     print(f"\ncartridge: {cartridge}")

@@ -10,8 +10,10 @@ Not done here: writing the data, and starting the server.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +38,8 @@ veRL's settings:
   whatever has no option here, as name=value after the options; these win, e.g.
     actor_rollout_ref.actor.cartridge.topk=50 trainer.nnodes=2
   what this project sets, with comments:  {CONFIG_FOLDER / CONFIG_NAME}.yaml
-  the cartridge's own (docs/configuration.md), and all of veRL's with their values:
-    python -m verl.trainer.main_ppo --config-path {CONFIG_FOLDER} \\
-        --config-name {CONFIG_NAME} --cfg job
+  all of veRL's, with their values in this run:  cartridge-distill train --show-config ...
+  the cartridge's own are described in docs/configuration.md
   several nodes, and a Ray cluster that is there already: docs/training.md
 
 --config FILE:
@@ -85,11 +86,13 @@ def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
     option = parser.add_argument_group("this command").add_argument
     option("--config", type=Path, metavar="FILE", help="settings in YAML, see below; options win")
     option("--dry-run", action="store_true", help="check everything, print the command, train not")
+    option("--show-config", action="store_true", help="print veRL's settings in YAML, train not")
     option("--only-check", action="store_true", help="look at veRL and server, and end")
     option("--verbose", action="store_true", help="print all that veRL says, not a line a step")
     parser.add_argument("override", nargs="*", metavar="name=value", help="settings of veRL")
     given = vars(parser.parse_intermixed_args(list(arguments)))
-    own = {name: given.pop(name) for name in ("config", "dry_run", "only_check", "verbose")}
+    names = ("config", "dry_run", "show_config", "only_check", "verbose")
+    own = {name: given.pop(name) for name in names}
     return make_run(given, own["config"], given.pop("override")), argparse.Namespace(**own)
 
 
@@ -98,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         run, own = parse(typed)
+        if own.show_config:
+            return show_config(run)
         checks.check(run)
         if own.only_check:
             return 0
@@ -134,6 +139,13 @@ def dry_run(run: Run) -> int:
         print(f"export {name}={shlex.quote(value)}")
     print(shlex.join(command(run)))
     return 0
+
+
+def show_config(run: Run) -> int:
+    """Prints all of veRL's settings as the run has them; returns the exit status."""
+    checks.check_verl()
+    asked, settings = [*command(run), "--cfg", "job"], {**os.environ, **environment(run)}
+    return subprocess.run(asked, env=settings, check=False).returncode
 
 
 def record(run: Run, arguments: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def overrides(run: Run) -> list[str]:
         folder = run.sync_dir.expanduser().absolute()
         found += [f"{cartridge}.transport=shared_dir", f"{cartridge}.sync_dir={quoted(folder)}"]
     urls = [quoted(url) for url in run.server]
-    url = urls[0] if len(urls) == 1 else f"[{','.join(urls)}]"
+    url = f"[{','.join(urls)}]" if len(urls) > 1 else (urls or ["null"])[0]
     return [
         *found,
         f"{cartridge}.sync_base_model={run.served_model or 'null'}",
