@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cartridge_distill.cartridge.kv_shape import KvShape
 from cartridge_distill.util.errors import CartridgeFormatError
-from cartridge_distill.util.memory import recycled_empty
 
 PARTS = ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
 """Names of the field's files; each is one ``[1, H, tokens, D]`` tensor per layer."""
@@ -90,8 +89,7 @@ class Snapshot:
 
         def join(kind: str) -> list[Tensor]:
             pairs = zip(self.parts[f"frozen_{kind}"], self.parts[f"trainable_{kind}"], strict=True)
-            shape = (1, self.kv_heads, self.num_tokens, self.head_dim)
-            return [torch.cat(pair, 2, out=recycled_empty(shape, self.dtype)) for pair in pairs]
+            return [torch.cat(pair, 2) for pair in pairs]
 
         return join("keys"), join("values")
 
@@ -143,7 +141,7 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     source = tensor.detach()
     if source.device.type != "cpu":
         source = source.to(dtype)  # there, so that fewer bytes come over
-    return recycled_empty(source.shape, dtype).copy_(source)
+    return torch.empty(source.shape, dtype=dtype).copy_(source)
 
 
 def all_finite(tensor: Tensor) -> bool:

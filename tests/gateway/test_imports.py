@@ -16,7 +16,6 @@ LIGHT = {
     "cartridge_distill.util.disconnect",
     "cartridge_distill.util.errors",
     "cartridge_distill.cartridge.kv_shape",
-    "cartridge_distill.util.memory",
     "cartridge_distill.cartridge.snapshot",
     "cartridge_distill.sync.upload",
     "cartridge_distill.sync.versions",
