@@ -5,6 +5,7 @@
 # make test-versions   core, engine and server tests with another torch and transformers
 # make gpu-check   on a GPU machine, ten minutes: is it right, how fast; ends in a table
 # make gpu-bundle  the same for a GPU node without network, in parts of 58 MiB
+# make docs    the documentation as a site, in build/site
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
 # make clean   throw away the environment and the caches
@@ -20,9 +21,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long test-versions gpu-check gpu-bundle lint format clean
+.PHONY: help setup demo test test-long test-versions gpu-check gpu-bundle docs lint format clean
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -10
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -11
 
 setup: $(VENV)/.patched
 
@@ -90,7 +91,8 @@ TORCH ?= 2.11.0
 NEWER ?= 5.17.0
 OTHER ?= .venv-torch$(TORCH)-transformers$(NEWER)
 OTHER_PIP = $(OTHER)/bin/python -m pip --disable-pip-version-check
-TESTED := tests/core tests/server tests/verl/test_engine.py tests/verl/test_optimizer.py tests/data tests/cli
+TESTED := tests/cartridge tests/model tests/distill tests/data tests/cli tests/server \
+  tests/verl/test_engine.py tests/verl/test_optimizer.py
 # What transformers itself asks for is taken as it is in the lock, where transformers allows that.
 $(OTHER)/.installed: $(LOCK)
 	$(PYTHON) -m venv --clear $(OTHER)
@@ -110,10 +112,21 @@ $(OTHER)/.patched: $(PATCHES) $(OTHER)/.installed
 test-versions: $(OTHER)/.patched
 	$(OTHER)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTED)
 
+# An environment of its own: the site needs nothing of the project but its text.
+DOCS := .venv-docs
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --progress-bar off --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo build/site/index.html
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-torch* .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-torch* $(DOCS) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Licence, citation, workflow, hooks: well-formed, and in agreement with pyproject and the lock."""
+"""Licence, citation, workflow, hooks: well-formed, and in line with pyproject and the lock."""
 
 from __future__ import annotations
 

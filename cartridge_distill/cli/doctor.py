@@ -218,7 +218,7 @@ def _memory(subject: Subject) -> Finding:
     said = f"{plan.line()}\n{plan.describe()}".replace("\n", "\n      ")
     advice = "what makes it smaller: " + "; ".join(plan.advice())
     if not torch.cuda.is_available():
-        return Finding("memory", True, f"{said}\n      no GPU here to hold it against")
+        return Finding("memory", None, f"{said}\n      no GPU here to hold it against")
     free = min(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
     said += f"\n      free on the GPU: {free / 2**30:.2f} GiB"
     return Finding("memory", plan.peak <= free, said, "" if plan.peak <= free else advice)

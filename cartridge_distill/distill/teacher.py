@@ -128,7 +128,8 @@ class Teacher:
             response_masks: B ``[length]`` bool masks of the tokens that count: their distributions
                 are returned. On the host, or the host waits for them.
             document_ids: B ids.
-            k, temperature: of the top-k.
+            k: tokens of the top-k.
+            temperature: the logits are divided by it.
             chosen_at: a temperature; when given, the log-probs of the counted tokens themselves are
                 taken at it, too (``chosen``).
 
@@ -139,6 +140,11 @@ class Teacher:
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
         """
+        if not len(sequences) == len(response_masks) == len(document_ids) > 0:
+            raise ValueError(
+                f"{len(sequences)} sequences, {len(response_masks)} masks and {len(document_ids)} "
+                "document ids; a sample has one of each"
+            )
         results: list[list[Tensor]] = [[]] * len(sequences)
         masks = [host_mask(mask) for mask in response_masks]
         finite = []

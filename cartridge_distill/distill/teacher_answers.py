@@ -100,7 +100,8 @@ class TeacherWriter:
         context: positions the model was made for.
         max_tokens: new tokens at most.
         temperature: of the sampling.
-        base_model: stands for the model's weights, see :func:`models.model_identity`.
+        base_model: stands for the model's weights, see
+            :func:`cartridge_distill.model.loading.model_identity`.
         cache: None writes every answer.
     """
 

@@ -25,6 +25,9 @@ from cartridge_distill.model.packing import HostMask, host_mask, pack
 PACKED_TOKENS = 512
 """Tokens that a check may cost: two forwards of so many in float32, each step."""
 
+COUNTED_TOKENS = 64
+"""Tokens that a check wants to compare."""
+
 
 class _InFloat32(TorchFunctionMode):
     """Embeddings come out in float32, and linear layers take their weights in it.
@@ -51,13 +54,18 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def leading(sequences: Sequence[Tensor]) -> int:
-    """How many sequences, from the first on, have :data:`PACKED_TOKENS`; at least one."""
-    taken, tokens = 0, 0
-    for sequence in sequences:
+def leading(sequences: Sequence[Tensor], response_masks: Sequence[HostMask]) -> int:
+    """How many sequences a check takes, from the first on; at least one.
+
+    As many as have :data:`PACKED_TOKENS`, or more where that leaves fewer than
+    :data:`COUNTED_TOKENS` that count.
+    """
+    taken, tokens, counted = 0, 0, 0
+    for sequence, mask in zip(sequences, response_masks, strict=True):
         tokens += int(sequence.numel())
-        if taken and tokens > PACKED_TOKENS:
+        if taken and tokens > PACKED_TOKENS and counted >= COUNTED_TOKENS:
             break
+        counted += int(mask.sum())
         taken += 1
     return taken
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import (
@@ -30,7 +31,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Refuses architectures on which a packed forward with a prefix would be wrong.
 
     Raises:
-        ConfigError: the architecture keeps state other than per-layer KV, or shares KV.
+        ConfigError: the architecture keeps state other than per-layer KV, shares KV, or scales
+            its positions by the longest one of a forward.
     """
     text = text_config(config)
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -44,6 +46,22 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"{text.model_type}: num_kv_shared_layers={text.num_kv_shared_layers}; "
             "a cartridge needs one KV per layer"
         )
+    if moving := sorted(_rope_types(getattr(text, "rope_parameters", None)) & _BY_LONGEST):
+        raise ConfigError(
+            f"{text.model_type}: rope_type={moving} scales positions by the longest one of a "
+            "forward, so that packed sequences would change each other; use a model without it"
+        )
+
+
+_BY_LONGEST = {"dynamic", "longrope"}
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Of all layers; transformers keeps one set of parameters, or one a kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    found = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return found.union(*(_rope_types(inner) for inner in parameters.values()))
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -100,7 +100,20 @@ class PackedBatch:
 
     def places(self, mask: Tensor | HostMask) -> Tensor:
         """``[n]`` long, the places of the true entries of a ``[T]`` mask, on the device."""
-        return on_device(np.flatnonzero(host_mask(mask)), self.device, torch.long)
+        return on_device(np.flatnonzero(self.mask(mask)), self.device, torch.long)
+
+    def mask(self, mask: Tensor | HostMask) -> HostMask:
+        """A ``[T]`` mask on the host.
+
+        Raises:
+            ValueError: it is not bool, or not one entry a token.
+        """
+        found = host_mask(mask)
+        if len(found) != self.num_tokens:
+            raise ValueError(
+                f"a mask of {len(found)} entries, and the row has {self.num_tokens} tokens"
+            )
+        return found
 
     def predicts(self, response_mask: Tensor | HostMask) -> HostMask:
         """Which rows of the logits predict the tokens of ``response_mask``.
@@ -116,7 +129,7 @@ class PackedBatch:
         Raises:
             ValueError: the first token of a sequence counts; nothing precedes it.
         """
-        response_mask = host_mask(response_mask)
+        response_mask = self.mask(response_mask)
         first = response_mask & (self.index == 0)
         if first.any():
             raise ValueError(
@@ -137,7 +150,7 @@ class PackedBatch:
             The shorter batch, without the sequences of which nothing is kept, and its
             ``logit_mask``.
         """
-        logit_mask = host_mask(logit_mask)
+        logit_mask = self.mask(logit_mask)
         if not logit_mask.any():
             return self, logit_mask
         last = np.full(len(self.lengths), -1)
@@ -150,24 +163,28 @@ class PackedBatch:
         return PackedBatch(self.input_ids[self.places(needed)], lengths, known), logit_mask[needed]
 
     def filled_up(self, multiple: int, at_least: int) -> PackedBatch:
-        """With one more sequence of zeros behind the others, to a multiple of tokens.
+        """With more sequences of zeros behind the others, to a multiple of tokens.
 
-        The other sequences do not see it. Kernels that are compiled for whole blocks then meet
-        whole blocks only.
+        The other sequences do not see them. Kernels that are compiled for whole blocks then meet
+        whole blocks only. None is longer than the longest that is there: a position that no real
+        token has could be beyond the model's context, or change how it scales its positions.
         """
         most = max(at_least, -(-self.num_tokens // multiple) * multiple)
         missing = most - self.num_tokens
         if not missing:
             return self
         zeros = self.input_ids.new_zeros(missing)
-        return PackedBatch(torch.cat([self.input_ids, zeros]), (*self.lengths, missing))
+        longest = max(self.lengths)
+        whole, rest = divmod(missing, longest)
+        filling = (longest,) * whole + ((rest,) if rest else ())
+        return PackedBatch(torch.cat([self.input_ids, zeros]), (*self.lengths, *filling))
 
 
 def pack(sequences: Sequence[Tensor]) -> PackedBatch:
     """Packs 1-D token id tensors into one row.
 
     Raises:
-        ValueError: no sequence, an empty one, or one that is not 1-D.
+        ValueError: no sequence, an empty one, or one that is not 1-D or holds no whole numbers.
     """
     if not sequences:
         raise ValueError("pack() needs at least one sequence")
@@ -176,5 +193,7 @@ def pack(sequences: Sequence[Tensor]) -> PackedBatch:
             raise ValueError(
                 f"sequence {number} has shape {tuple(sequence.shape)}; expected [length >= 1]"
             )
+        if sequence.is_floating_point() or sequence.dtype == torch.bool:
+            raise ValueError(f"sequence {number} holds {sequence.dtype}; ids are whole numbers")
     lengths = tuple(int(sequence.numel()) for sequence in sequences)
     return PackedBatch(torch.cat(list(sequences)).long(), lengths)

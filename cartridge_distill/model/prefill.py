@@ -37,6 +37,8 @@ def prefix_from_tokens(
     Returns:
         A prefix of P tokens in the model's dtype, detached.
     """
+    if at_once < 1:
+        raise ValueError(f"at_once={at_once}: a piece has at least one token")
     total, done = len(input_ids), 0
     keys: list[Tensor] = []
     values: list[Tensor] = []

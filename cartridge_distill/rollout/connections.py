@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 
 
-class OneEach(httpx.AsyncBaseTransport):
+class ConnectionPerRequest(httpx.AsyncBaseTransport):
     """A pool for requests to one server.
 
     Args:

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import tenacity
 
-from cartridge_distill.rollout.connections import OneEach, proxy_for
+from cartridge_distill.rollout.connections import ConnectionPerRequest, proxy_for
 from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ class RetryingHttp:
                 connect=self.settings.connect_timeout_s,
                 pool=None,  # waiting for a free connection is not the server's fault
             ),
-            transport=OneEach(self.settings.max_connections, 60.0, proxy_for(self.url)),
+            transport=ConnectionPerRequest(
+                self.settings.max_connections, 60.0, proxy_for(self.url)
+            ),
             trust_env=False,  # the proxy is chosen above; credentials are those of auth_headers
             # Modal answers 303 when a request takes long; the result is fetched from there.
             follow_redirects=True,

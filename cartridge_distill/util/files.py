@@ -19,8 +19,30 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+OWNED = ".written-by-cartridge-distill"
+"""A folder with this file in it was made by :func:`fresh_folder`, and may be made anew."""
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def fresh_folder(folder: Path) -> None:
+    """An empty folder, in place of one that an earlier call made.
+
+    Raises:
+        FileExistsError: something is there that this project did not make; nothing is touched.
+    """
+    if folder.exists() or folder.is_symlink():
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if not empty and not (folder / OWNED).is_file():
+            raise FileExistsError(
+                f"{folder} is there and holds files that this command did not write; name another "
+                "folder with --out, or move it away"
+            )
+        if not empty:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWNED).touch()
 
 
 def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bool) -> None:

@@ -106,12 +106,16 @@ def shell_blocks(page: Path) -> list[str]:
     return [m["body"] for m in _FENCE.finditer(text_of(page)) if m["language"] in ("bash", "sh")]
 
 
+def commands_in(page: Path, shell: str) -> list[Command]:
+    """Every command of a block of shell; lines that go on behind a backslash are joined."""
+    lines = re.sub(r" *\\\n\s*", " ", shell).splitlines()
+    return [found for line in lines for found in _parsed(page, line)]
+
+
 def commands_of(page: Path) -> list[Command]:
     """Every command in the page's blocks of shell and in its backquotes."""
-    lines: list[str] = []
-    for body in shell_blocks(page):
-        lines += re.sub(r" *\\\n\s*", " ", body).splitlines()
-    return [found for line in [*lines, *inline_code_of(page)] for found in _parsed(page, line)]
+    in_blocks = [found for body in shell_blocks(page) for found in commands_in(page, body)]
+    return in_blocks + [found for code in inline_code_of(page) for found in _parsed(page, code)]
 
 
 def marked_blocks(page: Path, name: str) -> list[str]:

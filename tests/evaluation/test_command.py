@@ -107,7 +107,7 @@ def test_a_cartridge_holds_its_own_table(
     convert(folder, tmp_path / "c.pt", "hazyresearch")
     capsys.readouterr()
     assert main([*arguments, "--cartridge", str(tmp_path / "c.pt"), "--record"]) == 1
-    assert "--to own" in capsys.readouterr().err
+    assert "--to native" in capsys.readouterr().err
 
 
 def test_without_questions_the_held_out_prompts_are_taken(

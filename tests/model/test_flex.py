@@ -88,6 +88,14 @@ def test_a_row_of_no_whole_blocks_is_refused() -> None:
         classify(pack([torch.zeros(300, dtype=torch.long)]), 0, None)
 
 
+def test_what_fills_a_row_up_has_no_position_that_its_sequences_have_not() -> None:
+    """Else it could be over the model's context, or change how positions are scaled."""
+    batch = batch_of([37, 5, 60])
+    assert batch.num_tokens == 256 and batch.lengths[:3] == (37, 5, 60)
+    assert batch.index.max() == 59 and sum(batch.lengths) == 256
+    assert batch_of([1]).index.max() == 0
+
+
 # ---------------------------------------------------------------- compiling
 
 

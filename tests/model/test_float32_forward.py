@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,12 @@ def test_they_are_those_of_the_widened_model(kind: str) -> None:
 
 def test_the_first_sequences_are_taken_up_to_a_bound() -> None:
     long, short = torch.zeros(PACKED_TOKENS + 1), torch.zeros(100)
-    assert leading([long, short]) == 1
-    assert leading([short] * 50) == PACKED_TOKENS // 100
-    assert leading([short] * 3) == 3
+
+    def taken(sequences: list[torch.Tensor], counted: int) -> int:
+        masks = [np.arange(len(sequence)) < counted for sequence in sequences]
+        return leading(sequences, masks)
+
+    assert taken([long, short], 64) == 1
+    assert taken([short] * 50, 20) == PACKED_TOKENS // 100
+    assert taken([short] * 50, 4) == 16  # more, for enough tokens that count
+    assert taken([short] * 3, 20) == 3

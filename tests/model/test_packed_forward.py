@@ -255,3 +255,22 @@ def test_what_follows_the_last_kept_row_is_not_computed(backend: str) -> None:
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=0)
     nothing = torch.zeros_like(logit_mask)
     assert packed_forward(model, cartridge.prefix(), batch, nothing, backend).shape == (0, VOCAB)
+
+
+def test_masks_that_do_not_fit_the_row_are_refused() -> None:
+    batch = pack([torch.arange(5, 12), torch.arange(3, 6)])
+    for call in (batch.predicts, batch.tokens, batch.up_to_last):
+        with pytest.raises(ValueError, match="4 entries, and the row has 10 tokens"):
+            call(torch.zeros(4, dtype=torch.bool))
+        with pytest.raises(ValueError, match="1-D and bool"):
+            call(torch.zeros(10))
+    with pytest.raises(ValueError, match="whole numbers"):
+        pack([torch.ones(3)])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_are_refused(kind: str) -> None:
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(ConfigError, match=f"llama: rope_type=.*{kind}.*packed sequences"):
+        prepare_model(model)

@@ -146,3 +146,12 @@ def test_a_stage_that_fails_is_named_and_ends_the_demo(
     said = capsys.readouterr()
     assert "the demo failed: data ended with status" in said.err and f"all logs: {out}" in said.err
     assert (out / "data.log").exists()
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert demo.main(["--out", str(tmp_path)]) == 1
+    assert "did not write" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "precious"

@@ -100,3 +100,19 @@ def test_other_errors_are_not_taken_for_that(tmp_path: Path) -> None:
 
 def _fill(folder: Path, text: str) -> None:
     (folder / "a").write_text(text)
+
+
+def test_a_folder_is_made_anew_only_by_who_made_it(tmp_path: Path) -> None:
+    run, thesis = tmp_path / "run", tmp_path / "thesis"
+    files.fresh_folder(run)
+    (run / "old").write_text("x")
+    files.fresh_folder(run)
+    assert [path.name for path in run.iterdir()] == [files.OWNED]
+    thesis.mkdir()
+    files.fresh_folder(thesis)  # empty: nothing is lost
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for target in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
+        with pytest.raises(FileExistsError, match="did not write"):
+            files.fresh_folder(target)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"

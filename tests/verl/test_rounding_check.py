@@ -111,3 +111,37 @@ def test_the_teachers_answers_are_checked_at_their_temperature(
         server=server,
         teacher_temperature=TEMPERATURE,
     )
+
+
+def test_a_rounding_of_a_few_tokens_judges_nobody(engine: Any, server: PreTrainedModel) -> None:
+    """Its size may be nothing by chance. It is measured on, until there are enough."""
+    few: list[Shape] = [(9, 6, "red"), (7, 5, "blue")]
+    for seed in range(2):
+        metrics = step(engine, rollouts(engine, seed, few, server=server))["metrics"]
+        assert metrics["logprob_diff/rounding_tokens"] == [11.0 * (seed + 1)]
+        assert "logprob_diff/scaled_mean" not in metrics
+    metrics = step(engine, rollouts(engine, 2, few, server=server))["metrics"]
+    assert "logprob_diff/rounding_tokens" not in metrics
+    assert metrics["logprob_diff/scaled_mean"][0] < metrics["logprob_diff/scaled_mean_bound"][0]
+
+
+def test_a_first_micro_batch_without_a_token_that_counts(
+    engine: Any, server: PreTrainedModel
+) -> None:
+    data = rollouts(engine, 0, SHAPES, server=server, micro_batch=1)
+    masks = [mask.clone() for mask in data["response_mask"].unbind()]
+    masks[0].zero_()
+    data["response_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+    metrics = step(engine, data)["metrics"]
+    assert all(torch.isfinite(torch.tensor(metrics["logprob_diff/mean"])))
+
+
+def test_after_a_checkpoint_the_version_before_is_not_asked_about(
+    engine: Any, server: PreTrainedModel, tmp_path: Any
+) -> None:
+    step(engine, rollouts(engine, 0, SHAPES, server=server))
+    engine.save_checkpoint(str(tmp_path / "actor"), global_step=1)
+    engine.load_checkpoint(str(tmp_path / "actor"))
+    first = step(engine, rollouts(engine, 1, SHAPES, server=server))["metrics"]
+    then = step(engine, rollouts(engine, 2, SHAPES, server=server))["metrics"]
+    assert "logprob_diff/version_decided" not in first and "logprob_diff/version_decided" in then

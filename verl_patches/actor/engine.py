@@ -322,4 +322,5 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         engine_state.restore(self, Path(local_path))
         self._remember_frozen_tokens()
+        self.checks.forget()
         self._step_of_version = self.step

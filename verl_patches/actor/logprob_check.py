@@ -40,6 +40,10 @@ _CAUSES = {
 ROUNDING_EVERY = 64
 """Versions after which the rounding is measured again; a cartridge that grows rounds more."""
 
+FEWEST_TOKENS = 32
+"""Tokens that the rounding is measured on at least. Until then, in the first batches of a run with
+very short answers, the differences are logged and only their being finite is checked."""
+
 _VERSION, _LEVEL = "version", {STUDENT: "level/student", TEACHER: "level/teacher"}
 
 
@@ -102,6 +106,7 @@ class RoundingCheck:
         self._dtype = dtype
         self._rounding: Rounding | None = None
         self._measured_at = 0
+        self._so_far = (0, 0.0, 0.0)  # tokens, and the sums over them that wait to be enough
         self._previous: Prefix | None = None
         self._levels: dict[str, StepLevel] = {}
         self._evidence = VersionEvidence()
@@ -111,6 +116,14 @@ class RoundingCheck:
         """Before the first micro-batch of a batch."""
         self._levels = {}
         self._first = True
+
+    def forget(self) -> None:
+        """After a checkpoint was loaded: the version before it is not known.
+
+        The first batch then asks no version question; its labels and levels are checked.
+        """
+        self._previous = None
+        self._evidence = VersionEvidence()
 
     def remember(self, prefix: Prefix) -> None:
         """Keeps the cartridge that the next version is compared with: a copy, in what is served.
@@ -158,7 +171,11 @@ class RoundingCheck:
             here, before = exactly(current), exactly(self._previous)
             some = slice(len(before))
             figures[_VERSION] = version_figures(here, before, server[some], counted[some])
-        return figures | self._level_figures(STUDENT, trainer, server, counted, 1.0)
+        figures |= self._level_figures(STUDENT, trainer, server, counted, 1.0)
+        if self._rounding is None:
+            waiting = torch.tensor(float(self._so_far[0]), device=trainer.device)
+            figures["logprob_diff/rounding_tokens"] = waiting
+        return figures
 
     def teacher_figures(
         self, chosen: Tensor, server: Tensor, counted: Tensor, temperature_ratio: float
@@ -195,10 +212,17 @@ class RoundingCheck:
         return metrics
 
     def _measure(self, version: int, trainer: Tensor, repeat: Tensor) -> None:
+        """Measures the rounding, from as many batches as it takes to have enough tokens."""
         count = int(repeat.shape[0])
-        figures = rounding_figures(trainer[:count], repeat).tolist()
-        self._rounding = Rounding.of(count, figures, self._dtype)
-        self._measured_at = version
+        if count:
+            mean, high = rounding_figures(trainer[:count], repeat).tolist()
+            tokens, means, highs = self._so_far
+            self._so_far = (tokens + count, means + count * mean, highs + count * high)
+        tokens, means, highs = self._so_far
+        if tokens < FEWEST_TOKENS:
+            return  # a size taken from a few tokens may be nothing, and would refuse healthy ones
+        self._rounding = Rounding.of(tokens, (means / tokens, highs / tokens), self._dtype)
+        self._measured_at, self._so_far = version, (0, 0.0, 0.0)
 
     def _level_figures(
         self,
@@ -209,9 +233,7 @@ class RoundingCheck:
         temperature_ratio: float,
     ) -> dict[str, Tensor]:
         if self._rounding is None:
-            raise RuntimeError(
-                "the rounding was not measured: the student comes before the teacher"
-            )
+            return {}  # not enough tokens yet
         if author not in self._levels:
             self._levels[author] = StepLevel(self._rounding.at(temperature_ratio))
         bound = self._levels[author].rounding.high_bound
@@ -243,7 +265,7 @@ class RoundingCheck:
         if evidence.stale:
             self._evidence = VersionEvidence()  # a caller that goes on asks anew
             raise OffPolicyError(
-                f"rollouts stamped step {version} were made, all or some, by the version before: "
+                f"rollouts labelled step {version} were made, all or some, by the version before: "
                 f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
                 f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
                 "server does not serve the version it names. The rollout proxy or the sync is out "

@@ -86,6 +86,11 @@ class StepChecks:
         if self._rounding is not None:
             self._rounding.begin_batch()
 
+    def forget(self) -> None:
+        """After a checkpoint was loaded."""
+        if self._rounding is not None:
+            self._rounding.forget()
+
     def remember(self, prefix: Prefix) -> None:
         """Before the optimizer moves the cartridge, at the first of a batch's steps."""
         if self._rounding is not None:
@@ -185,7 +190,7 @@ class StepChecks:
     @torch.no_grad()
     def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
         """Log-probs of the first samples' counted tokens behind another cartridge."""
-        count = leading(samples.sequences)
+        count = leading(samples.sequences, samples.response_masks)
         batch = pack(samples.sequences[:count]).to(prefix.keys[0].device)
         response_mask = np.concatenate(samples.response_masks[:count])
         with self._stage("version_check"):
@@ -195,7 +200,7 @@ class StepChecks:
 
     def _exactly(self, samples: Samples, prefix: Prefix) -> Tensor:
         """Of the same tokens, without rounding, behind the cartridge as a server has it."""
-        count = leading(samples.sequences)
+        count = leading(samples.sequences, samples.response_masks)
         some = samples.sequences[:count], samples.response_masks[:count]
         with self._stage("version_check"):
             return float32_logprobs(self._model, prefix, *some, samples.temperature, self._dtype)
