@@ -38,7 +38,7 @@ _PACKAGES = {
     "plotly": "report",
     "bm25s": "data",
     "pypdf": "data",
-    "aiohttp": "gateway",
+    "aiohttp": None,
 }
 _INSTALL = "make setup installs the tested set (requirements/lock.txt)"
 

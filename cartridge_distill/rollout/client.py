@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-import httpx
 from pydantic import ValidationError
 
 from cartridge_distill.rollout.fingerprint import Completion, decode_fingerprint
 from cartridge_distill.rollout.http import (
+    BROKEN,
     CREDENTIALS,
     HOW_TO_START,
     ClientSettings,
@@ -90,10 +90,12 @@ class TokasaurusClient:
     async def ping(self) -> bool:
         """One attempt: does the server answer?"""
         try:
-            response = await self._http.http.get("/ping", timeout=self.settings.connect_timeout_s)
-        except httpx.HTTPError:
+            reply = await self._http.request(
+                "GET", "/ping", timeout_s=self.settings.connect_timeout_s
+            )
+        except BROKEN:
             return False
-        return response.status_code == 200
+        return reply.status == 200
 
     async def wait_until_ready(self) -> None:
         """Polls ``/ping`` until the server answers, saying so every few seconds.
@@ -112,15 +114,15 @@ class TokasaurusClient:
                 try:
                     # A cold start on a rented GPU holds the request open: give it the time left.
                     left = max(0.1, deadline - time.monotonic())
-                    response = await self._http.http.get("/ping", timeout=left)
-                    if response.status_code == 200:
+                    reply = await self._http.request("GET", "/ping", timeout_s=left)
+                    if reply.status == 200:
                         return
-                    said, cause = cause, f"HTTP {response.status_code}: {detail(response)}"
-                    if response.status_code in (401, 403):
+                    said, cause = cause, f"HTTP {reply.status}: {detail(reply)}"
+                    if reply.status in (401, 403):
                         raise ServerUnreachable(
                             f"{self.url} refuses the credentials ({cause}); {CREDENTIALS}"
                         )
-                except httpx.HTTPError as error:
+                except BROKEN as error:
                     said, cause = cause, describe(error)
                 if not said:  # the first; then every few seconds
                     self._say_waiting(start, cause)

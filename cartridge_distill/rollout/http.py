@@ -12,18 +12,22 @@ Credentials come from the environment and are never logged: ``TOKASAURUS_API_KEY
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import logging
 import os
+import ssl
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import httpx
 import tenacity
 
-from cartridge_distill.rollout.connections import ConnectionPerRequest, proxy_for
 from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,11 @@ _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FINAL_STATUS = frozenset({501, 505, 507})
 # A server that asks for more patience than this is not worth a training step's time.
 _LONGEST_RETRY_AFTER = 60.0
+_IDLE_SECONDS = 60.0  # for which an unused connection is kept
+_MAX_REDIRECTS = 50
+
+BROKEN = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
+"""No reply, or only a part of one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,30 @@ class ClientSettings:
     read_timeout_s: float = 600.0
     startup_timeout_s: float = 600.0
     max_connections: int = 256
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server sent back, whole."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
+
+
+class _Anew:
+    """A body that begins anew each time it is sent: aiohttp tries once more on a fresh connection
+    where the kept one had been closed."""
+
+    def __init__(self, content: Callable[[], AsyncIterator[bytes]]) -> None:
+        self._content = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._content()
 
 
 class _Passing(Exception):
@@ -109,26 +142,75 @@ class RetryingHttp:
         if not self.url.startswith(("http://", "https://")):
             raise RolloutError(f"server URL {url!r} must begin with http:// or https://")
         self.settings = settings or ClientSettings()
-        self.http = httpx.AsyncClient(
-            base_url=self.url,
-            headers=auth_headers(),
-            timeout=httpx.Timeout(
-                self.settings.read_timeout_s,
-                connect=self.settings.connect_timeout_s,
-                pool=None,  # waiting for a free connection is not the server's fault
-            ),
-            transport=ConnectionPerRequest(
-                self.settings.max_connections, 60.0, proxy_for(self.url)
-            ),
-            trust_env=False,  # the proxy is chosen above; credentials are those of auth_headers
-            # Modal answers 303 when a request takes long; the result is fetched from there.
-            follow_redirects=True,
-            max_redirects=50,
-        )
+        self._headers = auth_headers()
+        self._proxy = proxy_for(self.url)
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        """The connections, made where the event loop runs: at the first request."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=self.settings.max_connections,
+                    keepalive_timeout=_IDLE_SECONDS,
+                    ssl=_tls() if self.url.startswith("https://") else True,
+                ),
+                headers=self._headers,
+            )
+        return self._session
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self.http.aclose()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        content: Callable[[], AsyncIterator[bytes]] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """One attempt, redirects followed; any status is a reply.
+
+        Args:
+            body: sent as JSON.
+            content: instead of ``body``.
+            headers: further headers.
+            timeout_s: for all of it; by default the settings' for connecting and for each read.
+
+        Raises:
+            One of :data:`BROKEN`: there was no reply, or only a part of one.
+            RolloutError: too many redirects.
+        """
+        if timeout_s is None:
+            # Waiting for a free connection is not the server's fault: that has no limit.
+            timeout = aiohttp.ClientTimeout(
+                sock_connect=self.settings.connect_timeout_s, sock_read=self.settings.read_timeout_s
+            )
+        else:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._open().request(
+                method,
+                self.url + path,
+                json=body,
+                data=None if content is None else _Anew(content),
+                headers=headers,
+                timeout=timeout,
+                proxy=self._proxy,
+                # Modal answers 303 when a request takes long; the result is fetched from there.
+                max_redirects=_MAX_REDIRECTS,
+            ) as response:
+                return Reply(response.status, response.headers, await response.read())
+        except aiohttp.TooManyRedirects as error:
+            raise RolloutError(
+                f"{method} {self.url}{path}: more than {_MAX_REDIRECTS} redirects; "
+                "is the URL right?"
+            ) from error
 
     async def json(
         self,
@@ -151,7 +233,7 @@ class RetryingHttp:
             RolloutError: it kept failing.
         """
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((_Passing, httpx.TransportError)),
+            retry=tenacity.retry_if_exception_type((_Passing, *BROKEN)),
             stop=tenacity.stop_after_attempt(self.settings.max_attempts),
             wait=self._wait,
             before_sleep=self._note,
@@ -164,7 +246,7 @@ class RetryingHttp:
             message = (
                 f"{method} {self.url}{path} failed {made} times; the last time: {describe(cause)}"
             )
-            if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
+            if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
                 raise ServerUnreachable(f"{message}. {HOW_TO_START}") from cause
             raise RolloutError(f"{message}. Look into the server's log") from cause
 
@@ -176,28 +258,20 @@ class RetryingHttp:
         content: Callable[[], AsyncIterator[bytes]] | None,
         headers: Mapping[str, str] | None,
     ) -> Any:
-        try:
-            response = await self.http.request(
-                method, path, json=body, content=content() if content else None, headers=headers
-            )
-        except httpx.TooManyRedirects as error:
-            raise RolloutError(f"{method} {self.url}{path}: {error}; is the URL right?") from error
-        except httpx.DecodingError as error:
-            raise _Passing(f"the answer could not be decompressed: {error}") from error
-        status = response.status_code
+        reply = await self.request(method, path, body, content, headers)
+        status = reply.status
         if status in _PASSING_STATUS or (status >= 500 and status not in _FINAL_STATUS):
-            raise _Passing(f"HTTP {status}: {detail(response)}", _retry_after(response))
+            raise _Passing(f"HTTP {status}: {detail(reply)}", _retry_after(reply.headers))
         if not 200 <= status < 300:
             fix = f"; {CREDENTIALS}" if status in (401, 403) else ""
             raise ServerRefused(
-                f"{method} {self.url}{path} was refused with HTTP {status}: "
-                f"{detail(response)}{fix}",
+                f"{method} {self.url}{path} was refused with HTTP {status}: {detail(reply)}{fix}",
                 status,
             )
         try:
-            return response.json()
+            return json.loads(reply.body)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            text = response.text
+            text = reply.text
             raise _Passing(
                 f"the answer is not JSON ({error}): {len(text)} characters, ending {text[-40:]!r}"
             ) from error
@@ -222,26 +296,47 @@ class RetryingHttp:
         )
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """One for all connections: reading the list of authorities takes some 20 ms.
+
+    httpx's, which brings the list along: not every container has one of its own.
+    """
+    return httpx.create_ssl_context()
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment (``HTTPS_PROXY``, ``NO_PROXY``, ...) names for a URL.
+
+    aiohttp would look itself, and take credentials from ``~/.netrc`` as well.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
 def describe(error: BaseException | None) -> str:
-    """An error in words; httpx leaves the message of some errors empty."""
+    """An error in words; some have no message."""
     if isinstance(error, _Passing):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def detail(response: httpx.Response) -> str:
+def detail(reply: Reply) -> str:
     """The server's own words: FastAPI's ``detail``, or the beginning of the body."""
     try:
-        body = response.json()
+        body = json.loads(reply.body)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        return response.text[:300] or "no text"
+        return reply.text[:300] or "no text"
     words = body.get("detail", body) if isinstance(body, dict) else body
     return str(words)[:600]
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds the server asks for, in either form of the header, bounded; None without one."""
-    value = response.headers.get("Retry-After")
+    value = headers.get("Retry-After")
     if value is None:
         return None
     try:

@@ -146,7 +146,7 @@ class _Progress:
     async def chunks(self) -> AsyncIterator[bytes]:
         sent, next_word = 0, time.monotonic() + _REPORT_SECONDS
         for chunk in self._upload.chunks():
-            yield chunk  # type: ignore[misc]  # a memoryview; h11 takes whatever has a length
+            yield chunk  # type: ignore[misc]  # a memoryview; aiohttp takes any buffer
             sent += len(chunk)
             if time.monotonic() >= next_word:
                 logger.warning(

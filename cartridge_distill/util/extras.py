@@ -16,7 +16,7 @@ _TRAIN = ("verl", "ray", "transfer_queue", "pandas", "pyarrow")
 
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "prepare": {"data": _DATA},
-    "serve": {"gateway": ("aiohttp", "prometheus_client")},
+    "serve": {"gateway": ("prometheus_client",)},
     "train": {"train": _TRAIN},
     "eval": {"data": ("bm25s", "pandas", "pyarrow")},
     "report": {"report": _REPORT},
