@@ -196,9 +196,13 @@ def saved_step(run: Run) -> int:
 
 
 def how_to_go_on(run: Run) -> str:
+    """What the same command does after this run ended."""
+    step = saved_step(run)
+    if step == 0:
+        return "no step was saved. The same command starts from the beginning."
     return (
-        f"the last step that was saved is {saved_step(run)}. Start the same command again: it goes "
-        f"on from there ({checkpoints(run)})."
+        f"the last step that was saved is {step}. Start the same command again: it goes on from "
+        f"there ({checkpoints(run)})."
     )
 
 

@@ -181,7 +181,7 @@ def test_data_without_documents(data: Path) -> None:
 def test_the_memory_of_a_step(model_folder: Path) -> None:
     lengths = ("--row-tokens", 512, "--tokens", 16, "--document-tokens", 100)
     _, said = ask("--model", model_folder, *lengths)
-    assert "ok  memory: a step takes at most 0.0" in said and "worst moment: " in said
+    assert "--  memory: a step takes at most 0.0" in said and "worst moment: " in said
     _, said = ask("--model", model_folder)
     assert "--  memory: not looked at: name --model and --row-tokens" in said
     status, said = ask("--model", model_folder, "--row-tokens", 0)

@@ -233,6 +233,19 @@ def test_the_causes_of_a_failure_are_named_and_logs_are_kept(
     assert log_file(tmp_path).exists() is False and (tmp_path / "train.2.log").exists()
 
 
+def test_a_cause_has_what_it_lists(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "Error executing job with overrides: ['a: b']\n"
+        "a.b.ConfigError: this cannot train:\n- one is wrong\n- two is wrong\n\n- no part\n"
+        "(Worker pid=3) ValueError: bad\n"
+    )
+    assert causes(log) == [
+        "a.b.ConfigError: this cannot train:\n  - one is wrong\n  - two is wrong",
+        "ValueError: bad",
+    ]
+
+
 def test_a_run_ends_with_the_next_commands(
     server: BackgroundServer,  # noqa: F811
     data: Path,

@@ -172,13 +172,3 @@ def test_each_module_that_a_command_asks_for_is_of_the_extra_that_it_names() -> 
                 of = {canonicalize_name(name) for name in homes[module]}
                 assert of & listed[extra], f"{command}: [{extra}] does not bring {module}"
                 assert not of & listed[""], f"{command}: {module} is of the core"
-
-
-def test_the_gateway_may_be_installed_beside_tokasaurus() -> None:
-    """Its environment has torch 2.6.0, transformers 4.53.0 and what these allow (modal/)."""
-    pins = {"torch": "2.6.0", "transformers": "4.53.0", "huggingface-hub": "0.34.4"}
-    pins |= {"numpy": "2.3.2", "fastapi": "0.116.1", "typer": "0.17.3", "uvicorn": "0.35.0"}
-    asked = {one.name: one.specifier for extra in ("", "gateway") for one in _project()[extra]}
-    for name, version in pins.items():
-        assert name in asked and asked[name].contains(version), f"{name} {version}"
-    assert not asked.keys() & {"verl", "ray", "TransferQueue", "pandas", "plotly"}

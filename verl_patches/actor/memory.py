@@ -75,7 +75,11 @@ def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
     least = predict_step(model, replace(step, trained_tokens=1, documents=1, micro_batches=1))
     free = free_bytes(teacher.device)
     if free is None:
-        say(most.line())
+        # On a CPU attention weights are kept, which grow with the square of a sequence.
+        say(
+            f"{most.line()}, if a row ({KEYS['row_tokens']}={row}) were one sequence and all of it "
+            "trained on; short sequences take far less"
+        )
         return
     check_fits(least, free, KEYS)
     fits = f"the GPU has {free / 2**30:.2f} GiB for it"

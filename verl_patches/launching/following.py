@@ -9,7 +9,8 @@ _SAID = "[cartridge] "
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Before a worker's line Ray writes "(TaskRunner pid=123) " or "(WorkerDict pid=1, ip=...) ".
 _WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
-_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Unreachable|Refused|Died)\b.*: \S")
+_ERROR = re.compile(r"(?:\w+\.)*\w+(?:Error|Unreachable|Refused|Died)\b.*: ?\S?")
+_ONE_OF_SEVERAL = "- "  # our errors list what is wrong, a line each
 
 
 def shown(line: str) -> str | None:
@@ -29,11 +30,17 @@ def log_file(run: Path) -> Path:
 
 
 def causes(log: Path, most: int = 3) -> list[str]:
-    """The last errors that the log names, each once."""
-    found: dict[str, None] = {}
+    """The last errors that the log names, each once, with what they list."""
+    found: dict[str, list[str]] = {}
+    listed: list[str] | None = None
     with log.open(errors="replace") as lines:
         for line in lines:
             text = _WORKER.sub("", _COLOUR.sub("", line)).strip()
             if _ERROR.match(text):
-                found[text] = None
-    return list(found)[-most:]
+                listed = found.setdefault(text, []) if text.endswith(":") else None
+                found.setdefault(text, [])
+            elif listed is not None and text.startswith(_ONE_OF_SEVERAL):
+                listed += [text] if text not in listed else []
+            else:
+                listed = None
+    return ["\n  ".join([text, *items]) for text, items in found.items()][-most:]
