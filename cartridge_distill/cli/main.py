@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -178,30 +178,9 @@ def init(
     """Make an untrained cartridge, from a document's first tokens or from noise."""
     if random == (document is not None):
         raise ConfigError("give --document FILE, or --random; one of them")
-    import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from cartridge_distill.cli.untrained import make
 
-    from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
-    from cartridge_distill.cartridge.trainable import TrainableCache
-    from cartridge_distill.data.records import Document
-    from cartridge_distill.model.loading import load_model
-    from cartridge_distill.model.prefill import cartridge_from_text
-    from cartridge_distill.model.prompts import render_document
-
-    meta = CartridgeMeta(base_model=model)
-    if document is None:
-        config = AutoConfig.from_pretrained(model)
-        cartridge = TrainableCache.from_random(config, tokens, frozen, seed)
-        meta.recipe["init"] = {"from": "random", "seed": seed}
-    else:
-        text = document.read_text(encoding="utf-8")
-        ids = render_document(AutoTokenizer.from_pretrained(model), text)
-        loaded: Any = load_model(model, torch.float32, "cpu")
-        cartridge = cartridge_from_text(loaded, torch.tensor(ids), tokens, frozen)
-        meta.document_sha256 = Document.of(document.stem, text).sha256
-        meta.document_title = document.stem
-        meta.recipe["init"] = {"from": "text"}
-    save_cartridge(cartridge, out, meta)
+    make(out, model, document, tokens, frozen, seed)
     typer.echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
 
 

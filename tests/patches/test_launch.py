@@ -277,3 +277,13 @@ def test_a_run_ends_with_the_next_commands(
 def test_a_line_of_the_log_is_shown_when_it_is_of_the_run() -> None:
     assert shown("(TaskRunner pid=1) [cartridge] step 2/3") == "   step 2/3"
     assert shown("WARNING something") is None
+
+
+def test_the_configuration_is_shown_by_verl_in_the_runs_own_environment(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "check_verl", lambda: None)
+    said = ["bash", "-c", 'echo "$VERL_PLATFORM $*"; exit 3', "bash"]
+    monkeypatch.setattr(launch, "command", lambda run: [*said, f"tokens={run.tokens}"])
+    assert launch.main(["--device", "cpu", "--tokens", "48", "--show-config"]) == 3
+    assert capfd.readouterr().out == "cpu tokens=48 --cfg job\n"
