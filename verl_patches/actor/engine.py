@@ -42,7 +42,13 @@ from verl_patches.actor import engine_state
 from verl_patches.actor.device import StageSeconds
 from verl_patches.actor.initial_state import initial_cartridge, load_base, load_validation
 from verl_patches.actor.memory import check_memory
-from verl_patches.actor.ranks import RanksTeacher, average_gradients, copy_from_rank_0, shard
+from verl_patches.actor.ranks import (
+    RanksTeacher,
+    all_ranks,
+    average_gradients,
+    copy_from_rank_0,
+    shard,
+)
 from verl_patches.actor.samples import Samples
 from verl_patches.actor.step_checks import Computed, StepChecks, answer_temperature
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
@@ -124,6 +130,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             self.settings.teacher_temperature,
             self.settings.attention,
             self._stage,
+            *([partial(all_ranks, device=self.teacher.device)] if several else []),
         )
         self.optimizer = build_optimizer(
             self.cartridge.trainable_parameters(), self.optimizer_config

@@ -100,10 +100,13 @@ class RoundingCheck:
 
     Args:
         dtype: that the model computes in, and the server.
+        everybody: whether all ranks answer yes; they measure equally often.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(
+        self, dtype: torch.dtype, everybody: Callable[[bool], bool] = lambda answer: answer
+    ) -> None:
+        self._dtype, self._everybody = dtype, everybody
         self._rounding: Rounding | None = None
         self._measured_at = 0
         self._so_far = (0, 0.0, 0.0)  # tokens, and the sums over them that wait to be enough
@@ -219,7 +222,7 @@ class RoundingCheck:
             tokens, means, highs = self._so_far
             self._so_far = (tokens + count, means + count * mean, highs + count * high)
         tokens, means, highs = self._so_far
-        if tokens < FEWEST_TOKENS:
+        if not self._everybody(tokens >= FEWEST_TOKENS):
             return  # a size taken from a few tokens may be nothing, and would refuse healthy ones
         self._rounding = Rounding.of(tokens, (means / tokens, highs / tokens), self._dtype)
         self._measured_at, self._so_far = version, (0, 0.0, 0.0)

@@ -46,6 +46,13 @@ def copy_from_rank_0(cartridge: nn.Module) -> None:
         torch.distributed.broadcast(tensor, src=0)
 
 
+def all_ranks(answer: bool, device: torch.device) -> bool:
+    """Whether every rank answers yes; all ranks call it together, and wait for each other."""
+    said = torch.tensor(int(answer), device=device)
+    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MIN)
+    return bool(said)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """The loss is scaled so that the average over ranks is the mean over all response tokens.
 

@@ -7,6 +7,7 @@ together, so that the host waits once for student and teacher.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,6 +65,7 @@ class StepChecks:
         teacher_temperature: of the teacher's answers; None is the rollout's.
         backend: attention backend of the engine.
         stage: times what the checks compute besides.
+        everybody: whether all ranks answer yes.
     """
 
     def __init__(
@@ -73,13 +75,14 @@ class StepChecks:
         teacher_temperature: float | None,
         backend: str,
         stage: StageSeconds,
+        everybody: Callable[[bool], bool] = lambda answer: answer,
     ) -> None:
         self._bound = bound
         self._teacher_temperature = teacher_temperature
         self._model, self._backend, self._stage = model, backend, stage
         self._dtype = next(model.parameters()).dtype
         # With a bound on the largest difference, nothing else is measured.
-        self._rounding = RoundingCheck(self._dtype) if bound is None else None
+        self._rounding = RoundingCheck(self._dtype, everybody) if bound is None else None
 
     def begin_batch(self) -> None:
         """Before the first micro-batch of a batch."""
