@@ -26,7 +26,7 @@ WATCHED = """
 import os, signal, threading
 import ray
 from cartridge_distill.util.errors import ProcessDied
-from verl_patches import watch as module
+from verl_patches.trainer import watch as module
 from verl_patches.trainer.watch import ActorWatch
 
 @ray.remote(num_cpus=0)
