@@ -61,6 +61,7 @@ def test_a_stage_that_fails_stops_no_other_and_keeps_its_figures(
 ) -> None:
     chosen = [
         Stage("engine", 60, script(setup, "engine", "raise SystemExit('the card fell off')")),
+        # The sleep is the fault: the stage is cut off after its one second.
         Stage("sync", 1, ["-c", "import time; print('begun', flush=True); time.sleep(60)"]),
         Stage("demo", 60, ["-c", "1 / 0"], needs_model=True, collect=demo_figures),
         Stage("memory", 60, ["-c", "pass"]),
@@ -87,6 +88,7 @@ def test_a_spent_budget_begins_nothing_more(setup: Setup) -> None:
 def test_the_demo_has_its_part_of_the_budget(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Would run longer than the budget; it must never begin.
     slow = Stage("engine", 60, ["-c", "import time; time.sleep(60)"])
     last = Stage("sync", 60, ["-c", "pass"], reserved=28)
     assert not check.run(setup, [slow, last], 40, [])
