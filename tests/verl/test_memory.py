@@ -31,14 +31,24 @@ def with_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: size)
 
 
-def test_on_a_cpu_it_is_one_line(engine: Any) -> None:
-    assert said(engine).startswith("a step takes at most 0.")
+def test_on_a_cpu_nothing_is_said(engine: Any) -> None:
+    lines: list[str] = []
+    memory.check_memory(engine, engine.module, lines.append)
+    assert lines == []
+
+
+def test_a_row_without_a_bound_is_not_predicted(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, 80 * 2**30)
     assert "no bound in tokens" in said(engine, None)
 
 
 def test_what_fits_and_what_may_not(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 80 * 2**30)
-    assert said(engine).endswith("the GPU has 80.00 GiB for it")
+    line = said(engine)
+    assert line.startswith("a step takes at most 0.")
+    assert line.endswith("the GPU has 80.00 GiB for it")
     with_free(monkeypatch, 2**20)
     with pytest.raises(ConfigError, match=f"{LIMIT} 4096 -> 2048"):
         said(engine)
@@ -56,6 +66,7 @@ def test_a_row_of_which_all_is_trained_may_not_fit(
         return plan
 
     monkeypatch.setattr(memory, "predict_step", predict)
+    with_free(monkeypatch, 80 * 2**30)
     said(engine)
     most, least = sizes
     assert least < most

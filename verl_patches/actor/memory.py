@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
-    """Predicts the largest step of a run and says it.
+    """Predicts the largest step of a run and says it; on a GPU, for a CPU may swap and is not refused.
 
     Args:
         engine: with veRL's configurations, the cartridge's settings and the teacher.
@@ -46,6 +46,9 @@ def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: not even a step with one trained token and one document fits the GPU.
     """
+    free = free_bytes(engine.teacher.device)
+    if free is None:
+        return
     config = engine.engine_config
     row = config.max_token_len_per_gpu if config.use_dynamic_bsz else None
     if row is None:
@@ -73,14 +76,6 @@ def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
     )
     most = predict_step(model, step)
     least = predict_step(model, replace(step, trained_tokens=1, documents=1, micro_batches=1))
-    free = free_bytes(teacher.device)
-    if free is None:
-        # On a CPU attention weights are kept, which grow with the square of a sequence.
-        say(
-            f"{most.line()}, if a row ({KEYS['row_tokens']}={row}) were one sequence and all of it "
-            "trained on; short sequences take far less"
-        )
-        return
     check_fits(least, free, KEYS)
     fits = f"the GPU has {free / 2**30:.2f} GiB for it"
     if most.peak > free:
