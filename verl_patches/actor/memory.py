@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
-    """Predicts the largest step of a run and says it; on a GPU, for a CPU may swap and is not refused.
+    """Predicts the largest step of a run on a GPU and says it; on a CPU nothing is said.
 
     Args:
         engine: with veRL's configurations, the cartridge's settings and the teacher.
