@@ -79,6 +79,6 @@ def relinked(markdown: str, page: str) -> str:
     return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in parts)
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """mkdocs calls it for each page."""
     return relinked(markdown, page.file.src_uri)
