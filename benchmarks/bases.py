@@ -84,9 +84,16 @@ def check_base_options(parser: argparse.ArgumentParser, options: argparse.Namesp
 
 
 def make_base(
-    model: str | None, shape: str | None, dtype: torch.dtype, device: torch.device | str
+    model: str | None,
+    shape: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    **changes: Any,
 ) -> PreTrainedModel:
     """The frozen base: random weights of ``shape``, the same in every process, or ``model``.
+
+    Args:
+        changes: to the shape's configuration.
 
     Raises:
         ConfigError: neither is named, or the shape is not known.
@@ -99,7 +106,7 @@ def make_base(
         raise ConfigError(f"shape {shape!r} is not known; known are {sorted(SHAPES)}")
     torch.manual_seed(0)
     with torch.device(device):
-        config = AutoConfig.for_model("llama", **SHAPES[shape])
+        config = AutoConfig.for_model("llama", **{**SHAPES[shape], **changes})
         return prepare_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 

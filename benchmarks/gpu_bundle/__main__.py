@@ -32,7 +32,11 @@ HERE = Path(__file__).resolve().parent
 LOCK = ROOT / "requirements" / "lock.txt"
 OVERLAY = ("transformers", "tokenizers")
 # What a delivery is for, when it is the first, between, or the last: the model comes late.
-FIRST, SECOND, LAST = ["kernels", "student"], ["memory", "engine", "sync"], ["differences", "demo"]
+FIRST, SECOND, LAST = (
+    ["kernels", "student"],
+    ["memory", "engine", "sync"],
+    ["differences", "demo", "loop"],
+)
 
 
 def planned(calls: int) -> list[list[str]]:

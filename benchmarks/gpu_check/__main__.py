@@ -6,7 +6,8 @@
 
 Stages: kernels (every attention kernel against the dense reference), student (and teacher: tokens/s
 at Llama-3.2-3B's shape), engine (the embedded server), sync, differences (server against trainer),
-memory, demo (the whole loop with veRL and Ray). Each runs in a process of its own with a time
+memory, demo (the whole loop with veRL and Ray), loop (the same with a 3B base, random weights, and
+a document of 10,000 tokens). Each runs in a process of its own with a time
 limit, and writes its figures to OUT/figures when it has them. If one fails, the next one runs.
 At the end, and after every stage, OUT/table.md has all of them as a Markdown table.
 
@@ -63,9 +64,9 @@ def deliver_to(folder: Path, setup: Setup) -> None:
     """Everything in two files, for a node from which few files come back."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(setup.out / "table.md", folder / "table.md")
-    demo = setup.out / "demo"
-    kept = [setup.out / "figures", setup.out / "logs", demo / "metrics.jsonl", demo / "evaluation"]
-    kept += sorted(demo.glob("*.log"))
+    kept = [setup.out / "figures", setup.out / "logs", setup.out / "demo" / "evaluation"]
+    for run in (setup.out / "demo", setup.out / "loop"):
+        kept += [run / "metrics.jsonl", *sorted(run.glob("*.log"))]
     part = folder / "check.part"
     with tarfile.open(part, "w:gz") as tar:
         for path in kept:
@@ -171,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     wanted = options.only or list(ROWS)
     model, problem = options.model, ""
-    if model is None and ("demo" in wanted or ("differences" in wanted and not options.rehearse)):
+    needing = {"demo", "loop"} | (set() if options.rehearse else {"differences"})
+    if model is None and needing.intersection(wanted):
         try:
             model = demo_model()
         except ConfigError as error:

@@ -89,6 +89,11 @@ def stages(setup: Setup) -> list[Stage]:
         differences += ["--shape", TINY, "--tokens", "32", "--rows", "4"]
     else:
         differences += ["--model", setup.model or ""]
+    loop = ["-m", "benchmarks.gpu_check.loop", *shape, "--tokenizer", setup.model or "", *device]
+    loop += ["--out", str(setup.out / "loop")]
+    if small:
+        sizes = "--document 400 --tokens 32 --prompts 4 --response 3 --steps 2 --threads 1"
+        loop += sizes.split()
     return [
         stage(
             "kernels",
@@ -114,6 +119,7 @@ def stages(setup: Setup) -> list[Stage]:
             reserved=200,
             collect=demo_figures,
         ),
+        Stage("loop", 240, loop, needs_model=True, collect=loop_figures),
     ]
 
 
@@ -126,30 +132,59 @@ def demo_arguments(setup: Setup) -> list[str]:
     return found
 
 
-def demo_figures(setup: Setup) -> Figures:
-    """What a run of the demo has written so far; nothing where it did not come to a step."""
-    run = setup.out / "demo"
+def logged_steps(run: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps that a run has finished; none where it did not come to one."""
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         return []
-    logged = [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
-    steps = [step for step in logged if "actor/loss" in step]
-    if not steps:
-        return []
+    lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    logged = [json.loads(line)["data"] for line in lines]
+    return [step for step in logged if "actor/loss" in step]
+
+
+def run_figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every run of veRL tells; a step's seconds without the first, which compiles."""
     seconds = [step["timing_s/step"] for step in steps]
-    found: dict[str, Any] = {
+    return {
         "steps": len(steps),
         "first_step_seconds": seconds[0],
         "step_seconds": statistics.mean(seconds[1:] or seconds),
         "logprob_diff_max": max(step["actor/logprob_diff/max"] for step in steps),
+        "logprob_diff_mean": statistics.mean(step["actor/logprob_diff/mean"] for step in steps),
         "frozen_tokens_changed": sum(step["actor/frozen_tokens_changed"] for step in steps),
         "loss_first": steps[0]["actor/loss"],
         "loss_last": steps[-1]["actor/loss"],
     }
+
+
+def demo_figures(setup: Setup) -> Figures:
+    """What a run of the demo has written so far."""
+    run = setup.out / "demo"
+    steps = logged_steps(run)
+    if not steps:
+        return []
+    found = run_figures(steps)
     table = run / "evaluation" / "evaluation.json"
     if table.is_file():
         rows = json.loads(table.read_text())["conditions"]
         found["kl"] = {row["condition"]: row["metrics"]["kl"]["mean"] for row in rows}
+    return [found]
+
+
+def loop_figures(setup: Setup) -> Figures:
+    """What the run with a large base has written so far: means of the steps after the first."""
+    steps = logged_steps(setup.out / "loop")
+    if not steps:
+        return []
+    later = steps[1:] or steps
+    found = run_figures(steps)
+    names = ("timing_s/rollout", "timing_s/update", "timing_s/update_weights")
+    names += tuple(name for name in steps[0] if name.startswith("actor/seconds/"))
+    found["seconds"] = {
+        name.rsplit("/", 1)[1]: statistics.mean(step[name] for step in later) for name in names
+    }
+    found["tokens"] = statistics.mean(step["tokens/trained"] for step in later)
+    found["peak_gib"] = max(step["actor/perf/max_memory_allocated_gb"] for step in steps)
     return [found]
 
 

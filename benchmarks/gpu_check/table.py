@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.gpu_check.kernels import MEASURED, is_good
 from benchmarks.gpu_check.stages import Figures
@@ -113,17 +114,35 @@ def differences(figures: Figures) -> list[Row]:
     return rows
 
 
+def run_rows(name: str, run: dict[str, Any]) -> list[Row]:
+    """What every run of veRL tells."""
+    said = f"{run['steps']} steps, the first {run['first_step_seconds']:.1f} s"
+    apart = f"mean {run['logprob_diff_mean']:.1e}, largest {run['logprob_diff_max']:.1e}"
+    return [
+        (name, f"{said}, later ones {run['step_seconds']:.2f} s"),
+        (f"{name}: server against trainer", apart),
+        (f"{name}: steps in which a frozen token changed", f"{run['frozen_tokens_changed']:.0f}"),
+        (f"{name}: loss", f"{run['loss_first']:.3f} to {run['loss_last']:.3f}"),
+    ]
+
+
 def demo(figures: Figures) -> list[Row]:
     rows: list[Row] = []
     for run in figures:
-        said = f"{run['steps']} steps, the first {run['first_step_seconds']:.1f} s"
-        rows.append(("demo", f"{said}, later ones {run['step_seconds']:.2f} s"))
-        rows.append(("demo: server against trainer, largest", f"{run['logprob_diff_max']:.1e}"))
-        changed = f"{run['frozen_tokens_changed']:.0f}"
-        rows.append(("demo: steps in which a frozen token changed", changed))
-        rows.append(("demo: loss", f"{run['loss_first']:.3f} to {run['loss_last']:.3f}"))
+        rows += run_rows("demo", run)
         for condition, kl in run.get("kl", {}).items():
             rows.append((f"demo: held-out KL, {condition}", f"{kl:.3f}"))
+    return rows
+
+
+def loop(figures: Figures) -> list[Row]:
+    rows: list[Row] = []
+    for run in figures:
+        rows += run_rows("3B loop", run)
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run["seconds"].items())
+        rows.append(("3B loop: seconds of a step after the first", parts))
+        rows.append(("3B loop: tokens trained on in a step", f"{run['tokens']:.0f}"))
+        rows.append(("3B loop: the trainer's peak", f"{run['peak_gib']:.1f} GiB"))
     return rows
 
 
@@ -135,6 +154,7 @@ ROWS: Mapping[str, Callable[[Figures], list[Row]]] = {
     "differences": differences,
     "memory": memory,
     "demo": demo,
+    "loop": loop,
 }
 
 

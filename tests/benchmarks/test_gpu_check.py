@@ -12,7 +12,14 @@ import pytest
 
 from benchmarks.gpu_check import __main__ as check
 from benchmarks.gpu_check.kernels import is_good
-from benchmarks.gpu_check.stages import Setup, Stage, demo_figures, read_figures, stages
+from benchmarks.gpu_check.stages import (
+    Setup,
+    Stage,
+    demo_figures,
+    loop_figures,
+    read_figures,
+    stages,
+)
 from benchmarks.gpu_check.table import ROWS, Outcome, markdown
 from tests.training.conftest import Run
 
@@ -150,17 +157,43 @@ def test_the_demo_that_was_cut_off_still_tells_its_steps(setup: Setup) -> None:
         "timing_s/step": 9.0,
         "actor/loss": 1.5,
         "actor/logprob_diff/max": 0.1,
+        "actor/logprob_diff/mean": 0.01,
         "actor/frozen_tokens_changed": 0,
     }
     later = step | {"timing_s/step": 2.0, "actor/loss": 1.0, "actor/logprob_diff/max": 0.2}
     logged: list[dict[str, Any]] = [{"val/kl": 1.0}, step, later]
     lines = [json.dumps({"step": n, "data": data}) for n, data in enumerate(logged)]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "da']))  # cut off in a line
     [found] = demo_figures(setup)
     assert (found["steps"], found["first_step_seconds"], found["step_seconds"]) == (2, 9.0, 2.0)
     assert found["logprob_diff_max"] == 0.2
     table = markdown([], {"demo": [found]}, {"demo": Outcome(300.0, "over its limit of 300 s")})
     assert "2 steps, the first 9.0 s" in table and "over its limit" in table
+
+
+def test_the_large_run_tells_where_a_step_goes(setup: Setup) -> None:
+    assert loop_figures(setup) == []
+    run = setup.out / "loop"
+    run.mkdir()
+    step = {
+        "timing_s/step": 9.0,
+        "timing_s/rollout": 5.0,
+        "timing_s/update": 3.0,
+        "timing_s/update_weights": 1.0,
+        "actor/seconds/teacher_forward": 8.0,
+        "actor/loss": 1.5,
+        "actor/logprob_diff/max": 0.1,
+        "actor/logprob_diff/mean": 0.01,
+        "actor/frozen_tokens_changed": 0,
+        "actor/perf/max_memory_allocated_gb": 30.5,
+        "tokens/trained": 4096,
+    }
+    logged = [step, step | {"actor/seconds/teacher_forward": 0.25}]
+    lines = [json.dumps({"step": n, "data": data}) + "\n" for n, data in enumerate(logged)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    table = markdown([], {"loop": loop_figures(setup)}, {"loop": Outcome(60.0)})
+    assert "rollout 5.00, update 3.00, update_weights 1.00, teacher_forward 0.25" in table
+    assert "30.5 GiB" in table and "| 4096 |" in table
 
 
 @pytest.mark.long
@@ -177,3 +210,4 @@ def test_the_stages_run(run_python: Run, tmp_path: Path) -> None:
     for what in ("8 of 8 batches right", "PEFT CARTRIDGE", "with 2 bases", "4 rows of 3 tokens"):
         assert what in done.stdout, done.stdout
     assert "optimizer step to served version" in done.stdout and "one step stale" in done.stdout
+    assert "3B loop: seconds of a step after the first" in done.stdout
