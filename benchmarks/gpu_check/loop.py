@@ -54,7 +54,7 @@ def write_record(tokenizer: str, tokens: int, path: Path) -> int:
     """The demo's patient with as many visits as a document of ``tokens`` needs; its length."""
     count = AutoTokenizer.from_pretrained(tokenizer)
     [record] = json.loads(RECORDS.read_text()).values()
-    told, texts, length = list(record["texts"].values()), {}, 0
+    told, texts, length = list(record["texts"].values()), dict[str, str](), 0
     while length < tokens:
         number = len(texts)
         text = f"Visit {number + 1}.\n{told[number % len(told)]}"

@@ -178,8 +178,8 @@ def loop_figures(setup: Setup) -> Figures:
         return []
     later = steps[1:] or steps
     found = run_figures(steps)
-    names = ("timing_s/rollout", "timing_s/update", "timing_s/update_weights")
-    names += tuple(name for name in steps[0] if name.startswith("actor/seconds/"))
+    names = ["timing_s/rollout", "timing_s/update", "timing_s/update_weights"]
+    names += [name for name in steps[0] if name.startswith("actor/seconds/")]
     found["seconds"] = {
         name.rsplit("/", 1)[1]: statistics.mean(step[name] for step in later) for name in names
     }
