@@ -8,7 +8,7 @@
 #   PYTHON    with the packages that are not carried: torch, transformers, numpy, ... (python3)
 #   OVERLAY=1 takes the carried transformers and tokenizers in place of the node's
 #
-# Without options it runs the stages that this delivery is planned for; a call that brings only parts
+# Without --only it runs the stages that this delivery is planned for; a call that brings only parts
 # runs none.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,8 +16,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 "$PYTHON" "$here/install.py" --parts "$here" --to "$KIT"
+# Else every process of a first start would compile the same modules, side by side.
+"$PYTHON" -m compileall -qq -j 0 "$KIT/site" "$KIT/project" >/dev/null 2>&1 &
 read -r -a planned <"$here/stages.txt" || true
-if (($#)); then options=("$@"); elif ((${#planned[@]})); then options=(--only "${planned[@]}"); else exit 0; fi
+options=("$@")
+if [[ " $* " != *" --only "* ]]; then
+  ((${#planned[@]})) || { wait; exit 0; }
+  options+=(--only "${planned[@]}")
+fi
 
 export PYTHONPATH=$KIT/project${OVERLAY:+:$KIT/overlay}:$KIT/site PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

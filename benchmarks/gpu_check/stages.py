@@ -116,7 +116,7 @@ def stages(setup: Setup) -> list[Stage]:
             300,
             demo_arguments(setup),
             needs_model=True,
-            reserved=200,
+            reserved=240,
             collect=demo_figures,
         ),
         Stage("loop", 240, loop, needs_model=True, collect=loop_figures),
