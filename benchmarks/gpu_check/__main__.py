@@ -6,9 +6,9 @@
 
 Stages: kernels (every attention kernel against the dense reference), student (and teacher: tokens/s
 at Llama-3.2-3B's shape), engine (the embedded server), sync, differences (server against trainer),
-memory, demo (the whole loop with veRL and Ray), and, if --only names it, loop (the same with a 3B
-base, random weights, and a document of 10,000 tokens). Each runs in a process of its own with a time
-limit, and writes its figures to OUT/figures when it has them. If one fails, the next one runs.
+memory, demo (the whole loop with veRL and Ray), and, if --only names it, loop (that with a 3B
+base, random weights, and a document of 10,000 tokens). Each runs in its own process, has a time
+limit, and writes its figures to OUT/figures at once. If one fails, the next one runs.
 At the end, and after every stage, OUT/table.md has all of them as a Markdown table.
 
 Exit status: 0 if every stage went well, 1 if not.
