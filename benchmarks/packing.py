@@ -72,7 +72,7 @@ from cartridge_distill.model.prefill import (  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.util.processes import say  # noqa: E402
 
-_MOST_CHECKED = 2048  # tokens of the document, when the teacher's two ways are compared
+_MOST_CHECKED = 512  # tokens of the document, when the teacher's two ways are compared
 
 # ---------------------------------------------------------------- the tables
 

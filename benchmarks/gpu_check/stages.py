@@ -77,7 +77,7 @@ def stages(setup: Setup) -> list[Stage]:
         return Stage(name, seconds, [*script, *device, *options.split(), *figures], **more)
 
     packing = "--prefix 2048 --sequences 16 --length 256 --document 10000 --samples 8"
-    packing += " --check-sequences 4 --tolerance 0.01"
+    packing += " --check-sequences 2 --tolerance 0.01"
     if small:
         packing = "--prefix 32 --sequences 3 --length 8 --document 40 --samples 2 --repeats 1"
     memory = "--tokens 32 --document 40 --samples 2 --prompt 4 --response 3" if small else ""
