@@ -43,6 +43,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.arguments import require_at_least  # noqa: E402
 from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.distill.loss import get_loss  # noqa: E402
@@ -414,9 +415,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--seed", type=int, default=0, help="of the experiment (%(default)s)")
     option("--threads", type=int, help="CPU threads (torch's choice)")
     options = parser.parse_args(arguments)
-    for name in ("steps", "prompts", "response", "every"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    require_at_least(parser, options, steps=1, prompts=1, response=1, every=1)
     return options
 
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.arguments import require_at_least  # noqa: E402
 from benchmarks.bases import (  # noqa: E402
     add_base_options,
     check_base_options,
@@ -124,9 +125,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--threads", type=int, help="CPU threads (torch's choice)")
     option("--json", type=Path, help="the lines of the table, one JSON object each")
     options = parser.parse_args(arguments)
-    for name, least in (("tokens", 2), ("prompt", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
+    require_at_least(parser, options, tokens=2, prompt=1)
     check_base_options(parser, options)
     return options
 

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.arguments import require_at_least  # noqa: E402
 from benchmarks.bases import (  # noqa: E402
     LLAMA_3B,
     add_base_options,
@@ -276,9 +277,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, default in (LARGE if options.shape == LLAMA_3B else DEMO).items():
         if getattr(options, name) is None:
             setattr(options, name, default)
-        least = 2 if name == "tokens" else 1  # one token is frozen
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
+    # One token of the cartridge is frozen.
+    require_at_least(parser, options, **{**dict.fromkeys(DEMO, 1), "tokens": 2})
     return options
 
 

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.arguments import require_at_least  # noqa: E402
 from benchmarks.bases import (  # noqa: E402
     add_base_options,
     check_base_options,
@@ -250,16 +251,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     option("--metrics", type=Path, help="metrics.jsonl of a run: adds table (c)")
     options = parser.parse_args(arguments)
-    for name, least in (
-        ("prefix", 2),
-        ("sequences", 1),
-        ("length", 2),
-        ("document", 1),
-        ("samples", 1),
-        ("repeats", 1),
-    ):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
+    require_at_least(
+        parser, options, prefix=2, sequences=1, length=2, document=1, samples=1, repeats=1
+    )
     check_base_options(parser, options)
     return options
 

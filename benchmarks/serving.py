@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import platform
 import sys
 import tempfile
@@ -33,31 +34,28 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.arguments import require_at_least, require_multiple  # noqa: E402
+from benchmarks.bases import machine  # noqa: E402
 from benchmarks.serving_requests import request_table, start_ray  # noqa: E402
 from benchmarks.serving_uploads import upload_table  # noqa: E402
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say  # noqa: E402
-from tests.faults.gateway_rig import (  # noqa: E402
-    RunningGateway,
-    Shape,
-    machine,
-    make_model,
-    save_model,
-)
+from tests.gateway.rig import Rig  # noqa: E402
+from tests.tiny import endless_model, save_model  # noqa: E402
 
 
 def run_requests(options: argparse.Namespace, scratch: Path, supervisor: Supervisor) -> None:
-    shape = Shape()
-    save_model(make_model(shape, seed=0), scratch / "model")
+    model = endless_model()
+    save_model(model, scratch / "model")
     say("\n== (b) requests: starting a gateway with a tiny model")
-    gateway = RunningGateway(
-        supervisor, scratch / "model", scratch, ["--max-inflight", "4096"], ["--threads", "1"]
-    )
+    options_of_gateway = ("--max-inflight", 4096, "--drain-s", 3)
+    rig = Rig(scratch, scratch / "model", *options_of_gateway, supervisor=supervisor).start()
     if options.ray:
         say("   starting Ray")
         start_ray()
     try:
-        asyncio.run(request_table(options, gateway, shape))
+        asyncio.run(request_table(options, rig, model))
     finally:
         if options.ray:
             import ray
@@ -87,13 +85,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--no-ray", dest="ray", action="store_false", help="leave the Ray proxy out")
     option("--scratch", type=Path, help="folder on the disk that is measured (the system's own)")
     options = parser.parse_args(arguments)
-    for name in ("repeats", "layers", "kv_heads", "requests", "burst", "inflight"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: must be at least 1")
-    if options.tokens < 16 or options.tokens % 16:
-        parser.error(f"--tokens {options.tokens}: must be a multiple of 16")
-    if options.head_dim < 2 or options.head_dim % 2:
-        parser.error(f"--head-dim {options.head_dim}: must be even")
+    counts = ("repeats", "layers", "kv_heads", "requests", "burst", "inflight")
+    require_at_least(parser, options, **dict.fromkeys(counts, 1))
+    require_multiple(parser, options, tokens=PAGE_TOKENS, head_dim=2)
     return options
 
 
@@ -101,7 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
     start = time.monotonic()
-    say(f"machine: {machine()}; torch {torch.__version__}, Python {platform.python_version()}")
+    say(
+        f"machine: {machine('cpu')}, load {os.getloadavg()[0]:.1f} at the start; "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
     try:
         with (
             tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as name,

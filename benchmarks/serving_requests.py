@@ -12,20 +12,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from benchmarks.measure import verdict
+from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.versions import new_run_id, version_id
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import say
-from tests.faults.gateway_rig import (
-    BASE_MODEL,
-    RunningGateway,
-    Shape,
-    child_environment,
-    random_version,
-)
+from tests.gateway.rig import MODEL_NAME, Rig, child_environment
+from tests.tiny import random_cartridge
 
 _AIM_ADDED_MS = 2.0
 _PROMPT_TOKENS = 64
@@ -154,19 +153,20 @@ async def _burst(way: Way, prompts: list[list[int]], inflight: int) -> None:
     way.seconds.append(time.perf_counter() - start)
 
 
-async def request_table(options: argparse.Namespace, gateway: RunningGateway, shape: Shape) -> None:
+async def request_table(options: argparse.Namespace, rig: Rig, model: PreTrainedModel) -> None:
+    """Measures the ways to a gateway that serves ``model``, and prints what was found."""
     version = version_id(new_run_id("bench"), 0)
-    snapshot = random_version(shape, 64, seed=0)
-    publisher = HttpPublisher([gateway.url], BASE_MODEL)
+    snapshot = Snapshot.take(random_cartridge(model, 64).state_dict(), torch.float32)
+    publisher = HttpPublisher([rig.url], MODEL_NAME)
     await asyncio.to_thread(publisher.publish, version, snapshot)
-    server, vocabulary = gateway.server_url(), shape.vocabulary
-    async with TokasaurusClient(server) as direct, TokasaurusClient(gateway.url) as guarded:
+    server, vocabulary = rig.server_url(), model.config.vocab_size
+    async with TokasaurusClient(server) as direct, TokasaurusClient(rig.url) as guarded:
         ways = [
             Way("directly", through(direct, version)),
             Way("gateway", through(guarded, version)),
         ]
         if options.ray:
-            for name, url in (("Ray proxy", server), ("gateway + Ray proxy", gateway.url)):
+            for name, url in (("Ray proxy", server), ("gateway + Ray proxy", rig.url)):
                 call = await through_ray(url, version, vocabulary, options.inflight)
                 ways.append(Way(name, call))
         await measure_ways(ways, options, vocabulary)

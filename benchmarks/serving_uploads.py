@@ -23,14 +23,8 @@ from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.upload import Upload, encode
 from cartridge_distill.sync.versions import new_run_id, version_id
 from cartridge_distill.util.processes import Supervisor, say
-from tests.faults.gateway_rig import (
-    BASE_MODEL,
-    RunningGateway,
-    Shape,
-    make_model,
-    random_cartridge,
-    save_model,
-)
+from tests.gateway.rig import MODEL_NAME, Rig
+from tests.tiny import endless_model, random_cartridge, save_model
 
 _AIM_RATIO, _AIM_BLOCKED_S = 3.0, 0.5
 STAGES = ("received", "placed", "activated")  # of an upload, as the gateway's metrics name them
@@ -65,7 +59,7 @@ def write_and_sync(upload: Upload, path: Path) -> float:
 
 def upload_once(
     publisher: HttpPublisher,
-    gateway: RunningGateway,
+    rig: Rig,
     state: Mapping[str, Tensor],
     version: str,
     times: Times,
@@ -76,28 +70,27 @@ def upload_once(
     times.add("blocked", time.perf_counter() - start)
     # Done once more inside publish, which has no clock of its own.
     start = time.perf_counter()
-    upload = encode(snapshot, BASE_MODEL, 0)
+    upload = encode(snapshot, MODEL_NAME, 0)
     times.add("encode", time.perf_counter() - start)
-    times.add("disk", write_and_sync(upload, gateway.cartridges.parent / "baseline"))
-    before, cpu_before = gateway.metrics(), cpu_seconds(gateway)
+    times.add("disk", write_and_sync(upload, rig.cartridges.parent / "baseline"))
+    before, cpu_before = rig.metrics(), cpu_seconds(rig)
     start = time.perf_counter()
     publisher.publish(version, snapshot)
     times.add("publish", time.perf_counter() - start)
-    for process, seconds in cpu_seconds(gateway).items():
+    for process, seconds in cpu_seconds(rig).items():
         times.add(f"cpu {process}", seconds - cpu_before[process])
-    after = gateway.metrics()
+    after = rig.metrics()
     for stage in STAGES:
         key = ("upload_stage_seconds_sum", stage)
         times.add(stage, after[key] - before.get(key, 0.0))
-    times.add("token", asyncio.run(seconds_of_a_token(gateway.server_url(), version)))
+    times.add("token", asyncio.run(seconds_of_a_token(rig.server_url(), version)))
     return snapshot
 
 
-def cpu_seconds(gateway: RunningGateway) -> dict[str, float]:
+def cpu_seconds(rig: Rig) -> dict[str, float]:
     """What the three processes have computed so far, their kernel's share included."""
-    server = gateway.server_process()
-    assert server is not None  # it has just answered
-    found = {"client": psutil.Process(), "gateway": gateway.process, "server": server}
+    gateway = psutil.Process(rig.process.pid)
+    found = {"client": psutil.Process(), "gateway": gateway, "server": rig.server}
     times = {name: process.cpu_times() for name, process in found.items()}
     return {name: time.user + time.system for name, time in times.items()}
 
@@ -113,31 +106,31 @@ async def seconds_of_a_token(url: str, version: str) -> float:
 
 
 def upload_table(options: argparse.Namespace, scratch: Path, supervisor: Supervisor) -> None:
-    shape = Shape(
-        layers=options.layers,
-        kv_heads=options.kv_heads,
+    model = endless_model(
+        num_hidden_layers=options.layers,
+        num_key_value_heads=options.kv_heads,
         head_dim=options.head_dim,
-        query_heads=options.kv_heads,
+        num_attention_heads=options.kv_heads,
     )
-    save_model(make_model(shape, seed=0), scratch / "model")
-    state = random_cartridge(shape, options.tokens, seed=0)
+    save_model(model, scratch / "model")
+    state = random_cartridge(model, options.tokens).state_dict()
     width = 2 if options.dtype == "bfloat16" else 4
     memory_gb = 2.1 * width * sum(tensor.numel() for tensor in state.values()) / 2**30
     say("\n== (a) upload: starting a gateway with a model of that KV shape")
-    gateway = RunningGateway(
-        supervisor,
-        scratch / "model",
+    rig = Rig(
         scratch,
-        ["--keep-versions", "2"],
+        scratch / "model",
+        *("--keep-versions", 2, "--drain-s", 3),
         # The server holds two versions, as the gateway does; what goes leaves its memory behind.
-        ["--dtype", options.dtype, "--threads", "1", "--cartridge-memory-gb", str(memory_gb)],
-    )
+        server=("--dtype", options.dtype, "--cartridge-memory-gb", memory_gb),
+        supervisor=supervisor,
+    ).start()
     say(f"   {_WARM_UP} uploads first, until the server replaces versions as it does in a long run")
-    run, times, publisher = new_run_id("bench"), Times(), HttpPublisher([gateway.url], BASE_MODEL)
+    run, times, publisher = new_run_id("bench"), Times(), HttpPublisher([rig.url], MODEL_NAME)
     for number in range(1 - _WARM_UP, options.repeats + 1):
         kept = times if number > 0 else Times()
         version = version_id(run, number + _WARM_UP)
-        snapshot = upload_once(publisher, gateway, state, version, kept)
+        snapshot = upload_once(publisher, rig, state, version, kept)
         if number > 0:
             last = {stage: found[-1] for stage, found in times.stages.items()}
             say(

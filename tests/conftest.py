@@ -77,11 +77,10 @@ def start_server(
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama and its byte tokenizer, as transformers saves them."""
-    from tests.tiny import byte_tokenizer, tiny_model
+    from tests.tiny import save_model, tiny_model
 
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_model(tiny_model(), folder)
     return folder
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from cartridge_distill.cartridge.checkpoint import write_tokasaurus
 from cartridge_distill.cartridge.prefix import Prefix
@@ -34,8 +35,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """Two layers, grouped queries, random weights, plain eager attention, float32."""
+def tiny_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Two layers, grouped queries, random weights, plain eager attention, float32.
+
+    Args:
+        changes: to the configuration.
+    """
     name = {"mistral_window": "mistral", "gemma3": "gemma3_text"}.get(kind, kind)
     extra: dict[str, Any] = {}
     if kind == "mistral":
@@ -45,21 +50,20 @@ def tiny_model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
     if kind in ("gemma2", "gemma3"):
         extra |= {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
         extra["query_pre_attn_scalar"] = 16
-    config = AutoConfig.for_model(
-        name,
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-        **extra,
-    )
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    config = AutoConfig.for_model(name, **{**settings, **extra, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -69,6 +73,13 @@ def tiny_model(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
             parameter.add_(torch.randn_like(parameter) * 0.08)
     model.eval()
     return model
+
+
+def endless_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny Llama that knows bytes alone, no end token: answers are as long as they may be."""
+    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    settings = {"vocab_size": 256, "max_position_embeddings": 16_384, **none, **changes}
+    return tiny_model(seed=seed, **settings)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,6 +94,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """As transformers saves it, with :func:`byte_tokenizer`."""
+    disable_progress_bar()  # it would be the first line of every report
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def random_cartridge(model: PreTrainedModel, tokens: int = 16, seed: int = 0) -> TrainableCache:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import require_at_least
 from benchmarks.bases import ROOT, demo_model, machine
 from benchmarks.gpu_check.stages import Figures, Setup, Stage, read_figures, stages
 from benchmarks.gpu_check.table import ROWS, Outcome, markdown
@@ -150,8 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.budget <= 0:
         parser.error(f"--budget {options.budget:g}: must be above 0")
-    if options.threads < 1:
-        parser.error(f"--threads {options.threads}: must be at least 1")
+    require_at_least(parser, options, threads=1)
     if options.device == "cpu" and not options.rehearse:
         parser.error("--device cpu would take hours at the 3B shape; add --rehearse")
     return options

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import require_at_least, require_multiple
 from benchmarks.bases import add_base_options, check_base_options, make_base
 from benchmarks.measure import synchronize
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.rollout.client import TokasaurusClient
@@ -33,7 +35,7 @@ from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
 from cartridge_distill.sync.versions import new_run_id, version_id
 from cartridge_distill.util.processes import say
-from tests.faults.gateway_rig import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 PARTS = ("optimizer", "copy", "write", "load and a token")
 
@@ -101,8 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     option("--json", type=Path, required=True, help="the figure goes to its end")
     options = parser.parse_args(arguments)
     check_base_options(parser, options)
-    if options.tokens < 16 or options.tokens % 16:
-        parser.error(f"--tokens {options.tokens}: must be a multiple of 16")
+    require_at_least(parser, options, repeats=1)
+    require_multiple(parser, options, tokens=PAGE_TOKENS)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         figure = measure(options, Path(folder))
     with options.json.open("a") as file:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.packing import HostIndex, PackedBatch, on_device
+from cartridge_distill.model.token_trie import ROOT, TokenTrie
 from cartridge_distill.util.errors import ConfigError
 
 # Sequences share a group while the shortest is at least this part of the longest: bounds the
@@ -155,25 +156,24 @@ class PackedLayout:
 
 
 def _shared_beginnings(batch: PackedBatch) -> tuple[HostIndex, HostIndex]:
-    """A trie over the sequences.
+    """What the sequences share, see :mod:`.token_trie`.
 
     Returns:
         The tokens of the row that are the first with their past, and for each token of the row
         the number of its equal among them.
     """
-    known: dict[tuple[int, int], int] = {}
+    trie = TokenTrie()
     computed: list[int] = []
     of_token: list[int] = []
     ids = batch.ids_on_host.tolist()
-    token = 0
+    start = 0
     for length in batch.lengths:
-        node = -1
-        for _ in range(length):
-            key = (node, ids[token])
-            if key not in known:
-                known[key] = len(computed)
-                computed.append(token)
-            node = known[key]
-            of_token.append(node)
-            token += 1
+        end, count = start + length, len(computed)
+        known = trie.find(ids[start:end])
+        of_token += known
+        start += len(known)
+        trie.add(ids[start:end], count, known[-1] if known else ROOT)
+        of_token += range(count, count + end - start)
+        computed += range(start, end)
+        start = end
     return np.array(computed), np.array(of_token)

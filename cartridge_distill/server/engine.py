@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.model.token_trie import ROOT, TokenTrie
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
@@ -286,10 +287,13 @@ class Engine:
         positions: list[int] = []
         sampled: list[Row] = []
         last_places: list[int] = []
-        fresh: list[tuple[Row, list[int]]] = []
+        # What rows that begin in this forward have in common is computed by the first of them.
+        tries: defaultdict[int, TokenTrie] = defaultdict(TokenTrie)
         budget = self._settings.prefill_tokens
         for slot, row in enumerate(self._rows):
-            borrowed = self._borrow(row, fresh) if row.done == 0 and budget > 0 else []
+            begins, trie = row.done == 0, tries[id(row.prefix)]
+            # The last token is computed in any case: its logits are needed.
+            borrowed = trie.find(row.prompt_ids[:-1]) if begins and budget > 0 else []
             row.done += len(borrowed)
             row.shared += len(borrowed)
             self.stats.shared_tokens += len(borrowed)
@@ -302,9 +306,10 @@ class Engine:
                 continue
             start = row.prefix.num_tokens + row.done if row.prefix is not None else row.done
             parts.append(RowPart(slot, row.done, length, row.prefix, borrowed))
-            if row.done == len(borrowed):
-                fresh.append((row, [*borrowed, *range(len(ids), len(ids) + length)]))
-            ids += row.tokens(row.done, length)
+            fed = row.tokens(row.done, length)
+            if begins:
+                trie.add(fed, len(ids), borrowed[-1] if borrowed else ROOT)
+            ids += fed
             positions += range(start, start + length)
             if length == row.pending:
                 sampled.append(row)
@@ -328,29 +333,6 @@ class Engine:
                 if self._append(row, token, logprob)
             ]
         )
-
-    @staticmethod
-    def _borrow(row: Row, fresh: list[tuple[Row, list[int]]]) -> list[int]:
-        """The longest beginning that a row has in common with one already in this forward.
-
-        Args:
-            row: a row that has nothing computed yet.
-            fresh: rows that begin in this forward, with the packed places of their tokens.
-
-        Returns:
-            Packed places of the common tokens; at least the row's last one is left to compute.
-        """
-        best: list[int] = []
-        for other, places in fresh:
-            limit = min(len(row.prompt_ids) - 1, len(places))
-            if other.prefix is not row.prefix or limit <= len(best):
-                continue
-            common = 0
-            while common < limit and row.prompt_ids[common] == other.prompt_ids[common]:
-                common += 1
-            if common > len(best):
-                best = places[:common]
-        return best
 
     def _append(self, row: Row, token: int, logprob: float) -> bool:
         """Adds a token; true when the row is finished (or has failed)."""

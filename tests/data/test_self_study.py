@@ -39,7 +39,7 @@ from cartridge_distill.util.errors import ConfigError, RolloutError
 from cartridge_distill.util.journal import Journal
 from tests.data.documents.made import prose
 from tests.data.writer import writing_model
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, save_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,8 +222,7 @@ def serve(folder: Path) -> Iterator[BackgroundServer]:
 def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder and two documents."""
     folder = tmp_path_factory.mktemp("study")
-    writing_model().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    save_model(writing_model(), folder / "model")
     (folder / "docs").mkdir()
     (folder / "docs" / "north.md").write_text(f"# North\n\n{prose(100)}")
     (folder / "docs" / "south.txt").write_text(prose(20, 100))

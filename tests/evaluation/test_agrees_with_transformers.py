@@ -22,7 +22,7 @@ from cartridge_distill.evaluation.names import FULL_DOCUMENT, NO_DOCUMENT
 from cartridge_distill.model.demo_model import FOLDER, cache_dir
 from cartridge_distill.model.loading import load_model
 from tests.evaluation import made
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import save_model, tiny_model
 
 DEMO = Path(__file__).resolve().parents[2] / "cartridge_distill/data/examples/demo.json"
 TINY_CHAT = ("<system>{}\n", "<user>{}\n<assistant>")
@@ -131,10 +131,7 @@ def test_questions_on_a_tiny_model(tmp_path: Path) -> None:
 
     A dozen with the document's tokens computed once: the other way takes a minute.
     """
-    model = tiny_model()
-    model.config.max_position_embeddings = 8192
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tiny_model(max_position_embeddings=8192), tmp_path / "model")
     assert compare(tmp_path / "model", tmp_path / "one", TINY_CHAT, keep=False, count=1) < 1e-4
     assert compare(tmp_path / "model", tmp_path / "many", TINY_CHAT, keep=True, count=12) < 1e-4
 

@@ -56,7 +56,14 @@ from tests.faults.kill_judge import (  # noqa: E402
 )
 from tests.faults.kill_phases import BEFORE, phase_at  # noqa: E402
 from tests.faults.kill_plan import TARGETS, Moment, Usual, plan  # noqa: E402
-from tests.faults.kill_run import ACTORS, Attempt, KeptGateway, Victim, write_inputs  # noqa: E402
+from tests.faults.kill_run import (  # noqa: E402
+    ACTORS,
+    Attempt,
+    Victim,
+    gateway_victim,
+    write_inputs,
+)
+from tests.gateway.rig import Rig, use_token  # noqa: E402
 from verl_patches.trainer.run_folder import last_complete, step_of_folder  # noqa: E402
 
 _LOOK_SECONDS = 0.004
@@ -112,10 +119,18 @@ class Harness:
         self._told = time.monotonic()
 
     @cached_property
-    def gateway(self) -> KeptGateway:
-        """Started when it is needed: a call that only prints results needs none."""
-        folder = self.out / "gateways" / f"{int(time.time())}-{os.getpid()}"
-        return KeptGateway(self._supervisor, self.inputs, folder)
+    def gateway(self) -> Rig:
+        """Started when it is needed: a call that only prints results needs none.
+
+        It keeps its address and its cartridges when it is killed and started again.
+        """
+        use_token()
+        return Rig(
+            self.out / "gateways" / f"{int(time.time())}-{os.getpid()}",
+            self.inputs / "model",
+            *("--keep-versions", 3, "--drain-s", 3),
+            supervisor=self._supervisor,
+        ).start()
 
     def reference(self) -> Usual:
         """Trains the run that is not stopped, unless an earlier call has."""
@@ -160,7 +175,7 @@ class Harness:
 
     def verdict(self, target: TargetRun) -> Verdict:
         """Prints what is wrong with it, too."""
-        logs = sorted((self.out / "gateways").rglob("gateway.log"))
+        logs = sorted((self.out / "gateways").rglob("gateway*.log"))
         verdict = judge(
             target.target,
             target.attempts,
@@ -178,7 +193,7 @@ class Harness:
         self._told = time.monotonic()
         here = folder / f"attempt-{number:03d}"
         shutil.rmtree(here, ignore_errors=True)  # of a call that was killed itself
-        url = self.gateway.running.url
+        url = self.gateway.url
         return Attempt(supervisor, here, folder / "run", self.inputs, url, self.steps)
 
     def _attempt(self, target: TargetRun, usual: Usual) -> Ended:
@@ -248,13 +263,13 @@ class Harness:
                 f"{phase}; aimed at step {step}, {moment.phase} + {usual.delay(moment):.2f} s"
             )
             if moment.victim == "gateway":
-                self.gateway.restart()
+                self.gateway.start()  # the server of the killed one ends by itself
             return [Kill(moment.number, moment.victim, step, moment.phase, at_step, phase)]
         return []
 
     def _victim(self, attempt: Attempt, name: str) -> Victim | None:
         if name in ("server", "gateway"):
-            return self.gateway.victim(name)
+            return gateway_victim(self.gateway, name)
         return attempt.victim(name)
 
     def _wait(self, attempt: Attempt, what: str, must_end: bool) -> str:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,9 @@ import psutil
 from transformers import AutoTokenizer
 
 from cartridge_distill.util.processes import Supervisor, tail
-from tests.faults.gateway_rig import (
-    BASE_MODEL,
-    RunningGateway,
-    Shape,
-    child_environment,
-    make_model,
-    save_model,
-)
 from tests.faults.kill_phases import MARKS_VARIABLE, Mark, read_marks
+from tests.gateway.rig import MODEL_NAME, Rig, child_environment
+from tests.tiny import endless_model, save_model
 from verl_patches.launching.command import command, environment
 from verl_patches.launching.settings import Run
 
@@ -55,8 +48,7 @@ ACTORS = {
 
 def write_inputs(folder: Path, seed: int) -> None:
     """Model, tokenizer, document and prompts; the same for the same seed."""
-    shape = Shape(context=1024)
-    save_model(make_model(shape, seed), folder / "model")
+    save_model(endless_model(seed, max_position_embeddings=1024), folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     # The model never ends an answer by itself; veRL wants to know these ids all the same.
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
@@ -97,45 +89,10 @@ class Victim:
         return now
 
 
-class KeptGateway:
-    """A gateway that keeps its address and its cartridges when it is killed and started again.
-
-    Args:
-        inputs: what :func:`write_inputs` wrote.
-        folder: cartridges, and a folder for each start, with its log.
-    """
-
-    def __init__(self, supervisor: Supervisor, inputs: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self._supervisor, self._inputs, self._folder = supervisor, inputs, folder
-        self.running = self._start()
-
-    def _start(self) -> RunningGateway:
-        number = len(list(self._folder.glob("start-*")))
-        arguments = ["--port", str(self._port), "--cartridge-dir", str(self._folder / "cartridges")]
-        return RunningGateway(
-            self._supervisor,
-            self._inputs / "model",
-            self._folder / f"start-{number:03d}",
-            [*arguments, "--keep-versions", "3"],
-            ["--threads", "1"],
-        )
-
-    def restart(self) -> None:
-        """After it was killed; its server ends by itself."""
-        self.running = self._start()
-
-    def victim(self, name: str) -> Victim | None:
-        """``gateway``, or ``server`` behind it; None between two servers."""
-        process = self.running.process if name == "gateway" else self.running.server_process()
-        return Victim(process.pid, name, process.create_time()) if process is not None else None
-
-    def wait_up(self) -> None:
-        """Until the server behind it answers."""
-        while not self.running.is_up():
-            time.sleep(0.1)
+def gateway_victim(rig: Rig, name: str) -> Victim | None:
+    """``gateway``, or ``server`` behind it; None between two servers."""
+    process = psutil.Process(rig.process.pid) if name == "gateway" else rig.server_process()
+    return Victim(process.pid, name, process.create_time()) if process is not None else None
 
 
 class Attempt:
@@ -208,7 +165,7 @@ def training(run: Path, inputs: Path, url: str, steps: int) -> Run:
         server=(url,),
         out=run,
         name="run",
-        served_model=BASE_MODEL,
+        served_model=MODEL_NAME,
         tokens=CARTRIDGE_TOKENS,
         batch=ROWS,
         steps=steps,

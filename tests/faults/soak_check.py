@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 from cartridge_distill.gateway.store import RETRY_SECONDS
 from cartridge_distill.rollout import http as retrying
-from tests.faults.gateway_rig import Shape, random_cartridge
+from tests.tiny import random_cartridge
 
 TOLERANCE = 1e-4
 """Between the server's and the recomputed log-probs, in float32."""
@@ -69,7 +69,6 @@ class Checker:
 
     Args:
         model: the served one, a copy of its own.
-        shape: of the model.
         cartridge_tokens: of every version.
         seed_of: the seed of a version's cartridge, from its step.
         new_tokens: that every answer must have.
@@ -77,14 +76,12 @@ class Checker:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
-        shape: Shape,
+        model: PreTrainedModel,
         cartridge_tokens: int,
         seed_of: Callable[[int], int],
         new_tokens: int,
     ) -> None:
         self._model = model
-        self._shape = shape
         self._tokens = cartridge_tokens
         self._seed_of = seed_of
         self._new_tokens = new_tokens
@@ -145,14 +142,9 @@ class Checker:
     def logprobs(self, step: int, answers: Sequence[Answer]) -> Tensor:
         """Log-probs ``[B, n]`` of the answers' tokens behind the cartridge of ``step``; all
         prompts of one length."""
-        state = random_cartridge(self._shape, self._tokens, self._seed_of(step))
-        cache = DynamicCache()
-        for layer in range(self._shape.layers):
-            key, value = (
-                torch.cat([state[f"frozen_{kind}.{layer}"], state[f"trainable_{kind}.{layer}"]], 2)
-                for kind in ("keys", "values")
-            )
-            rows = len(answers)
+        prefix = random_cartridge(self._model, self._tokens, self._seed_of(step)).prefix()
+        cache, rows = DynamicCache(), len(answers)
+        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             cache.update(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1), layer)
         ids = torch.tensor([answer.prompt_ids + answer.token_ids for answer in answers])
         positions = torch.arange(self._tokens, self._tokens + ids.shape[1])[None]

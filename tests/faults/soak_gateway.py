@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -31,10 +32,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from benchmarks.arguments import require_at_least, require_multiple  # noqa: E402
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS  # noqa: E402
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say, tail  # noqa: E402
-from tests.faults.gateway_rig import RunningGateway, machine, make_model, save_model  # noqa: E402
 from tests.faults.soak_check import FAR, TOLERANCE, Checker, since_kill  # noqa: E402
-from tests.faults.soak_load import SHAPE, Soak  # noqa: E402
+from tests.faults.soak_load import Soak  # noqa: E402
+from tests.gateway.rig import Rig, use_token  # noqa: E402
+from tests.tiny import endless_model, save_model  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,14 +57,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cartridge-tokens", type=int, default=16, help="a multiple of 16 (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    for name in ("seconds", "inflight", "upload_every", "kill_every", "new_tokens"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')}: must be above 0")
-    if options.keep < 3:
-        # A request that is tried again a second later must still find the version before.
-        parser.error(f"--keep {options.keep}: must be at least 3")
-    if options.cartridge_tokens <= 0 or options.cartridge_tokens % 16:
-        parser.error(f"--cartridge-tokens {options.cartridge_tokens}: must be a multiple of 16")
+    moment = 0.1
+    require_at_least(parser, options, seconds=moment, upload_every=moment, kill_every=moment)
+    # A request that is tried again a second later must still find the version before.
+    require_at_least(parser, options, inflight=1, new_tokens=1, keep=3)
+    require_multiple(parser, options, cartridge_tokens=PAGE_TOKENS)
     return options
 
 
@@ -129,26 +130,28 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="soak-") as name, Supervisor() as supervisor:
             scratch = Path(name)
-            say(f"soak of the gateway; {machine()}; all of this in {scratch}")
-            save_model(make_model(SHAPE, options.seed), scratch / "model")
-            gateway = RunningGateway(
-                supervisor,
-                scratch / "model",
+            machine = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
+            say(f"soak of the gateway; {machine}; all of this in {scratch}")
+            model = endless_model(options.seed)
+            save_model(model, scratch / "model")
+            use_token()
+            rig = Rig(
                 scratch,
-                ["--keep-versions", str(options.keep), "--max-inflight", "4096"],
-                ["--threads", "1"],
-            )
+                scratch / "model",
+                *("--keep-versions", options.keep, "--max-inflight", 4096, "--drain-s", 3),
+                supervisor=supervisor,
+            ).start()
             say(
-                f"   {gateway.url} is up: {options.inflight} requests in flight for "
+                f"   {rig.url} is up: {options.inflight} requests in flight for "
                 f"{options.seconds:.0f} s, a version every {options.upload_every:g} s, a kill "
                 f"every {options.kill_every:g} s"
             )
-            soak = Soak(options, gateway)
+            soak = Soak(options, rig, model)
             asyncio.run(soak.run())
             checker = soak.verify()
             print_report(soak, checker)
             if soak.violations:
-                say(tail(gateway.log))
+                say(tail(rig.log_file))
             return 1 if soak.violations else 0
     except KeyboardInterrupt:
         print("\nstopped; every process of the soak was ended", flush=True)

@@ -14,6 +14,11 @@ import re
 import time
 from collections import Counter
 
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.rollout import http as retrying
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.protocol import CartridgeRef
@@ -21,17 +26,10 @@ from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.versions import new_run_id, step_of, version_id
 from cartridge_distill.util.errors import RolloutError, SyncError
 from cartridge_distill.util.processes import ChildFailed, say, tail
-from tests.faults.gateway_rig import (
-    BASE_MODEL,
-    RunningGateway,
-    Shape,
-    make_model,
-    megabytes,
-    random_version,
-)
 from tests.faults.soak_check import Answer, Checker, DiskWatch, RetryLog, unexplained
+from tests.gateway.rig import COMPLETIONS, MODEL_NAME, Rig
+from tests.tiny import random_cartridge
 
-SHAPE = Shape()
 _REPORT_SECONDS = 5.0
 _SAMPLE_SECONDS = 0.5
 _PROMPT_TOKENS = 12  # and four more, which hold the request's number
@@ -41,11 +39,17 @@ PATIENCE = retrying.ClientSettings(max_attempts=40, max_backoff_s=3.0, read_time
 
 
 class Soak:
-    """One run against one gateway; its coroutines share this state on one event loop."""
+    """One run against one gateway; its coroutines share this state on one event loop.
 
-    def __init__(self, options: argparse.Namespace, gateway: RunningGateway) -> None:
+    Args:
+        model: a copy of the served one.
+    """
+
+    def __init__(self, options: argparse.Namespace, rig: Rig, model: PreTrainedModel) -> None:
         self.options = options
-        self.gateway = gateway
+        self.rig = rig
+        self.model = model
+        self.vocabulary: int = model.config.vocab_size
         self.run_id = new_run_id("soak")
         self.draw = random.Random(options.seed)
         self.numbers = itertools.count()
@@ -71,7 +75,7 @@ class Soak:
         Raises:
             ChildFailed: the gateway itself ended.
         """
-        publisher = HttpPublisher([self.gateway.url], BASE_MODEL, PATIENCE)
+        publisher = HttpPublisher([self.rig.url], MODEL_NAME, PATIENCE)
         with self.retries.listening():
             await self._publish(publisher, 0)
             if not self.published:
@@ -79,7 +83,7 @@ class Soak:
             self._note_memory()
             self.start = time.monotonic()
             self.deadline = self.start + self.options.seconds
-            async with TokasaurusClient(self.gateway.url, PATIENCE, SHAPE.vocabulary) as client:
+            async with TokasaurusClient(self.rig.url, PATIENCE, self.vocabulary) as client:
                 await asyncio.gather(
                     *[self._ask(client) for _ in range(self.options.inflight)],
                     self._upload(publisher),
@@ -107,13 +111,13 @@ class Soak:
         await asyncio.sleep(max(0.0, min(seconds, self.deadline - time.monotonic())))
 
     async def _wait_up(self) -> None:
-        while not await asyncio.to_thread(self.gateway.is_up):
+        while not await asyncio.to_thread(self.rig.is_up):
             self._check_alive()
             await asyncio.sleep(0.1)
 
     def _check_alive(self) -> None:
-        if not self.gateway.alive:
-            raise ChildFailed(f"the gateway itself ended.\n{tail(self.gateway.log)}")
+        if not self.rig.alive:
+            raise ChildFailed(f"the gateway itself ended.\n{tail(self.rig.log_file)}")
 
     # --- what happens at once -----------------------------------------------------------------
 
@@ -123,7 +127,7 @@ class Soak:
             number = next(self.numbers)
             back = 2 if len(self.published) > 1 and self.draw.random() < _OLDER else 1
             step = self.published[-back]
-            prompt = [self.draw.randrange(SHAPE.vocabulary) for _ in range(_PROMPT_TOKENS)]
+            prompt = [self.draw.randrange(self.vocabulary) for _ in range(_PROMPT_TOKENS)]
             prompt += number.to_bytes(4, "big")
             self.asked += 1
             began = time.monotonic()
@@ -148,7 +152,8 @@ class Soak:
 
     async def _publish(self, publisher: HttpPublisher, step: int) -> None:
         tokens = self.options.cartridge_tokens
-        snapshot = random_version(SHAPE, tokens, self.seed_of(step))
+        cartridge = random_cartridge(self.model, tokens, self.seed_of(step))
+        snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
         began = time.monotonic()
         try:
             name = version_id(self.run_id, step)
@@ -163,7 +168,7 @@ class Soak:
         await self._pause(self.options.kill_every)
         while not self.over:
             await self._wait_up()
-            server = self.gateway.server_process()
+            server = self.rig.server_process()
             if server is not None:
                 self.kills.append(time.monotonic())
                 self.disk.killed()
@@ -186,10 +191,10 @@ class Soak:
     def _on_disk(self) -> tuple[list[int], int]:
         """Steps of the versions on disk, and the bytes of everything there."""
         steps, total = [], 0
-        for folder in self.gateway.cartridges.iterdir():
+        for folder in self.rig.cartridges.iterdir():
             if not folder.name.startswith("."):  # being written, or being taken away
                 steps.append(step_of(folder.name))
-        for parent, _, files in os.walk(self.gateway.cartridges):
+        for parent, _, files in os.walk(self.rig.cartridges):
             for name in files:
                 try:
                     total += os.stat(os.path.join(parent, name)).st_size
@@ -198,7 +203,8 @@ class Soak:
         return steps, total
 
     def _note_memory(self) -> None:
-        self.rss.append((megabytes(self.gateway.process), megabytes(self.gateway.server_process())))
+        gateway, server = psutil.Process(self.rig.process.pid), self.rig.server_process()
+        self.rss.append((_megabytes(gateway), _megabytes(server)))
 
     def _say_progress(self) -> None:
         say(
@@ -213,21 +219,19 @@ class Soak:
         self._violated(*unexplained(self.retries.attempts, self.kills))
         if len(self.answers) > self.asked:
             self._violated(f"{self.asked} requests, {len(self.answers)} answers")
-        metrics = self.gateway.metrics()
-        sent = metrics.get(("requests_total", "/custom/cartridge/completions", "200"), 0)
+        sent = self.rig.metric("requests_total", COMPLETIONS, "200")
         if sent != len(self.answers):
             self._violated(
                 f"the gateway sent {sent:.0f} answers, {len(self.answers)} came: doubled or lost"
             )
-        died = metrics.get(("server_restarts_total", "died"), 0)
+        died = self.rig.metric("server_restarts_total", "died")
         if died != len(self.kills) or self.restarts() != died:
             self._violated(
                 f"{len(self.kills)} kills, but the gateway started the server again "
                 f"{self.restarts():.0f} times, {died:.0f} of them after a death"
             )
         checker = Checker(
-            make_model(SHAPE, self.options.seed),
-            SHAPE,
+            self.model,
             self.options.cartridge_tokens,
             self.seed_of,
             self.options.new_tokens,
@@ -246,5 +250,13 @@ class Soak:
 
     def restarts(self) -> float:
         """From ``/metrics``: for every reason."""
-        found = self.gateway.metrics()
+        found = self.rig.metrics()
         return sum(n for name, n in found.items() if name[0] == "server_restarts_total")
+
+
+def _megabytes(process: psutil.Process | None) -> float:
+    """Resident memory; NaN for a process that is not there."""
+    try:
+        return process.memory_info().rss / 1e6 if process is not None else float("nan")
+    except psutil.NoSuchProcess:
+        return float("nan")

@@ -8,17 +8,16 @@ from dataclasses import replace
 import pytest
 
 from tests.faults import soak_check
-from tests.faults.gateway_rig import Shape, make_model
 from tests.faults.soak_check import Answer, Checker, DiskWatch, unexplained
+from tests.tiny import endless_model
 from tests.training.conftest import Run
 
-SHAPE = Shape()
 NEW_TOKENS = 3
 
 
 @pytest.fixture(scope="module")
 def checker() -> Checker:
-    return Checker(make_model(SHAPE, 0), SHAPE, 16, lambda step: 100 + step, NEW_TOKENS)
+    return Checker(endless_model(), 16, lambda step: 100 + step, NEW_TOKENS)
 
 
 def answers(checker: Checker, step: int, count: int) -> list[Answer]:

@@ -1,31 +1,38 @@
-"""A gateway as a user starts it: a process with a token, over the tiny model."""
+"""A gateway as a user starts it: a process with a token, over the embedded server.
+
+For tests, and for scripts that put load on it, kill it or time it. Knows nothing of what is asked
+of it.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
+import secrets
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
 import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.gateway.settings import TOKEN_VARIABLE
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.sync.upload import encode
+from cartridge_distill.util.processes import Supervisor, wait_for
 from tests.tiny import random_cartridge, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "test-token-0123456789abcdef"
+TOKEN = secrets.token_urlsafe(32)
 MODEL_NAME = "tiny"
 MODEL = tiny_model()
+COMPLETIONS = "/custom/cartridge/completions"
+_START_SECONDS = 240.0
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
@@ -66,30 +73,60 @@ def completion(version: str | None = None, max_tokens: int = 4, **more: Any) -> 
     }
 
 
-COMPLETIONS = "/custom/cartridge/completions"
+def child_environment() -> dict[str, str]:
+    """For processes of this project: they find the code, and ask no hub for anything."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+
+
+def use_token() -> None:
+    """The clients of this process, and of its children, have the token from now on.
+
+    For scripts. A test sets it for its own time, or has clients without it.
+    """
+    os.environ[TOKEN_VARIABLE] = TOKEN
 
 
 class Rig:
-    """One gateway process; a context manager.
+    """One gateway, which may be killed and started again; a context manager.
+
+    Port and cartridges are the same for each start.
+
+    Args:
+        folder: the cartridges and the log go here.
+        model: the folder of the served model.
+        options: further ones of the gateway.
+        server: further ones of the embedded server.
+        supervisor: ends it; without one, :meth:`stop` does.
 
     Attributes:
         url: of the gateway.
         http: a client with the token.
         cartridges: the gateway's cartridge directory.
+        log_file: of the newest start; those of the starts before it have a number in their names.
+        process: the gateway's own process.
     """
 
-    def __init__(self, folder: Path, model: Path, *options: object, server: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *options: object,
+        server: tuple[object, ...] = (),
+        supervisor: Supervisor | None = None,
+    ):
         self.cartridges = folder / "cartridges"
         self.log_file = folder / "gateway.log"
+        self._supervisor = supervisor or Supervisor()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+            self._port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
         self._command = [
             *(sys.executable, "-m", "cartridge_distill.gateway"),
-            *("--model", model, "--model-name", MODEL_NAME, "--port", port),
+            *("--model", model, "--model-name", MODEL_NAME, "--port", self._port),
             *("--cartridge-dir", self.cartridges, *options),
-            *("--", "--threads", "1", *server),
+            *("--", "--threads", 1, *server),
         ]
         self.http = httpx.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60
@@ -102,45 +139,42 @@ class Rig:
             self.stop()  # a process that came up too late would outlive the tests
             raise
 
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def start(self, wait: bool = True) -> Rig:
-        self.cartridges.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            "TOKASAURUS_API_KEY": TOKEN,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [str(part) for part in self._command],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=self.cartridges.parent,
-            )
+        """Once, or again after it was killed.
+
+        Raises:
+            ChildFailed: it did not come up; the message has the end of its log.
+        """
+        folder = self.log_file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.log_file.exists():
+            number = len(list(folder.glob("gateway*.log")))
+            self.log_file.rename(folder / f"gateway.{number:03d}.log")
+        environment = {**child_environment(), TOKEN_VARIABLE: TOKEN, "OMP_NUM_THREADS": "1"}
+        command = [str(part) for part in self._command]
+        self.process = self._supervisor.start(command, self.log_file, environment)
         if wait:
             self.wait_up()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
     def stop(self) -> None:
+        """Ends whatever its supervisor has started."""
         self.http.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
+        self._supervisor.stop()
 
     def wait_up(self) -> None:
-        until(self.is_up, f"the gateway answers (log: {self.log_file})", timeout_s=240)
+        """Until the server behind it answers.
+
+        Raises:
+            ChildFailed: the gateway ended, or it takes too long.
+        """
+        wait_for(self.is_up, self.process, self.log_file, "the gateway", _START_SECONDS)
 
     def is_up(self) -> bool:
-        assert self.process.poll() is None, self.log
+        """Does the server behind the gateway answer?"""
         try:
             # Its own client: httpx.get() makes a TLS context, 60 ms of computing, at every look.
             return self.http.get("/ping", timeout=5).status_code == 200
@@ -148,14 +182,40 @@ class Rig:
             return False
 
     @property
+    def alive(self) -> bool:
+        """Is the gateway's own process there?"""
+        return self.process.poll() is None
+
+    @property
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
+    def server_process(self) -> psutil.Process | None:
+        """The server that the gateway has started; None between two of them."""
+        for child in psutil.Process(self.process.pid).children():
+            try:
+                if "cartridge_distill.server" in child.cmdline():
+                    return child
+            except psutil.NoSuchProcess:
+                pass  # it ended between two looks
+        return None
+
     @property
-    def child(self) -> psutil.Process:
-        """The server process."""
-        [child] = psutil.Process(self.process.pid).children()
-        return child
+    def server(self) -> psutil.Process:
+        """The server process.
+
+        Raises:
+            RuntimeError: it is not there now.
+        """
+        found = self.server_process()
+        if found is None:
+            raise RuntimeError("the gateway has no server process now")
+        return found
+
+    def server_url(self) -> str:
+        """Where the server itself listens, to ask it without the gateway."""
+        command = self.server.cmdline()
+        return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
 
     def put(self, version: str, body: bytes, **headers: str) -> httpx.Response:
         return self.http.put(f"/cartridges/{version}", content=body, headers=headers)
@@ -163,12 +223,22 @@ class Rig:
     def complete(self, version: str | None = None, **more: Any) -> httpx.Response:
         return self.http.post(COMPLETIONS, json=completion(version, **more))
 
-    def metric(self, name: str) -> float:
-        """One value of ``/metrics``, by its name with labels, without the common prefix."""
-        for line in self.http.get("/metrics").text.splitlines():
-            if line.startswith(f"cartridge_gateway_{name} "):
-                return float(line.rsplit(" ", 1)[1])
-        return 0.0
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """``/metrics``, by name (without prefix) and label values in order of the label names."""
+        response = self.http.get("/metrics")
+        response.raise_for_status()
+        return {
+            (
+                sample.name.removeprefix("cartridge_gateway_"),
+                *(sample.labels[name] for name in sorted(sample.labels)),
+            ): sample.value
+            for family in text_string_to_metric_families(response.text)
+            for sample in family.samples
+        }
+
+    def metric(self, name: str, *labels: str) -> float:
+        """One value of :meth:`metrics`; 0 for what was not counted yet."""
+        return self.metrics().get((name, *labels), 0.0)
 
     def on_disk(self) -> list[str]:
         """Everything in the cartridge directory but the empty staging folder."""

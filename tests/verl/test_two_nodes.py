@@ -121,7 +121,7 @@ def test_two_nodes_train_as_one_rank(
             f"trainer.default_local_dir={world.folder}/two_nodes",
         )
         assert status == 0, log[-4000:]
-        assert rig.metric('uploads_total{outcome="created"}') == 2 * (STEPS + 1)
+        assert rig.metric("uploads_total", "created") == 2 * (STEPS + 1)
 
     told = [json.loads(file.read_text()) for file in probes.glob("*.json")]
     ranks = {int(process["RANK"]): process for process in told if process["RANK"]}

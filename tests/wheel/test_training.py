@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from tests.gateway.rig import until
-from tests.tiny import byte_tokenizer, tiny_model
+from tests.tiny import save_model, tiny_model
 from tests.wheel.conftest import Installed
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
@@ -37,10 +37,9 @@ def test_the_demo(installed: Installed, tmp_path: Path) -> None:
 def test_prepare_serve_and_train_and_go_on(installed: Installed, tmp_path: Path) -> None:
     """Commands as the commands before them print them; the second start trains one step more."""
     work = Installed(installed.folder, tmp_path)
-    model, model_folder, log = tiny_model(), tmp_path / "model", tmp_path / "server.log"
-    model.config.max_position_embeddings = 4096  # a record of the demo, in bytes
-    model.save_pretrained(model_folder)
-    byte_tokenizer().save_pretrained(model_folder)
+    model_folder, log = tmp_path / "model", tmp_path / "server.log"
+    # long enough for a record of the demo, in bytes
+    save_model(tiny_model(max_position_embeddings=4096), model_folder)
     made = ("--out", "data", "--rows", 12, "--val-rows", 2)
     assert work.run("prepare", "--tokenizer", model_folder, *made).returncode == 0
     with log.open("w") as sink:

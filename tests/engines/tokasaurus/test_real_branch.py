@@ -43,7 +43,7 @@ from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.versions import version_id
 from tests.gateway.rig import TOKEN, until
-from tests.tiny import byte_tokenizer, plain_logprobs, random_cartridge, tiny_model, write_cartridge
+from tests.tiny import plain_logprobs, random_cartridge, save_model, tiny_model, write_cartridge
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[2]
@@ -164,8 +164,7 @@ CACHE = 1_024
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, as the branch's older transformers reads it, and a folder for cartridges."""
     directory = tmp_path_factory.mktemp("real")
-    tiny_model().save_pretrained(directory / "model")
-    byte_tokenizer().save_pretrained(directory / "model")
+    save_model(tiny_model(), directory / "model")
     settings = directory / "model" / "tokenizer_config.json"
     text = re.sub(r'"tokenizer_class": "\w+"', '"tokenizer_class": "PreTrainedTokenizerFast"',
                   settings.read_text())  # fmt: skip
