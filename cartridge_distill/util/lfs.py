@@ -1,4 +1,4 @@
-"""Pointer files of Git LFS: what a clone leaves in place of large files when LFS is not installed."""
+"""Pointer files of Git LFS: what a clone without LFS leaves in place of large files."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ part is called ``fixed_*`` until mid-2025 and ``frozen_*`` since; the lists are 
 where upstream wrote them and plain lists elsewhere. All of that is read, and any other key is
 refused by name. Written are both spellings of the same tensors, which costs no byte of them, in
 plain lists: upstream's readers of either age take them, and so does
-``torch.load(weights_only=True)``, which refuses ``nn.ParameterList``. (Upstream's newer reader takes
-the number of frozen tokens from the wrong axis, that of the heads; the tensors are right.)
+``torch.load(weights_only=True)``, which refuses ``nn.ParameterList``. (Upstream's newer reader
+takes the number of frozen tokens from the wrong axis, that of the heads; the tensors are right.)
 
 Unpickling is restricted to tensors, containers and ``nn.ParameterList``: what else a file asks for
 is refused before it runs.
