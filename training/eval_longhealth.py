@@ -1,8 +1,9 @@
 """LongHealth's questions by generated answer: reasoning first, then the closest option.
 
 A few defaults over `cartridge-distill eval`, whose options it takes: answers are generated, at
-temperature 0.3 and up to 512 tokens, as the Cartridges paper does on LongHealth (docs/evaluation.md
-has the protocol and how an answer is matched to an option). The scores by likelihood come with it.
+temperature 0.3 and up to 512 tokens, and each counts as the option closest to it, as the Cartridges
+paper does on LongHealth (docs/evaluation.md has the protocol). With `--read-answers named` only an
+option that the answer names counts. The scores by likelihood come with it.
 
     python training/prepare_data.py --data longhealth --patients patient_01 --tokenizer MODEL \\
         --out data/longhealth
@@ -25,4 +26,9 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
-    sys.exit(main(["--generate", *arguments], "python training/eval_longhealth.py"))
+    sys.exit(
+        main(
+            ["--generate", "--read-answers", "closest", *arguments],
+            "python training/eval_longhealth.py",
+        )
+    )

@@ -5,16 +5,21 @@ LongHealth's (Adams et al., arXiv 2401.14490). That the model reasons first, is 
 temperature 0.3, and that its answer counts as the option closest to it, is how the Cartridges paper
 (arXiv 2506.06266) evaluates on LongHealth.
 
-How free text becomes an option (:func:`chosen_option`):
+How free text becomes an option, by either of two rules (:data:`READINGS`):
 
-1. The *final part* is what stands in the last ``<answer>``, to ``</answer>`` or the end; without
-   one, what follows the last "answer is"; without that, the last line that is not empty.
-2. If it is an option's text ("E. coli"), case and a full stop aside, that is the option.
-3. If it begins with an option's letter that stands alone ("C", "(C)", "C: 12 mg", "Option C."),
-   that is the option. A letter followed by a space and a word ("A bakery") is an article.
-4. Else the option whose text is closest to it, case aside: the largest ratio of
-   ``difflib.SequenceMatcher``, of equal ones the first.
-5. An empty final part is no option, and wrong. There is no guessing in the model's place.
+* ``named``, the default: the option that the answer names, none where it names none or several. It
+  is in :mod:`cartridge_distill.evaluation.named_option`.
+* ``closest``, the protocol of the paper: there is always one (:func:`closest_option`).
+
+  1. The *final part* is what stands in the last ``<answer>``, to ``</answer>`` or the end; without
+     one, what follows the last "answer is"; without that, the last line that is not empty.
+  2. If it is an option's text ("E. coli"), case and a full stop aside, that is the option.
+  3. If it begins with an option's letter that stands alone ("C", "(C)", "C: 12 mg", "Option C."),
+     that is the option. A letter followed by a space and a word ("A bakery") is an article.
+  4. Else the option whose text is closest to it, case aside: the largest ratio of
+     ``difflib.SequenceMatcher``, of equal ones the first. So "Answer: C" and "I do not know" are
+     options too, and mostly wrong ones.
+  5. An empty final part is no option, and wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.conditions import View
-from cartridge_distill.evaluation.names import MAX_NEW_TOKENS, TEMPERATURE
+from cartridge_distill.evaluation.named_option import ANSWER_TAG, chosen_option
+from cartridge_distill.evaluation.names import CLOSEST, MAX_NEW_TOKENS, NAMED, TEMPERATURE
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.scoring import sampled_answers
 from cartridge_distill.rollout.client import TokasaurusClient
@@ -48,7 +54,6 @@ Options:
 Think step by step first. Then give the letter of the right option, a colon and the option's exact \
 text, between <answer> and </answer>."""
 
-_ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer is:?\s*([^\n]*)", re.IGNORECASE)
 _LETTER = re.compile(r"\W*(?:option\W+)?([A-Z])(?:\W*$|[).:,\]*]|\s+-\s)", re.IGNORECASE)
 
@@ -63,7 +68,7 @@ def lettered(question: Question) -> str:
 
 def final_part(text: str) -> str:
     """What of an answer says the option, see the module."""
-    if tagged := _ANSWER_TAG.findall(text):
+    if tagged := ANSWER_TAG.findall(text):
         return str(tagged[-1]).strip()
     if said := _ANSWER_IS.findall(text):
         return str(said[-1]).strip()
@@ -71,8 +76,8 @@ def final_part(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def chosen_option(text: str, options: Sequence[str]) -> int | None:
-    """The option that an answer means, by the rule of the module; None where it says nothing."""
+def closest_option(text: str, options: Sequence[str]) -> int | None:
+    """The option closest to an answer, by the rule of the module; None where it says nothing."""
     said = final_part(text).lower().rstrip(".")
     texts = [option.lower().rstrip(".") for option in options]
     if not said:
@@ -84,6 +89,13 @@ def chosen_option(text: str, options: Sequence[str]) -> int | None:
         return place
     closeness = [SequenceMatcher(None, said, option).ratio() for option in texts]
     return max(range(len(options)), key=closeness.__getitem__)
+
+
+Reading = Callable[[str, Sequence[str]], int | None]
+"""A text and the options' texts -> the place of an option, or None."""
+
+READINGS: dict[str, Reading] = {NAMED: chosen_option, CLOSEST: closest_option}
+"""How free text becomes an option, by the names that ``--read-answers`` takes."""
 
 
 @dataclass(frozen=True)

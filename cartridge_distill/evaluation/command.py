@@ -21,8 +21,10 @@ from pathlib import Path
 
 from cartridge_distill.evaluation.names import (
     ANSWER_TOKENS,
+    CLOSEST,
     CONDITIONS,
     MAX_NEW_TOKENS,
+    NAMED,
     TEMPERATURE,
 )
 from cartridge_distill.util.errors import CartridgeDistillError
@@ -78,6 +80,13 @@ def parser(program: str) -> argparse.ArgumentParser:
     option("--generate", action="store_true", help="generate answers, too; takes a while")
     option("--temperature", type=float, default=TEMPERATURE, help="(%(default)s)")
     option("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="(%(default)s)")
+    option(
+        "--read-answers",
+        choices=(NAMED, CLOSEST),
+        default=NAMED,
+        help="named: the option that the answer names, none where it names none or several; "
+        "closest: always the closest text, as the paper does on LongHealth (%(default)s)",
+    )
     option("--server", metavar="URL", help="a running server generates (default: this process)")
     option("--served", metavar="ID", help="id of the trained cartridge on that server")
     return made

@@ -92,6 +92,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         document,
         conditions,
         answerer=answerer,
+        read_answer=answers.READINGS[options.read_answers],
         seed=options.seed,
         answer_tokens=options.answer_tokens,
         chunk=options.batch,
@@ -104,6 +105,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "model_revision": getattr(loaded.model.config, "_commit_hash", None),
             "cartridge": str(options.cartridge),
             "versions": _versions(),
+            **({"answers_read_by": options.read_answers} if options.generate else {}),
         }
         summary = summarise(results, described, options.seed)
         summary["samples"] = _samples(options, loaded, conditions)
@@ -203,7 +205,8 @@ def _settings(
         "questions": _digest([asdict(question) for question in data.questions]),
         "prompts": _digest([asdict(prompt) for prompt in data.prompts]),
         "answer tokens": options.answer_tokens,
-        "generated": sampling and [asdict(sampling), options.server, options.served],
+        "generated": sampling
+        and [asdict(sampling), options.server, options.served, options.read_answers],
         "seed": options.seed,
         "versions": _versions(),
     }

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cartridge_distill.data.records import Question
-from cartridge_distill.evaluation.answers import Answerer, chosen_option, lettered_prompt
+from cartridge_distill.evaluation.answers import READINGS, Answerer, Reading, lettered_prompt
 from cartridge_distill.evaluation.conditions import Condition, FullDocument, View
 from cartridge_distill.evaluation.data import HeldOutPrompt, Numbered, in_chunks
 from cartridge_distill.evaluation.journal import Journal, prompt_key, question_key
-from cartridge_distill.evaluation.names import ANSWER_TOKENS, FULL_DOCUMENT
+from cartridge_distill.evaluation.names import ANSWER_TOKENS, FULL_DOCUMENT, NAMED
 from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult
 from cartridge_distill.evaluation.scoring import (
@@ -38,6 +38,7 @@ class Evaluation:
         document: the condition "full document", which is the teacher.
         conditions: what to compare, in the table's order.
         answerer: generates answers; None for none.
+        read_answer: which option an answer means, one of ``answers.READINGS``.
         seed: stands in the rows.
         answer_tokens: how long the teacher's answers are at most.
         chunk: questions at once; 8 x 60 tokens of options x 128k vocabulary x 4 bytes = 250 MB.
@@ -51,6 +52,7 @@ class Evaluation:
         conditions: Sequence[Condition],
         *,
         answerer: Answerer | None = None,
+        read_answer: Reading = READINGS[NAMED],
         seed: int = 0,
         answer_tokens: int = ANSWER_TOKENS,
         chunk: int = 8,
@@ -58,6 +60,7 @@ class Evaluation:
         self._model, self._tokenizer = model, tokenizer
         self._document, self._conditions = document, list(conditions)
         self._answerer, self._seed = answerer, seed
+        self._read_answer = read_answer
         self._answer_tokens, self._chunk = answer_tokens, chunk
         self._ends = end_ids(model, tokenizer)
 
@@ -152,7 +155,7 @@ class Evaluation:
     ) -> QuestionResult:
         question = asked.item
         choice = best(scores)
-        generated = None if text is None else chosen_option(text, question.options)
+        generated = None if text is None else self._read_answer(text, question.options)
         return QuestionResult(
             condition=condition,
             document_id=question.document_id,

@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from cartridge_distill.cartridge.checkpoint import load_pt_prefix
 from cartridge_distill.cartridge.compose import join_layers
-from cartridge_distill.cartridge.formats.tokasaurus import TOKASAURUS_CONFIG, TOKASAURUS_WEIGHTS
+from cartridge_distill.cartridge.formats.tokasaurus import (
+    TOKASAURUS_CONFIG,
+    TOKASAURUS_WEIGHTS,
+    declared_tokens,
+    read_config,
+)
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS, check_fits
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.rollout.protocol import CartridgeRef, sanitise_cartridge_id
@@ -165,14 +169,11 @@ class CartridgeStore:
 def _stated_tokens(path: Path, cartridge_id: str) -> int:
     """``kv_cache_initializer.max_tokens`` of config.yaml, in either of its two places."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tokens = declared_tokens(read_config(path))
+    except (OSError, CartridgeFormatError) as error:
         raise CartridgeRefused(f"cartridge {cartridge_id!r}: config.yaml: {error}") from error
-    section = config.get("kv_cache_initializer") if isinstance(config, dict) else None
-    for place in (section, section.get("value") if isinstance(section, dict) else None):
-        tokens = place.get("max_tokens") if isinstance(place, dict) else None
-        if type(tokens) is int:
-            return tokens
+    if type(tokens) is int:
+        return tokens
     raise CartridgeRefused(
         f"cartridge {cartridge_id!r}: config.yaml has no kv_cache_initializer.max_tokens"
     )

@@ -27,10 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.lfs import about, is_pointer
 
 MAX_HEADER_BYTES = 2**20
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_OF_A_TENSOR = {"dtype", "shape", "data_offsets"}
 _COUNT = Field(ge=1, le=2**24)
 
 
@@ -158,6 +160,8 @@ def read_head(beginning: bytes | bytearray) -> Head | None:
         hint = ""
         if beginning[:2] == b"PK" or beginning[:1] == b"\x80":
             hint = ". It looks like a .pt file: pickled files are never accepted, convert it"
+        elif is_pointer(beginning) or beginning[:8] == b"version ":
+            hint = f". {about('it')}"
         raise CartridgeFormatError(
             f"this is no safetensors file (a header of {length} bytes){hint}"
         )
@@ -189,15 +193,20 @@ def _checked_starts(header: UploadHeader, entries: dict[str, Any]) -> dict[str, 
             "trained token is the least"
         )
     if 4 * header.num_layers != len(entries):
+        names = {name for name, _ in header.tensors()} if header.num_layers <= 4096 else set()
+        strange = sorted(name[:60] for name in entries.keys() - names)[:4] if names else []
+        more = f"; not known: {', '.join(strange)}" if strange else ""
         raise CartridgeFormatError(
             f"num_layers={header.num_layers} makes {4 * header.num_layers} tensors, the file has "
-            f"{len(entries)}"
+            f"{len(entries)}{more}"
         )
     dtype, places, starts = _SAFETENSORS_DTYPES[header.dtype], [], {}
     for name, shape in header.tensors():
         entry = entries.get(name)
         if not isinstance(entry, dict):
             raise CartridgeFormatError(f"tensor {name} is missing")
+        if strange := sorted(key[:60] for key in entry.keys() - _OF_A_TENSOR):
+            raise CartridgeFormatError(f"tensor {name}: unknown {', '.join(strange[:4])}")
         if entry.get("dtype") != dtype or entry.get("shape") != shape:
             raise CartridgeFormatError(
                 f"tensor {name} is {entry.get('dtype')!s:.20} {entry.get('shape')!s:.60}; the "

@@ -12,7 +12,7 @@ from cartridge_distill.evaluation.answers import (
     LocalAnswerer,
     Sampling,
     ServerAnswerer,
-    chosen_option,
+    closest_option,
     lettered,
     lettered_prompt,
 )
@@ -49,8 +49,8 @@ OPTIONS = ("a church", "E. coli", "the garden", "a bank", "12.5 mg daily")
         ("<answer></answer>", None),
     ],
 )
-def test_what_an_answer_means(text: str, option: int | None) -> None:
-    assert chosen_option(text, OPTIONS) == option
+def test_the_closest_option(text: str, option: int | None) -> None:
+    assert closest_option(text, OPTIONS) == option
 
 
 def test_the_question_shows_its_options_by_letter() -> None:

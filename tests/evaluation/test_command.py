@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.cartridge.checkpoint import convert, read_cartridge, read_meta
 from cartridge_distill.data.records import Question, save_questions
-from cartridge_distill.evaluation.answers import chosen_option
+from cartridge_distill.evaluation.answers import READINGS
 from cartridge_distill.evaluation.command import main
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
 from cartridge_distill.evaluation.names import CONDITIONS, FULL_DOCUMENT, TRAINED
@@ -51,11 +51,12 @@ def arguments(
     return [*found, "--out", str(tmp_path / "out"), "--conditions", *conditions]
 
 
+@pytest.mark.parametrize("reading", ["named", "closest"])
 def test_the_files_and_the_table(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], reading: str
 ) -> None:
     wanted = ["--prompts", "--generate", "--max-new-tokens", "6", "--samples", "1", "--seed", "3"]
-    assert main([*arguments, *wanted]) == 0
+    assert main([*arguments, *wanted, "--read-answers", reading]) == 0
     shown = capsys.readouterr()
     assert "evaluating: 100 %" in shown.err and "Loading weights" not in shown.err
     table = shown.out.splitlines()
@@ -67,9 +68,10 @@ def test_the_files_and_the_table(
     rows = pd.read_parquet(out / "evaluation.parquet")
     assert list(rows.columns) == QuestionResult.SCHEMA.names
     assert len(rows) == 2 * 4 and set(rows["seed"]) == {3}
-    choices = [chosen_option(text, OPTIONS) for text in rows["generated_text"]]
+    choices = [READINGS[reading](text, OPTIONS) for text in rows["generated_text"]]
     assert [None if pd.isna(c) else int(c) for c in rows["generated_choice"]] == choices
     summary = json.loads((out / "evaluation.json").read_text())
+    assert summary["answers_read_by"] == reading
     by_name = {entry["condition"]: entry for entry in summary["conditions"]}
     assert list(by_name) == [name for name in CONDITIONS if name != "untrained cartridge"]
     # All of the document's tokens: the oracle.
@@ -155,6 +157,8 @@ def test_longhealths_script_generates(arguments: list[str], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
     assert "generated accuracy" in done.stdout
     assert pd.read_parquet(tmp_path / "out" / "evaluation.parquet")["generated_text"].notna().all()
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["answers_read_by"] == "closest"  # LongHealth's protocol
 
 
 # The child writes so many times and then is gone, as by the kernel's out-of-memory killer.

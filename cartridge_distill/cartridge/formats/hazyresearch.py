@@ -2,9 +2,11 @@
 
 A ``torch.save`` of a dict of four lists, one tensor ``[1, H, tokens, D]`` per layer. The frozen
 part is called ``fixed_*`` until mid-2025 and ``frozen_*`` since; the lists are ``nn.ParameterList``
-where upstream wrote them and plain lists elsewhere. All of that is read. Written is what upstream
-writes today: ``frozen_*``, ``nn.ParameterList``. (Its own reader then takes the number of frozen
-tokens from the wrong axis, that of the heads; the tensors are right.)
+where upstream wrote them and plain lists elsewhere. All of that is read, and any other key is
+refused by name. Written are both spellings of the same tensors, which costs no byte of them, in
+plain lists: upstream's readers of either age take them, and so does
+``torch.load(weights_only=True)``, which refuses ``nn.ParameterList``. (Upstream's newer reader
+takes the number of frozen tokens from the wrong axis, that of the heads; the tensors are right.)
 
 Unpickling is restricted to tensors, containers and ``nn.ParameterList``: what else a file asks for
 is refused before it runs.
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cartridge_distill.cartridge.formats.known_keys import refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     NO_FROZEN_TOKEN,
     CartridgeMeta,
@@ -27,8 +30,10 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
 )
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
+from cartridge_distill.util.lfs import about, pointer_in
 
-_SPELLINGS = (("fixed_keys", "fixed_values"), ("frozen_keys", "frozen_values"))
+_SPELLINGS = (("frozen_keys", "frozen_values"), ("fixed_keys", "fixed_values"))
+_TRAINED = ("trainable_keys", "trainable_values")
 
 
 def read(path: Path, mapped: bool = False) -> StoredCartridge:
@@ -42,29 +47,48 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
         CartridgeFormatError: not such a file, or one that holds other objects than tensors.
         OSError: it cannot be opened.
     """
+    data, spellings = _known(path, mapped)
+    found = {name: _tensors(value, name, path) for name, value in data.items()}
+    parts = {name: found[name] for name in _TRAINED}
+    for ours, names in zip(_SPELLINGS[0], zip(*spellings, strict=True), strict=True):
+        parts[ours] = found[names[0]]
+        if not all(_same(found[names[0]], found[name]) for name in names[1:]):
+            raise CartridgeFormatError(
+                f"{path}: {' and '.join(names)} differ; they are two names of the same tokens. "
+                "Save it with one of them"
+            )
+    return StoredCartridge(checked_snapshot(parts, str(path)), CartridgeMeta(base_model=None))
+
+
+def check_keys(path: Path) -> None:
+    """Looks at the names in a ``.pt`` file alone, for a server that reads its tensors itself.
+
+    Raises:
+        CartridgeFormatError: as :func:`read`, of the names.
+    """
+    _known(path, mapped=True)
+
+
+def _known(path: Path, mapped: bool) -> tuple[dict[str, object], list[tuple[str, str]]]:
+    """The file's entries, which are all of those that are known, and how it spells "frozen"."""
     data = _unpickle(path, mapped)
     if not isinstance(data, dict):
         raise CartridgeFormatError(
             f"{path} holds a {type(data).__name__}, expected a dict of KV lists"
         )
-    spelling = next((names for names in _SPELLINGS if names[0] in data), None)
-    if spelling is None:
+    spellings = [names for names in _SPELLINGS if names[0] in data]
+    if not spellings:
         reason = NO_FROZEN_TOKEN if "trainable_keys" in data else "it is no cartridge"
         raise CartridgeFormatError(
             f"{path} has neither fixed_keys nor frozen_keys (it has {sorted(map(str, data))}): "
             f"{reason}"
         )
-    names = {
-        "frozen_keys": spelling[0],
-        "frozen_values": spelling[1],
-        "trainable_keys": "trainable_keys",
-        "trainable_values": "trainable_values",
-    }
-    missing = [name for name in names.values() if name not in data]
+    wanted = [*_TRAINED, *(name for names in spellings for name in names)]
+    missing = [name for name in wanted if name not in data]
     if missing:
         raise CartridgeFormatError(f"{path} lacks {missing}")
-    parts = {ours: _tensors(data[theirs], theirs, path) for ours, theirs in names.items()}
-    return StoredCartridge(checked_snapshot(parts, str(path)), CartridgeMeta(base_model=None))
+    refuse_unknown(data, wanted, str(path))
+    return data, spellings
 
 
 def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
@@ -77,15 +101,21 @@ def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     if path.suffix != ".pt":
         raise CartridgeFormatError(f"{path}: the name of a file that ends in .pt is wanted")
     data = {
-        name: nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=name.startswith("trainable")) for tensor in tensors
-        )
+        name: [tensor.detach() for tensor in tensors]
         for name, tensors in stored.snapshot.parts.items()
     }
+    for ours, theirs in zip(*_SPELLINGS, strict=True):
+        data[theirs] = data[ours]  # the same list: stored once
     replace_file(path, lambda scratch: torch.save(data, scratch), overwrite)
 
 
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
 def _unpickle(path: Path, mapped: bool) -> Any:
+    if pointer_in(path) is not None:
+        raise CartridgeFormatError(about(path))
     with path.open("rb") as file:
         try:
             # Files of torch before 1.6 are no zip, and cannot be mapped.

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     CartridgeMeta,
     StoredCartridge,
@@ -34,14 +34,12 @@ def read(path: Path) -> StoredCartridge:
     """Reads a directory.
 
     Raises:
-        CartridgeFormatError: a file is missing or broken, or the JSON is about another cartridge.
+        CartridgeFormatError: a file is missing or broken, holds what is not known here, or the JSON
+            is about another cartridge.
     """
     described = read_json(path)
     weights = path / WEIGHTS_FILE
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise CartridgeFormatError(f"{weights} cannot be read: {error}") from error
+    tensors = read_safetensors(weights)
     layers = len(tensors) // len(PARTS)
     names = {f"{part}.{layer}" for part in PARTS for layer in range(layers)}
     if tensors.keys() != names:
@@ -53,7 +51,11 @@ def read(path: Path) -> StoredCartridge:
         stored = StoredCartridge(snapshot, CartridgeMeta.from_dict(described))
     except CartridgeFormatError as error:
         raise CartridgeFormatError(f"{path / META_FILE}: {error}") from None
-    for name, found in stored.shape().items():
+    about_tensors = {**stored.shape(), "dtype": stored.dtype_name()}
+    refuse_unknown(
+        described, {"format", *about_tensors, *stored.meta.as_dict()}, str(path / META_FILE)
+    )
+    for name, found in about_tensors.items():
         if described.get(name) != found:
             raise CartridgeFormatError(
                 f"{path / META_FILE} says {name}={described.get(name)}, {WEIGHTS_FILE} has {found}"

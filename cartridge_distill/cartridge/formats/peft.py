@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     NO_FROZEN_TOKEN,
     CartridgeMeta,
@@ -36,6 +36,25 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 _TENSOR = "prompt_embeddings"
+_NUMBERS = (
+    "num_virtual_tokens",
+    "num_frozen_tokens",
+    "num_layers",
+    "num_attention_heads",
+    "token_dim",
+)
+# What leaves the tensor's meaning as it is, with any value.
+_HARMLESS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+# What is understood with one value alone: further trained modules are not in the tensor.
+_FIXED = {"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)}
 
 
 def read(path: Path) -> StoredCartridge:
@@ -47,10 +66,7 @@ def read(path: Path) -> StoredCartridge:
     """
     config = _read_config(path)
     weights = path / ADAPTER_WEIGHTS
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise CartridgeFormatError(f"{weights} cannot be read: {error}") from error
+    tensors = read_safetensors(weights)
     if list(tensors) != [_TENSOR]:
         raise CartridgeFormatError(f"{weights} holds {sorted(tensors)}, expected [{_TENSOR!r}]")
     tokens, frozen = _number(config, "num_virtual_tokens"), _number(config, "num_frozen_tokens", 0)
@@ -134,6 +150,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(config, dict) or kind != "CARTRIDGE":
         raise CartridgeFormatError(f"{file}: peft_type is {kind!r}, expected 'CARTRIDGE'")
+    # A newer peft writes null for what is not in use.
+    said = [name for name, value in config.items() if value is not None]
+    refuse_unknown(said, {*_NUMBERS, *_HARMLESS, *_FIXED}, str(file))
+    for name, allowed in _FIXED.items():
+        if config.get(name) not in allowed:
+            raise CartridgeFormatError(
+                f"{file}: {name} is {config[name]!r}; only {allowed[-1]!r} can be read: the rest "
+                "of such an adapter would be left out"
+            )
     return config
 
 

@@ -50,7 +50,7 @@ class CartridgeMeta:
 
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> CartridgeMeta:
-        """From the JSON; what it does not know it leaves out.
+        """From the JSON's entries about it; whether there are others is the reader's question.
 
         Raises:
             CartridgeFormatError: an entry is not of the type it should be.

@@ -4,6 +4,10 @@
 ``config.yaml`` repeats the number of tokens, which the server compares, and names the base model,
 which it does not. The server itself unpickles without any restriction: give it only files that
 were written or read here.
+
+Upstream's training leaves its whole configuration as ``config.yaml``. That is a record of the
+training, of any age and with any settings, and none of them changes what the tensors mean: of such
+a file the two entries above are read. A file that is no such record holds those two alone.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from cartridge_distill.cartridge.formats import hazyresearch
+from cartridge_distill.cartridge.formats.known_keys import refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.snapshot import Snapshot
@@ -28,6 +33,8 @@ from cartridge_distill.util.files import replace_directory
 TOKASAURUS_WEIGHTS = "cartridge.pt"
 TOKASAURUS_CONFIG = "config.yaml"
 FILES = (TOKASAURUS_WEIGHTS, TOKASAURUS_CONFIG)
+_KNOWN = ("kv_cache_initializer", "model")
+_OF_A_TRAINING = frozenset({"dataset", "epochs", "lr", "optimizer", "_wandb", "wandb_version"})
 
 
 def read(path: Path) -> StoredCartridge:
@@ -41,7 +48,7 @@ def read(path: Path) -> StoredCartridge:
             raise CartridgeFormatError(f"{path / name} is missing")
     config = read_config(path / TOKASAURUS_CONFIG)
     stored = hazyresearch.read(path / TOKASAURUS_WEIGHTS)
-    declared = _setting(config, "kv_cache_initializer", "max_tokens")
+    declared = declared_tokens(config)
     if declared != stored.snapshot.num_tokens:
         raise CartridgeFormatError(
             f"{path / TOKASAURUS_CONFIG}: kv_cache_initializer.max_tokens={declared}, "
@@ -170,12 +177,21 @@ def read_config(path: Path) -> Any:
     """The YAML of a directory.
 
     Raises:
-        CartridgeFormatError: it cannot be read without running code, or at all.
+        CartridgeFormatError: it cannot be read without running code, or at all, or it has keys that
+            are not known here.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise CartridgeFormatError(f"{path} cannot be read: {error}") from error
+    if isinstance(config, dict) and not _OF_A_TRAINING & config.keys():
+        refuse_unknown(config, _KNOWN, str(path))
+    return config
+
+
+def declared_tokens(config: Any) -> Any:
+    """``kv_cache_initializer.max_tokens`` of a ``config.yaml``, in either place; None without."""
+    return _setting(config, "kv_cache_initializer", "max_tokens")
 
 
 def base_model_of(config: Any) -> str | None:

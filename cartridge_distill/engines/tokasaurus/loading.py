@@ -19,7 +19,8 @@ published and then pushed out before its first rollout would end a training run.
 need a list of ids that grows for ever, in the process that may be restarted.
 
 What is refused, with HTTP 400 and before the request takes any block: an id whose files are gone
-(Tokasaurus would keep it waiting for ever), a token count that does not fill its pages (the model
+(Tokasaurus would keep it waiting for ever), a file with keys that are not known (Tokasaurus would
+read it as if they were not there), a token count that does not fill its pages (the model
 worker would end), an id named twice (the manager would end). If the files disappear between that
 and the load command, the manager ends, and the server with it: nothing is left that could be
 answered truthfully. Whoever deletes versions must wait for their requests.
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.formats import hazyresearch
 from cartridge_distill.engines.tokasaurus.allocator import (
     BrokenAllocator,
     chain,
@@ -105,6 +107,8 @@ def check_request(
                 f"{_directory(state, cartridge_id, sanitize)}; it was never uploaded here, or has "
                 "been deleted. Upload it under a new id"
             )
+        if cartridge_id not in state.cartridge_id_to_config:  # that is where it is kept once read
+            hazyresearch.check_keys(_directory(state, cartridge_id, sanitize) / FILES[0])
         tokens = state.load_cartridge_config(cartridge_id).num_tokens
         page = state.config.page_size
         if tokens < 1 or tokens % page:

@@ -66,18 +66,28 @@ def test_a_pt_file_does_not_say_its_model(tmp_path: Path, format: Format) -> Non
     assert read_cartridge(tmp_path / "b").meta.base_model == "owner/tiny"
 
 
-def test_a_written_pt_is_what_upstream_writes(tmp_path: Path) -> None:
-    """As its reader loads it: unpickled without restriction, lists of parameters, today's names."""
+@pytest.mark.parametrize("frozen_is_called", ["fixed", "frozen"])
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_written_pt_is_read_by_upstream_of_either_age(
+    tmp_path: Path, frozen_is_called: str, weights_only: bool
+) -> None:
+    """Older readers ask for one spelling, newer ones for the other; both then make parameters."""
     made = stored(frozen=2, dtype=torch.bfloat16)
     path = write_cartridge(made, tmp_path / "a.pt", "hazyresearch")
-    data = torch.load(path, weights_only=False)  # as upstream does; the test has just written it
-    assert set(data) == {"frozen_keys", "frozen_values", "trainable_keys", "trainable_values"}
-    for name, tensors in data.items():
-        assert isinstance(tensors, nn.ParameterList) and len(tensors) == 2
-        for mine, theirs in zip(made.snapshot.parts[name], tensors, strict=True):
-            assert isinstance(theirs, nn.Parameter) and theirs.is_contiguous()
-            assert theirs.requires_grad == name.startswith("trainable")
-            assert theirs.dtype == torch.bfloat16 and torch.equal(theirs, mine)
+    data = torch.load(path, weights_only=weights_only)  # the test has just written it
+    for ours, mine in made.snapshot.parts.items():
+        theirs = data[ours.replace("frozen", frozen_is_called)]
+        assert len(theirs) == made.snapshot.num_layers
+        for one, other in zip(mine, theirs, strict=True):
+            assert other.dtype == torch.bfloat16 and torch.equal(other, one)
+            assert torch.equal(nn.Parameter(other), one) and other.is_contiguous()
+
+
+def test_the_second_spelling_costs_no_tensor(tmp_path: Path) -> None:
+    made = stored(tokens=64, frozen=32)
+    path = write_cartridge(made, tmp_path / "a.pt", "hazyresearch")
+    assert made.snapshot.num_bytes < path.stat().st_size < 1.2 * made.snapshot.num_bytes
+    assert same_bits(read_cartridge(path), made)
 
 
 def test_a_tokasaurus_directory_is_plain_lists(tmp_path: Path) -> None:
@@ -152,6 +162,9 @@ def test_json_of_an_older_or_newer_release(tmp_path: Path) -> None:
     about = checkpoint.read_meta(path)
     for name in ("metrics", "document_title", "base_revision"):  # as the first release wrote it
         del about[name]
-    (path / native.META_FILE).write_text(json.dumps(about | {"something_new": 1}))
+    (path / native.META_FILE).write_text(json.dumps(about))
     meta = read_cartridge(path).meta
     assert (meta.step, meta.metrics, meta.document_title) == (7, {}, None)
+    (path / native.META_FILE).write_text(json.dumps(about | {"something_new": 1}))
+    with pytest.raises(CartridgeFormatError, match="not known here: something_new"):
+        read_cartridge(path)

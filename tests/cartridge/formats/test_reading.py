@@ -28,7 +28,7 @@ from cartridge_distill.cartridge.checkpoint import (
     write_cartridge,
     write_tokasaurus,
 )
-from cartridge_distill.cartridge.formats.detect import find
+from cartridge_distill.cartridge.formats.detect import Format, find
 from cartridge_distill.cartridge.snapshot import PARTS
 from cartridge_distill.util.errors import CartridgeFormatError
 from tests.cartridge.formats.made import META, same_bits, stored
@@ -232,6 +232,73 @@ def test_our_directory_when_its_parts_disagree(tmp_path: Path) -> None:
     refused("missing or unknown: frozen_keys.7")
     (path / "cartridge.safetensors").write_bytes(b"x" * 20)
     refused("cannot be read")
+
+
+@pytest.mark.parametrize("key", ["valid_lengths", "trainable_betas"])
+def test_keys_that_are_not_known_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    """Whoever leaves them out reads another cartridge, such as one whose padding is attended to."""
+    lengths = [20, 32]
+
+    def refused(path: Path) -> None:
+        with pytest.raises(CartridgeFormatError, match=f"not known here: {key}\\."):
+            load_cartridge(path)
+
+    file = write_cartridge(stored(), tmp_path / "a.pt", "hazyresearch")
+    torch.save(torch.load(file) | {key: lengths}, file)
+    refused(file)
+    with pytest.raises(CartridgeFormatError, match=f"not known here: {key}"):
+        load_pt_prefix(file)  # as the server reads it
+
+    native = write_cartridge(stored(), tmp_path / "native", "native")
+    about, tensors = read_meta(native), load_file(native / "cartridge.safetensors")
+    (native / "cartridge.json").write_text(json.dumps(about | {key: lengths}))
+    refused(native)
+    (native / "cartridge.json").write_text(json.dumps(about))
+    save_file(tensors, native / "cartridge.safetensors", metadata={key: "20 32"})
+    refused(native)
+    save_file(tensors, native / "cartridge.safetensors", metadata={"format": "pt"})
+    assert same_bits(read_cartridge(native), stored())
+
+    peft = write_cartridge(stored(), tmp_path / "peft", "peft")
+    config = json.loads((peft / "adapter_config.json").read_text())
+    (peft / "adapter_config.json").write_text(json.dumps(config | {key: lengths}))
+    refused(peft)
+    (peft / "adapter_config.json").write_text(json.dumps(config | {key: None}))
+    assert same_bits(read_cartridge(peft), stored())  # not in use, as newer versions write it
+    (peft / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["head"]}))
+    with pytest.raises(CartridgeFormatError, match="modules_to_save is .'head'."):
+        load_cartridge(peft)
+
+    toka = write_cartridge(stored(), tmp_path / "toka", "tokasaurus")
+    settings = yaml.safe_load((toka / "config.yaml").read_text())
+    (toka / "config.yaml").write_text(yaml.safe_dump(settings | {key: lengths}))
+    refused(toka)
+    (toka / "config.yaml").write_text(yaml.safe_dump(settings | {"lr": 0.02, "seed": 1}))
+    assert same_bits(read_cartridge(toka), stored())  # the settings of a training
+
+
+def test_two_spellings_in_one_file_must_agree(tmp_path: Path) -> None:
+    file = write_cartridge(stored(), tmp_path / "a.pt", "hazyresearch")
+    data = torch.load(file)
+    data["fixed_values"] = [tensor + 1 for tensor in data["fixed_values"]]
+    torch.save(data, file)
+    with pytest.raises(CartridgeFormatError, match="frozen_values and fixed_values differ"):
+        load_cartridge(file)
+    del data["fixed_values"]
+    torch.save(data, file)
+    with pytest.raises(CartridgeFormatError, match="lacks .'fixed_values'"):
+        load_cartridge(file)
+
+
+@pytest.mark.parametrize("format", ["native", "peft", "tokasaurus", "hazyresearch"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, format: Format) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 99\n"
+    path = write_cartridge(stored(), tmp_path / "a.pt", format)
+    weights = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix[1] in "sp"]
+    assert len(weights) == 1
+    weights[0].write_text(pointer)
+    with pytest.raises(CartridgeFormatError, match="Git LFS pointer.*git lfs pull"):
+        load_cartridge(path)
 
 
 def test_a_tokasaurus_directory_never_changes(tmp_path: Path) -> None:

@@ -140,6 +140,22 @@ def test_requests_that_could_only_wait_or_break_something_are_refused(tmp_path: 
     check(server, "remote", source="huggingface")  # not downloaded yet
 
 
+def test_a_file_with_unknown_keys_is_refused_before_its_first_use(tmp_path: Path) -> None:
+    """Tokasaurus takes the lists that it knows, and attends to what the others call padding."""
+    server = ModelServer(8, tmp_path)
+    server.publish("padded", 2)
+    lists = [torch.zeros(1, 2, 16, 4)] * 2
+    parts = dict.fromkeys(("frozen_keys", "frozen_values", "trainable_keys"), lists)
+    torch.save({**parts, "trainable_values": lists}, tmp_path / "padded" / "cartridge.pt")
+    config = server.cartridge_id_to_config.pop("padded")
+    server.load_cartridge_config = lambda _: config
+    check(server, "padded")
+    file = {**parts, "trainable_values": lists, "valid_lengths": [32, 20]}
+    torch.save(file, tmp_path / "padded" / "cartridge.pt")
+    with pytest.raises(ValueError, match="not known here: valid_lengths"):
+        check(server, "padded")
+
+
 def test_a_new_download_does_not_change_what_is_in_the_cache(tmp_path: Path) -> None:
     server = ModelServer(8, tmp_path)
     warnings: list[str] = []
