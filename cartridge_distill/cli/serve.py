@@ -80,7 +80,7 @@ def run(options: ServeOptions) -> None:
     from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
     from cartridge_distill.model.loading import load_model
     from cartridge_distill.server.app import Service
-    from cartridge_distill.server.openai import create_openai_app
+    from cartridge_distill.server.openai.app import create_openai_app
     from cartridge_distill.server.settings import ServerSettings
 
     if options.threads is not None:

@@ -23,6 +23,7 @@ from cartridge_distill.model.attention import ATTENTION_NAME
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import PackedBatch, pack
+from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.errors import CartridgeDistillError
 
 
@@ -146,12 +147,12 @@ def sampled_answers(
     temperature: float,
     generators: Sequence[random.Random],
     ends: frozenset[int] = frozenset(),
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
 ) -> list[list[int]]:
     """As :func:`greedy_answers`, sampled with each prompt's own random numbers.
 
     Args:
-        on_token: called with each new id, of whichever prompt.
+        on_token: called with each new token, of whichever prompt.
     """
     from cartridge_distill.server.engine import Engine
     from cartridge_distill.server.rows import Row

@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
+from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
@@ -48,12 +50,21 @@ from cartridge_distill.server.protocol import (
     stop_check,
     to_job,
 )
-from cartridge_distill.server.rows import EngineError, Row
+from cartridge_distill.server.rows import EngineError, NewToken, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.disconnect import unless_disconnected
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that can be computed: what to compute, behind which prefix, from which seed."""
+
+    job: Job
+    prefix: Prefix | None
+    seed: int | None
 
 
 class Service:
@@ -86,43 +97,68 @@ class Service:
         self.end_ids = end_token_ids(model, tokenizer)
         self._seeds = RequestSeeds(settings.seed)
 
-    async def generate(
-        self, request: AnyRequest, on_token: Callable[[int, int], None] | None = None
-    ) -> tuple[Job, list[Completion]]:
+    async def generate(self, request: AnyRequest) -> tuple[Job, list[Completion]]:
         """Computes all choices of a request.
-
-        Args:
-            on_token: called with (index of the choice, id) as tokens come, in the engine's thread.
 
         Raises:
             HTTPException: 400 for what cannot be served, 500 or 503 for what may work later.
         """
         try:
-            job = to_job(request, self.tokenizer, self.limits)
-            prefix = None
-            if job.cartridges:
-                # Reading a file takes time; the event loop goes on meanwhile.
-                prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)
+            admitted = await self.admit(request)
         except (Refused, CartridgeRefused) as error:
             raise HTTPException(400, str(error)) from error
+        return admitted.job, await self.compute(admitted)
+
+    async def admit(self, request: AnyRequest) -> Admitted:
+        """Reads a request and finds its cartridges; nothing is computed yet.
+
+        Raises:
+            Refused: the request cannot be served.
+            CartridgeRefused: its cartridge cannot.
+        """
+        job = to_job(request, self.tokenizer, self.limits)
+        prefix = None
+        if job.cartridges:
+            # Reading a file takes time; the event loop goes on meanwhile.
+            prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)
+        return Admitted(job, prefix, request.seed)
+
+    async def compute(
+        self,
+        admitted: Admitted,
+        on_token: Callable[[int, NewToken], None] | None = None,
+        top_logprobs: int = 0,
+    ) -> list[Completion]:
+        """Computes all choices of an admitted request.
+
+        Args:
+            on_token: called with (index of the choice, token) as tokens come, in the engine's
+                thread.
+            top_logprobs: how many of the likeliest tokens in each place it is told.
+
+        Raises:
+            HTTPException: 400 for what cannot be computed, 500 or 503 for what may work later.
+        """
+        job = admitted.job
         ids = sorted(ref.id for ref in job.cartridges)
         futures = []
         try:
-            generators = self._seeds.generators(job.prompt_ids, ids, job.num_choices, request.seed)
+            generators = self._seeds.generators(job.prompt_ids, ids, job.num_choices, admitted.seed)
             for index, generator in enumerate(generators):
                 row = Row(
                     prompt_ids=job.prompt_ids,
                     max_new_tokens=job.max_new_tokens,
                     temperature=job.temperature,
                     generator=generator,
-                    prefix=prefix,
+                    prefix=admitted.prefix,
                     end_ids=frozenset() if job.ignore_eos else self.end_ids,
                     ends_with_stop=stop_check(job.stop, self.tokenizer),
                     on_token=partial(on_token, index) if on_token else None,
+                    top_logprobs=top_logprobs,
                 )
                 futures.append(asyncio.wrap_future(self.engine.submit(row)))
             # Cancelling this (the client went away) cancels the rows with it.
-            return job, list(await asyncio.gather(*futures))
+            return list(await asyncio.gather(*futures))
         except EngineError as error:
             for future in futures:
                 future.cancel()

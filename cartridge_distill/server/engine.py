@@ -35,8 +35,8 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.attention import SERVING_ATTENTION, register
 from cartridge_distill.server.beginnings import Beginnings
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
-from cartridge_distill.server.rows import EngineError, Row
-from cartridge_distill.server.sampling import choose
+from cartridge_distill.server.rows import EngineError, NewToken, Row
+from cartridge_distill.server.sampling import choose, likeliest
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import ConfigError
 
@@ -320,23 +320,21 @@ class Engine:
         self.stats.forwards += 1
         if not sampled:
             return
-        tokens, logprobs = choose(
-            logits,
-            [row.temperature for row in sampled],
-            [row.generator for row in sampled],
-        )
+        temperatures = [row.temperature for row in sampled]
+        tokens, logprobs = choose(logits, temperatures, [row.generator for row in sampled])
+        tops = likeliest(logits, temperatures, [row.top_logprobs for row in sampled])
         self.stats.new_tokens += len(sampled)
         self._leave(
             [
                 row
-                for row, token, logprob in zip(sampled, tokens, logprobs, strict=True)
-                if self._append(row, token, logprob)
+                for row, *new in zip(sampled, tokens, logprobs, tops, strict=True)
+                if self._append(row, NewToken(*new))
             ]
         )
 
-    def _append(self, row: Row, token: int, logprob: float) -> bool:
+    def _append(self, row: Row, new: NewToken) -> bool:
         """Adds a token; true when the row is finished (or has failed)."""
-        if logprob != logprob:
+        if new.logprob != new.logprob:
             self._fail(
                 row,
                 "the model's logits are not finite for this prompt and cartridge; the cartridge's "
@@ -344,15 +342,15 @@ class Engine:
                 retryable=False,
             )
             return True
-        row.new_ids.append(token)
-        row.logprobs.append(logprob)
+        row.new_ids.append(new.id)
+        row.logprobs.append(new.logprob)
         if row.on_token is not None:
-            row.on_token(token)
+            row.on_token(new)
         reason: Literal["stop", "length"]
         if len(row.new_ids) == row.max_new_tokens:
             # As on the real server: an end token in the very last place still counts as "length".
             reason = "length"
-        elif token in row.end_ids or (row.ends_with_stop and row.ends_with_stop(row.new_ids)):
+        elif new.id in row.end_ids or (row.ends_with_stop and row.ends_with_stop(row.new_ids)):
             reason = "stop"
         else:
             return False

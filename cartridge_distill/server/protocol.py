@@ -50,6 +50,18 @@ class Refused(Exception):
     """The request is not served; the message goes to the client with HTTP 400."""
 
 
+class TooLong(Refused):
+    """Prompt and answer are together longer than this server takes, all counted in tokens."""
+
+    def __init__(self, prompt: int, new: int, limit: int) -> None:
+        super().__init__(
+            f"prompt of {prompt} tokens and max_tokens={new} are together over the maximum number "
+            f"of tokens per request, {limit}; shorten one, or start the server with a larger "
+            "--max-tokens-per-request"
+        )
+        self.prompt, self.new, self.limit = prompt, new, limit
+
+
 @dataclass(frozen=True)
 class Limits:
     """What requests are held against."""
@@ -109,11 +121,7 @@ def to_job(request: AnyRequest, tokenizer: PreTrainedTokenizerBase, limits: Limi
             f"{limits.vocab_size}; it was made with another tokenizer"
         )
     if len(prompt_ids) + max_tokens > limits.max_tokens_per_request:
-        raise Refused(
-            f"prompt of {len(prompt_ids)} tokens and max_tokens={max_tokens} are together over the "
-            f"maximum number of tokens per request, {limits.max_tokens_per_request}; shorten one, "
-            "or start the server with a larger --max-tokens-per-request"
-        )
+        raise TooLong(len(prompt_ids), max_tokens, limits.max_tokens_per_request)
     return Job(
         prompt_ids=prompt_ids,
         max_new_tokens=max_tokens,

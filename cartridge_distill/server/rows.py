@@ -20,6 +20,22 @@ class EngineError(CartridgeDistillError):
         self.retryable = retryable
 
 
+@dataclass(frozen=True)
+class NewToken:
+    """A token that a row was continued with.
+
+    Attributes:
+        id: of the token.
+        logprob: natural log of the probability it was chosen with, see ``sampling``.
+        likeliest: (id, log-prob) of the ``top_logprobs`` likeliest tokens in its place, the
+            likeliest first.
+    """
+
+    id: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
 @dataclass(eq=False)
 class Row:
     """One sequence to continue.
@@ -33,7 +49,8 @@ class Row:
             must hold the same object.
         end_ids: ids that end the row.
         ends_with_stop: called with all new ids after each token; true ends the row.
-        on_token: called with each new id, in the engine's thread, before the row can end.
+        on_token: called with each new token, in the engine's thread, before the row can end.
+        top_logprobs: how many of the likeliest tokens in each place ``on_token`` is told.
     """
 
     prompt_ids: list[int]
@@ -43,7 +60,8 @@ class Row:
     prefix: Prefix | None = None
     end_ids: frozenset[int] = frozenset()
     ends_with_stop: Callable[[list[int]], bool] | None = None
-    on_token: Callable[[int], None] | None = None
+    on_token: Callable[[NewToken], None] | None = None
+    top_logprobs: int = 0
     future: Future[Completion] = field(default_factory=Future)
     done: int = 0  # tokens whose keys and values lie in the buffers
     shared: int = 0

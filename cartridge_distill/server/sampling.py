@@ -107,6 +107,32 @@ def choose(
     return ids.tolist(), chosen.tolist()
 
 
+def likeliest(
+    logits: Tensor, temperatures: Sequence[float], counts: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens of each row, of the distribution that :func:`choose` draws from.
+
+    Args:
+        logits: ``[n, V]``.
+        temperatures: n values; 0 is greedy.
+        counts: how many tokens of each of the n rows; 0 computes nothing for the row.
+
+    Returns:
+        For each row (id, log-prob), the likeliest first; at most V of them.
+    """
+    if not any(counts):
+        return [[] for _ in counts]
+    found: list[list[tuple[int, float]]] = []
+    for row, temperature, count in zip(logits, temperatures, counts, strict=True):
+        if not count:
+            found.append([])
+            continue
+        logprobs = torch.log_softmax(row.float() / (temperature or 1.0), dim=-1)
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        found.append(list(zip(ids.tolist(), values.tolist(), strict=True)))
+    return found
+
+
 def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     """The token at which the running sum of ``probs`` ``[n, V]`` passes ``uniform`` ``[n]``.
 

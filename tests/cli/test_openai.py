@@ -131,7 +131,7 @@ def test_errors_are_openais(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="anna", messages=QUESTION, top_p=0.5)
     with pytest.raises(openai.BadRequestError, match="messages"):
         client.chat.completions.create(model="anna", messages="no list")  # type: ignore[arg-type]
-    with pytest.raises(openai.APIError, match="maximum number of tokens"):
+    with pytest.raises(openai.APIError, match="maximum context length"):
         stream = client.chat.completions.create(
             model="anna", messages=QUESTION, max_tokens=10_000, stream=True
         )
