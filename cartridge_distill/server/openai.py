@@ -19,7 +19,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +31,7 @@ from cartridge_distill.rollout.protocol import (
 from cartridge_distill.server.app import Service
 from cartridge_distill.server.protocol import Job, answer_text, chat_response
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.http_errors import add_refusals, protect, shortened
 
 DEFAULT_MAX_TOKENS = 512
 
@@ -50,7 +50,8 @@ def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAP
         await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
-    _add_errors(app)
+    protect(app, service.settings.idle_s, error_body=_error_body)
+    add_refusals(app, 400, _error_body)
     base = service.settings.model_name
 
     @app.get("/ping")
@@ -70,7 +71,8 @@ def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAP
     async def chat(request: ChatCompletionRequest, http: Request) -> Response:
         if request.model not in (base, *cartridges):
             known = ", ".join((base, *cartridges))
-            raise HTTPException(404, f"model {request.model!r} is not here; here are: {known}")
+            asked = shortened(repr(request.model), 200)
+            raise HTTPException(404, f"model {asked} is not here; here are: {known}")
         request = _complete(request, cartridges.get(request.model))
         if request.stream:
             return StreamingResponse(_stream(service, request), media_type="text/event-stream")
@@ -207,19 +209,11 @@ class _Text:
         return len(text) - min(places)
 
 
+def _error_body(path: str, status: int, words: str) -> dict[str, Any]:
+    return _error(words, status)
+
+
 def _error(message: str, status: int) -> dict[str, Any]:
     """OpenAI's shape of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(_error(str(error.detail), error.status_code), error.status_code)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(_error(f"{where}: {first['msg']}", 400), 400)
