@@ -82,6 +82,7 @@ def run(options: ServeOptions) -> None:
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.openai.app import create_openai_app
     from cartridge_distill.server.settings import ServerSettings
+    from cartridge_distill.util.http_connections import uvicorn_options
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -111,6 +112,7 @@ def run(options: ServeOptions) -> None:
             port=port,
             log_level="warning",
             timeout_graceful_shutdown=3,
+            **uvicorn_options(settings.idle_s),
         )
 
 

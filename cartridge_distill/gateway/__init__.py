@@ -8,10 +8,11 @@ and puts them where the server reads them. Start it with ``python -m cartridge_d
 ===============  ==================================================================
 ``settings``     what can be set; the token, from the environment
 ``app``          the routes, and what happens at start and stop
-``guard``        before any route: bearer token, bounds on bodies
+``guard``        before any route: the bearer token
 ``completions``  completion requests: limits, cartridges that are there, the way through
 ``uploads``      ``PUT /cartridges/{id}``: streamed to the disk, checked, made to work
 ``store``        the versions on disk: immutable, counted, kept within a bound
+``lock``         one gateway a directory
 ``process``      the server process: started, watched, drained, started again
 ``commands``     what that process is
 ``model_shape``  what a cartridge of the served model must look like

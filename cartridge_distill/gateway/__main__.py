@@ -19,6 +19,7 @@ from cartridge_distill.gateway.settings import (
     token_from_environment,
 )
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.http_connections import uvicorn_options
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_level="warning" if level == "info" else level,
         access_log=False,  # hundreds of rollouts per step; /metrics counts them
         timeout_graceful_shutdown=round(settings.drain_s),
-        timeout_keep_alive=75,  # longer than a training step's pause between rollouts, mostly
+        **uvicorn_options(settings.idle_s),
     )
     print(
         f"gateway on http://{host}:{listener.getsockname()[1]}"

@@ -34,6 +34,7 @@ from starlette.requests import ClientDisconnect
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
 from cartridge_distill.gateway.guard import Guard
+from cartridge_distill.gateway.lock import DirectoryLock
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
@@ -47,7 +48,9 @@ from cartridge_distill.rollout.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
+from cartridge_distill.util.disk import DiskFull
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.http_errors import add_refusals, protect, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class VersionList(BaseModel):
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem} for status in (400, 401, 413, *statuses)}
+    return {status: {"model": Problem} for status in (400, 401, 408, 413, *statuses)}
 
 
 class Gateway:
@@ -87,11 +90,13 @@ class Gateway:
             itself, as SIGTERM would end it.
 
     Raises:
-        ConfigError: the model has no readable configuration.
+        ConfigError: the model has no readable configuration, or another gateway has the cartridge
+            directory.
     """
 
     def __init__(self, settings: GatewaySettings, fatal: Callable[[str], None]) -> None:
         self.settings = settings
+        self.lock = DirectoryLock(settings.cartridge_dir)
         self.metrics = Metrics()
         self.shape = ModelShape.of(settings.model, settings.base_model)
         self.store = VersionStore(
@@ -139,7 +144,8 @@ def create_app(
             gateway that only the loopback reaches.
 
     Raises:
-        ConfigError: the model has no readable configuration.
+        ConfigError: the model has no readable configuration, or another gateway has the cartridge
+            directory.
     """
     gateway = Gateway(settings, fatal)
     store, process = gateway.store, gateway.process
@@ -150,10 +156,13 @@ def create_app(
         await process.start()  # and no waiting: /ping tells how far it is
         yield
         await process.stop()
+        gateway.lock.release()
 
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway
-    app.add_middleware(Guard, token=token, body_limit=gateway.body_limit, metrics=gateway.metrics)
+    protect(app, settings.idle_s, gateway.body_limit)
+    app.add_middleware(Guard, token=token, metrics=gateway.metrics)  # the last one is outermost
+    add_refusals(app)
     _add_errors(app)
 
     @app.get("/ping", responses={503: {"model": Problem}})
@@ -202,10 +211,7 @@ def create_app(
         openapi_extra={"requestBody": upload_body | {"required": True}},
     )
     async def put_cartridge(version_id: VersionId, http: Request) -> JSONResponse:
-        announced = http.headers.get("content-length")
-        done = await gateway.uploads.take(
-            version_id, http.stream(), int(announced) if announced else None
-        )
+        done = await gateway.uploads.take(version_id, http.stream())
         answer = UploadAnswer(**dict(done.info), is_new=done.is_new)
         return JSONResponse(answer.model_dump(), 201 if done.is_new else 200)
 
@@ -213,11 +219,11 @@ def create_app(
     async def list_cartridges() -> VersionList:
         return VersionList(cartridges=store.infos)
 
-    @app.get("/cartridges/{version_id}", responses=_problems(404))
+    @app.get("/cartridges/{version_id}", responses=_problems(404, 422))
     async def get_cartridge(version_id: VersionId) -> VersionInfo:
         return store.info(version_id)
 
-    @app.delete("/cartridges/{version_id}", responses=_problems(404, 409))
+    @app.delete("/cartridges/{version_id}", responses=_problems(404, 409, 422))
     async def delete_cartridge(version_id: VersionId) -> VersionInfo:
         return store.delete(version_id)
 
@@ -239,7 +245,7 @@ def _add_errors(app: FastAPI) -> None:
 
     def add(kind: type[Exception], status: int, headers: dict[str, str] | None = None) -> None:
         async def answer(_: Request, error: Exception) -> JSONResponse:
-            return JSONResponse({"detail": str(error)}, status, headers)
+            return JSONResponse({"detail": shortened(str(error))}, status, headers)
 
         app.add_exception_handler(kind, answer)
 
@@ -249,4 +255,5 @@ def _add_errors(app: FastAPI) -> None:
     add(Busy, 429, {"Retry-After": "1"})
     add(ServerDown, 503, {"Retry-After": "1"})
     add(NoRoom, 507)
+    add(DiskFull, 507)
     add(ClientDisconnect, 499)  # in the middle of its own body; nobody reads the answer

@@ -1,45 +1,33 @@
-"""Before any route: who may come in, and how much they may bring.
+"""Before any route: who may come in.
 
-A plain ASGI layer, so that nothing of a refused request's body is read.
+A plain ASGI layer, so that nothing of a refused request's body is read. What one who may come in
+may bring is bounded behind it (:class:`cartridge_distill.util.http_front.Front`).
 """
 
 from __future__ import annotations
 
 import hmac
-import json
-from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.util.http_front import plain_detail, send_error
 
 OPEN_PATHS = frozenset({"/ping"})
 
 
-class BodyTooLarge(Exception):
-    """More bytes came than the route takes."""
-
-
 class Guard:
-    """Checks the bearer token and the announced and the real size of bodies.
+    """Checks the bearer token; counts what was answered.
 
     Args:
         app: what is guarded.
         token: None leaves the gateway open (loopback only; the command line sees to that).
-        body_limit: bytes a request may bring, by method and path.
-        metrics: refusals are counted.
+        metrics: answers are counted, refusals too.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        token: str | None,
-        body_limit: Callable[[str, str], int],
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, metrics: Metrics) -> None:
         self._app = app
         self._expected = None if token is None else f"Bearer {token}".encode()
-        self._body_limit = body_limit
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,76 +35,35 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
         if self._expected is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get(b"authorization", b"")
-            # Constant time: how much of a guess was right must not be measurable.
-            if not hmac.compare_digest(given, self._expected):
-                words = "missing" if not given else "wrong"
-                await self._refuse(
-                    send,
-                    401,
-                    f"the bearer token is {words}: send the header 'Authorization: Bearer TOKEN'",
-                    [(b"www-authenticate", b"Bearer")],
-                )
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if wrong := self._wrong(given):
+                self._metrics.requests.labels("refused", "401").inc()
+                words = f"the bearer token is {wrong}: send 'Authorization: Bearer TOKEN' once"
+                header = (b"www-authenticate", b"Bearer")
+                await send_error(send, 401, plain_detail(scope["path"], 401, words), [header])
                 return
-        limit = self._body_limit(scope["method"], scope["path"])
-        announced = headers.get(b"content-length", b"0")
-        if not announced.isdigit():
-            await self._refuse(send, 400, "Content-Length is no number")
-            return
-        if int(announced) > limit:
-            await self._refuse(
-                send, 413, f"{int(announced)} bytes announced, the limit here is {limit}"
-            )
-            return
-        came, status, too_large = 0, 500, False
-
-        async def bounded() -> Message:
-            nonlocal came, too_large
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > limit:  # without a Content-Length only counting tells
-                too_large = True
-                raise BodyTooLarge
-            return message
+        status = 500
 
         async def watched(message: Message) -> None:
             nonlocal status
-            if too_large and status == 500:
-                return  # whatever a route made of the exception: the answer is ours
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, bounded, watched)
-        except BodyTooLarge:
-            pass
+            await self._app(scope, receive, watched)
         finally:
-            if too_large and status == 500:
-                await self._refuse(send, 413, f"the body is over the limit of {limit} bytes here")
-            else:
-                # Starlette leaves the matched route in the scope; unknown paths must not each
-                # make a time series.
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(route, str(status)).inc()
+            # Starlette leaves the matched route in the scope; unknown paths must not each
+            # make a time series.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
 
-    async def _refuse(
-        self,
-        send: Send,
-        status: int,
-        detail: str,
-        headers: list[tuple[bytes, bytes]] | None = None,
-    ) -> None:
-        self._metrics.requests.labels("refused", str(status)).inc()
-        body = json.dumps({"detail": detail}).encode()
-        start = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            # The body was not read: the connection cannot be used again.
-            (b"connection", b"close"),
-            *(headers or []),
-        ]
-        await send({"type": "http.response.start", "status": status, "headers": start})
-        await send({"type": "http.response.body", "body": body})
+    def _wrong(self, given: list[bytes]) -> str | None:
+        """What is wrong with the Authorization headers of a request; None for nothing."""
+        if not given:
+            return "missing"
+        if len(given) > 1:
+            return "sent twice"  # a proxy and we might each believe another one
+        # Constant time: how much of a guess was right must not be measurable.
+        return None if hmac.compare_digest(given[0], self._expected or b"") else "wrong"

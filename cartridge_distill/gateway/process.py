@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import aiohttp
 
@@ -50,7 +51,8 @@ class ServerProcess:
         fatal: called with the reason when the process cannot be started.
 
     Attributes:
-        session: HTTP connections to the server, kept alive.
+        session: HTTP connections to the server, kept alive; for what may be asked twice. Where it
+            may not, :meth:`post` is right.
         life: how often it was started; what it had loaded is gone with its life.
     """
 
@@ -80,6 +82,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.session: aiohttp.ClientSession
+        self._once: aiohttp.ClientSession
 
     # --- from start to stop -------------------------------------------------------------------
 
@@ -89,6 +92,12 @@ class ServerProcess:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=None, connect=10),
             auto_decompress=False,  # bytes are passed through as they are
+            trace_configs=[_tell_reuse()],
+        )
+        self._once = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None, connect=10),
+            auto_decompress=False,
         )
         self._tasks = [
             asyncio.create_task(self._supervise(), name="supervise"),
@@ -104,6 +113,7 @@ class ServerProcess:
         await self._end_process()
         self._mark(up=False)
         await self.session.close()
+        await self._once.close()
 
     @property
     def pid(self) -> int | None:
@@ -164,6 +174,31 @@ class ServerProcess:
             self._inflight -= 1
             if self._inflight == 0:
                 self._idle.set()
+
+    @asynccontextmanager
+    async def post(self, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Sends JSON to the server.
+
+        A kept connection may have been closed by the server, over an earlier request or for its
+        age, in the moment in which it is used again. That is no fault of this request, and no sign
+        that the process is dead: it is sent again, on a connection of its own.
+
+        Raises:
+            aiohttp.ClientError: the server broke off, or does not take connections.
+        """
+        headers = {"Content-Type": "application/json"}
+        reused: list[bool] = []
+        try:
+            response = await self.session.post(
+                self.url + path, data=body, headers=headers, trace_request_ctx=reused
+            )
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not reused:
+                raise
+            logger.info("a kept connection to the server was closed; asking once more on a new one")
+            response = await self._once.post(self.url + path, data=body, headers=headers)
+        async with response:
+            yield response
 
     def heard(self) -> None:
         """Something came from the server."""
@@ -273,6 +308,18 @@ class ServerProcess:
             self._up.set()
         else:
             self._up.clear()
+
+
+def _tell_reuse() -> aiohttp.TraceConfig:
+    """Notes in the list that a request brings along that its connection was used before."""
+
+    async def note(_: aiohttp.ClientSession, context: Any, __: object) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.append(True)
+
+    config = aiohttp.TraceConfig()
+    config.on_connection_reuseconn.append(note)
+    return config
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import errno
 import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,8 @@ import torch
 from cartridge_distill.cartridge.formats.tokasaurus import TOKASAURUS_WEIGHTS, lay_out
 from cartridge_distill.cartridge.snapshot import all_finite
 from cartridge_distill.sync.upload import MAX_HEADER_BYTES, Head, UploadHeader, read_head
-from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.disk import named_disk
+from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
 PIECE_BYTES = 4 * 2**20
 """Large enough that handing it to a thread costs nothing; a whole number of any dtype's values."""
@@ -34,29 +36,38 @@ async def receive(
     """Streams an upload into ``folder``, as the weights that the server reads.
 
     Args:
-        check: raises CartridgeFormatError for a description that will not do.
+        check: raises an error for a description that will not do.
+
+    Returns:
+        The description, with the SHA-256 of the tensors' bytes in the order of their names
+        (:meth:`UploadHeader.tensors`): it stands for the content, whatever the order of the upload.
 
     Raises:
         CartridgeFormatError: malformed, refused by ``check``, cut short, too long, not finite, or
-            its tensors have another SHA-256. What was still to come has been read, so that the
-            client, which is still sending, gets to see the answer.
+            its tensors have another SHA-256.
+        DiskFull: there is no room for it.
+        Whatever else ``check`` raises.
+        After each of these, what was still to come has been read, so that the client, which is
+        still sending, gets to see the answer.
     """
     try:
         head, beginning = await _read_head(body)
         check(head.header)
         path = folder / TOKASAURUS_WEIGHTS
-        places = lay_out(head.header.tensors(), getattr(torch, head.header.dtype), path)
-        with path.open("r+b", buffering=0) as file:
-            weights = _Weights(head, places, file)
-            came = await _stream(beginning, body, weights)
-        if came != head.header.data_bytes:
-            raise CartridgeFormatError(
-                f"the upload ends after {head.num_bytes + came} of "
-                f"{head.num_bytes + head.header.data_bytes} bytes"
-            )
-        weights.check()
-        return head.header
-    except CartridgeFormatError:
+        with named_disk(folder):
+            places = lay_out(head.header.tensors(), getattr(torch, head.header.dtype), path)
+            with path.open("r+b", buffering=0) as file:
+                weights = _Weights(head, places, file)
+                came = await _stream(beginning, body, weights)
+                if came != head.header.data_bytes:
+                    raise CartridgeFormatError(
+                        f"the upload ends after {head.num_bytes + came} of "
+                        f"{head.num_bytes + head.header.data_bytes} bytes"
+                    )
+                weights.check()
+                digest = await asyncio.to_thread(weights.digest_by_name)
+        return head.header.model_copy(update={"sha256": digest})
+    except CartridgeDistillError:
         async for _ in body:
             pass
         raise
@@ -111,9 +122,11 @@ async def _stream(beginning: bytes, body: AsyncIterator[bytes], weights: _Weight
                 if came % _FLUSH_BYTES < len(chunk) and (flushing is None or flushing.done()):
                     flushing = _in_thread(weights.flush)
     finally:
-        for doing in (keeping, flushing):
-            if doing is not None:
-                await doing
+        # Both end before the file is closed, also when one of them fails.
+        doing = [future for future in (keeping, flushing) if future is not None]
+        for outcome in await asyncio.gather(*doing, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
     await _in_thread(weights.keep, memoryview(filling)[:filled])
     return came
 
@@ -144,8 +157,7 @@ class _Weights:
         while self._came < end:
             number = bisect.bisect_right(self._starts, self._came) - 1
             begins, name, place = self._tensors[number]
-            after = self._starts[number + 1] if number + 1 < len(self._starts) else self.num_bytes
-            part = piece[self._came - start : min(after, end) - start]
+            part = piece[self._came - start : min(self._after(number), end) - start]
             if self._not_finite is None and len(part) % self._dtype.itemsize == 0:
                 if not all_finite(torch.frombuffer(part, dtype=self._dtype)):
                     self._not_finite = name
@@ -160,6 +172,31 @@ class _Weights:
     def flush(self) -> None:
         """Waits until what was written so far is on the disk."""
         os.fdatasync(self._file.fileno())
+
+    def digest_by_name(self) -> str:
+        """SHA-256 of the tensors' bytes, in the order of their names; when all have come."""
+        ordered = [name for name, _ in self._header.tensors()]
+        if [name for _, name, _ in self._tensors] == ordered:
+            return self._digest.hexdigest()
+        sizes = {
+            name: self._after(number) - start
+            for number, (start, name, _) in enumerate(self._tensors)
+        }
+        places = {name: place for _, name, place in self._tensors}
+        digest = hashlib.sha256()
+        for name in ordered:
+            place, end = places[name], places[name] + sizes[name]
+            while place < end:
+                piece = os.pread(self._file.fileno(), min(PIECE_BYTES, end - place), place)
+                if not piece:
+                    raise OSError(errno.EIO, f"{name} cannot be read back")
+                digest.update(piece)
+                place += len(piece)
+        return digest.hexdigest()
+
+    def _after(self, number: int) -> int:
+        """Where the tensor with this number in the upload ends there."""
+        return self._starts[number + 1] if number + 1 < len(self._starts) else self.num_bytes
 
     def check(self) -> None:
         """When all have come.

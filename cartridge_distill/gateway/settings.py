@@ -14,7 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.rollout.limits import MAX_CHOICES
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
 
 TOKEN_VARIABLE = "TOKASAURUS_API_KEY"
 """The same variable on both ends: the gateway asks for it, the client sends it."""
@@ -55,16 +57,20 @@ class GatewaySettings(BaseModel):
     """body of a completion request"""
     max_request_tokens: int = Field(default=16_384, ge=2)
     """prompt tokens + max_tokens of a request"""
-    max_choices: int = Field(default=64, ge=1)
+    max_choices: int = Field(default=64, ge=1, le=MAX_CHOICES)
     """n of a request"""
     max_cartridge_tokens: int = Field(default=8_192, ge=PAGE_TOKENS)
     """tokens of an uploaded cartridge"""
     max_uploads: int = Field(default=4, ge=1)
     """uploads at once; more get 429"""
+    idle_s: float = Field(default=IDLE_SECONDS, gt=0, le=MAX_IDLE_SECONDS)
+    """a client that sends nothing of its request or upload, or reads nothing of its answer, for so
+    long is cut off"""
     keep_versions: int = Field(default=4, ge=1)
     """newest versions kept of each run; older ones go when no request uses them"""
     max_disk_gb: float = Field(default=20.0, gt=0)
-    """bound on the versions in the cartridge directory, in 10^9 bytes"""
+    """bound on the versions in the cartridge directory, in 10^9 bytes; uploads under way come on
+    top"""
     allow_remote_cartridges: bool = False
     """let requests name cartridges of huggingface and wandb; the real server unpickles what it
     downloads there, which may run foreign code"""

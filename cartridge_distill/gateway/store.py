@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.rollout.protocol import sanitise_cartridge_id
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.sync.versions import run_of
+from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.files import move_into_place
 
@@ -87,7 +89,8 @@ class VersionStore:
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._versions: dict[str, _Version] = {}  # in order of their arrival
-        # Every content an id ever stood for while this gateway lives: the server may hold it still.
+        # What each id stands for while this gateway lives, also when it is gone, or never worked:
+        # the server may hold it still.
         self._content: dict[str, str] = {}
 
     def open(self) -> None:
@@ -172,8 +175,13 @@ class VersionStore:
     # --- what comes ---------------------------------------------------------------------------
 
     def staging_folder(self) -> Path:
-        """A new empty folder, on the disk where versions lie."""
-        return Path(tempfile.mkdtemp(dir=self.directory / STAGING))
+        """A new empty folder, on the disk where versions lie.
+
+        Raises:
+            DiskFull: there is no room for it.
+        """
+        with named_disk(self.directory):
+            return Path(tempfile.mkdtemp(dir=self.directory / STAGING))
 
     def folder(self, version_id: str) -> Path:
         """Where the server looks for an id."""
@@ -185,13 +193,15 @@ class VersionStore:
         Returns:
             True when it is new, False when exactly this is there already.
 
+        Args:
+            header: from :func:`~.receiving.receive`: its SHA-256 is of the tensors by name.
+
         Raises:
             Conflict: the id stands, or stood, for another content; or another id has the same
                 directory.
         """
-        content = header.model_dump_json()
         stood_for = self._content.get(version_id)
-        if stood_for is not None and stood_for != content:
+        if stood_for is not None and stood_for != header.model_dump_json():
             raise Conflict(
                 f"cartridge {version_id!r} is or was here with another content; versions never "
                 "change, use a new id"
@@ -205,35 +215,67 @@ class VersionStore:
             )
         return True
 
+    def is_known(self, version_id: str) -> bool:
+        """Whether the id stands for a content already."""
+        return version_id in self._content
+
+    def bind(self, version_id: str, header: UploadHeader) -> None:
+        """From here on the id stands for this content: the server may read it at any moment."""
+        self._content[version_id] = header.model_dump_json()
+
+    def unbind(self, version_id: str) -> None:
+        """The server has nothing of this id; it may stand for something else."""
+        del self._content[version_id]
+
+    def check_room(self, num_bytes: int) -> None:
+        """Could ``num_bytes`` more be made to fit? Deletes nothing.
+
+        Raises:
+            NoRoom: they could not.
+        """
+        self._room(num_bytes)
+
     def make_room(self, num_bytes: int) -> None:
         """Deletes the oldest unused versions of runs until ``num_bytes`` more fit.
 
         Raises:
-            NoRoom: they do not.
+            NoRoom: they do not; nothing was deleted.
         """
-        for version_id in self._expendable():
-            if self.num_bytes + num_bytes <= self._max_bytes:
-                return
+        for version_id in self._room(num_bytes):
             self._delete(version_id, "disk")
-        if self.num_bytes + num_bytes > self._max_bytes:
+
+    def _room(self, num_bytes: int) -> list[str]:
+        """What must go so that ``num_bytes`` more fit."""
+        free, gone = self._max_bytes - self.num_bytes, []
+        for version_id in self._expendable():
+            if num_bytes <= free:
+                break
+            gone.append(version_id)
+            free += self._versions[version_id].info.num_bytes
+        if num_bytes > free:
             raise NoRoom(
                 f"{num_bytes / 1e6:.0f} MB do not fit: {len(self._versions)} versions take "
                 f"{self.num_bytes / 1e6:.0f} of {self._max_bytes / 1e6:.0f} MB, and each is in use "
                 "or must be kept. Delete one with DELETE /cartridges/{id}, or raise max_disk_gb"
             )
+        return gone
 
     def place(self, version_id: str, header: UploadHeader, folder: Path) -> VersionInfo:
         """Puts a version where the server reads it, whole or not at all; adds it nowhere.
 
         Args:
             folder: a :meth:`staging_folder` with the weights in it, gone afterwards.
+
+        Raises:
+            DiskFull: there is no room for it.
         """
         info = VersionInfo(
             id=version_id, created_at=time.time(), num_bytes=header.data_bytes, header=header
         )
-        write_config(folder, header.num_tokens, header.base_model)
-        (folder / VERSION_FILE).write_text(info.model_dump_json(indent=2) + "\n")
-        move_into_place(folder, self.folder(version_id))
+        with named_disk(self.directory):
+            write_config(folder, header.num_tokens, header.base_model)
+            (folder / VERSION_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+            move_into_place(folder, self.folder(version_id))
         return info
 
     def add(self, info: VersionInfo) -> None:
@@ -278,12 +320,13 @@ class VersionStore:
 
     def _remember(self, info: VersionInfo) -> None:
         self._versions[info.id] = _Version(info)
-        self._content[info.id] = info.header.model_dump_json()
+        self.bind(info.id, info.header)
 
     def _delete(self, version_id: str, reason: str) -> None:
-        del self._versions[version_id]
-        gone = self.staging_folder()
+        # A name and no new folder: that needs no room on a disk that may be full.
+        gone = self.directory / STAGING / f"gone-{secrets.token_hex(8)}"
         os.replace(self.folder(version_id), gone)
+        del self._versions[version_id]
         # To free a quarter of a gigabyte takes a tenth of a second; nobody need wait for that.
         threading.Thread(target=shutil.rmtree, args=(gone,), name="delete").start()
         self._metrics.deleted.labels(reason).inc()

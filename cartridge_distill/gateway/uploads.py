@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -31,6 +32,8 @@ from cartridge_distill.util.errors import CartridgeFormatError
 logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = 3
+_COMPLETIONS = "/custom/cartridge/completions"
+_LOOK = aiohttp.ClientTimeout(total=10)
 
 
 class Busy(Exception):
@@ -66,20 +69,17 @@ class Uploads:
         self._running = 0
         self._commit = asyncio.Lock()
 
-    async def take(
-        self, version_id: str, body: AsyncIterator[bytes], announced: int | None
-    ) -> Uploaded:
+    async def take(self, version_id: str, body: AsyncIterator[bytes]) -> Uploaded:
         """One upload, from its first byte until a request with its id works.
-
-        Args:
-            announced: Content-Length, when there is one.
 
         Raises:
             Busy: too many uploads at once.
             CartridgeFormatError: not what it must be; nothing is kept.
             Conflict: the id stands for another content.
             NoRoom: the disk bound.
-            ServerDown: the server process did not come up in time; nothing is kept.
+            DiskFull: the disk itself.
+            ServerDown: the server process did not come up in time, or fails over it; nothing is
+                kept, but the id stands for this content from here on.
         """
         if self._running >= self._settings.max_uploads:
             self._metrics.uploads.labels("refused").inc()
@@ -88,12 +88,10 @@ class Uploads:
         started = time.monotonic()
         outcome = "refused"
         try:
-            if announced is not None:
-                self._store.make_room(announced)
             folder = self._store.staging_folder()
             try:
                 with self._stage("received"):
-                    header = await receive(body, folder, self._check)
+                    header = await receive(body, folder, partial(self._check, version_id))
                 async with self._commit:
                     done = await self._enter(version_id, header, folder)
             finally:
@@ -118,8 +116,14 @@ class Uploads:
         )
         return done
 
-    def _check(self, header: UploadHeader) -> None:
+    def _check(self, version_id: str, header: UploadHeader) -> None:
+        """Of the description alone: what is refused now need not be received.
+
+        Nothing is deleted for an upload that has only been announced.
+        """
         self._shape.check(header, self._settings.max_cartridge_tokens)
+        if not self._store.is_known(version_id):
+            self._store.check_room(header.data_bytes)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -134,14 +138,33 @@ class Uploads:
         self._store.make_room(header.data_bytes)
         with self._stage("placed"):
             info = await asyncio.to_thread(self._store.place, version_id, header, folder)
+        self._store.bind(version_id, header)
         try:
             with self._stage("activated"):
                 await self._activate(info)
+        except CartridgeFormatError:
+            self._store.discard(version_id)
+            if await self._server_has_nothing_of(version_id):
+                self._store.unbind(version_id)
+            raise
         except BaseException:
             self._store.discard(version_id)
             raise
         self._store.add(info)
         return Uploaded(info, is_new=True)
+
+    async def _server_has_nothing_of(self, version_id: str) -> bool:
+        """Whether the server says that it holds no weights under an id that it refused.
+
+        The real server has no such path, so there the id stays bound.
+        """
+        try:
+            async with self._process.session.get(
+                self._process.url + "/custom/cartridge/loaded", timeout=_LOOK
+            ) as response:
+                return response.status == 200 and version_id not in (await response.json())["ids"]
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
+            return False
 
     async def _activate(self, info: VersionInfo) -> None:
         """One token with the new cartridge: the server has read it.
@@ -157,15 +180,13 @@ class Uploads:
             temperature=0.0,
             cartridges=[CartridgeRef(id=info.id, source="local")],
         )
-        body = request.model_dump(exclude_unset=True)
+        body = request.model_dump_json(exclude_unset=True).encode()
         for attempt in range(1, _ACTIVATIONS + 1):
             await self._pages.admit({info.id: info.header.num_tokens})
             await self._process.wait_up(self._settings.hold_s)
             try:
                 with self._process.serving():
-                    async with self._process.session.post(
-                        self._process.url + "/custom/cartridge/completions", json=body
-                    ) as response:
+                    async with self._process.post(_COMPLETIONS, body) as response:
                         answer = await response.text()
             except aiohttp.ClientError as error:
                 logger.warning("attempt %d to load %s: %r", attempt, info.id, error)

@@ -3,7 +3,9 @@
 Written against the branch of Tokasaurus that serves cartridges (``geoff/cartridges``). Both ends of
 this project use it: the client sends and decodes with it, the embedded server validates and encodes
 with it, so the two cannot drift apart. Requests forbid unknown fields, as the real server does
-(HTTP 422). Responses are read leniently: a server may add fields, it may not leave ours out.
+(HTTP 422), and everything in them has a bound, which the real server does not have
+(:mod:`cartridge_distill.rollout.limits`). Responses are read leniently: a server may add fields, it
+may not leave ours out.
 
 Token ids and log-probs of a completion travel packed in ``system_fingerprint``, see
 :mod:`cartridge_distill.rollout.fingerprint`.
@@ -15,9 +17,29 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cartridge_distill.rollout.limits import (
+    MAX_CARTRIDGES,
+    MAX_LOGIT_BIASES,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PROMPTS,
+    MAX_STOPS,
+    MAX_TEXT_PARTS,
+    Choices,
+    LongText,
+    Name,
+    Real,
+    Seed,
+    ShortText,
+    Stop,
+    Temperature,
+    TokenIds,
+    Whole,
+)
 
 _FORBID = ConfigDict(extra="forbid")
 _LENIENT = ConfigDict(extra="ignore")
@@ -35,7 +57,7 @@ class CartridgeRef(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str
+    id: Name
     source: Literal["wandb", "local", "huggingface"] = "wandb"
     force_redownload: bool = False
 
@@ -48,30 +70,41 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+LogitBias = Annotated[dict[ShortText, Real], Field(max_length=MAX_LOGIT_BIASES)]
+Metadata = Annotated[dict[ShortText, Any], Field(max_length=MAX_METADATA)]
+Cartridges = Annotated[list[CartridgeRef], Field(max_length=MAX_CARTRIDGES, fail_fast=True)]
+
+
 class CompletionRequest(BaseModel):
     """Body of ``POST /v1/completions``; ``prompt`` is text or one flat list of token ids."""
 
     model_config = _FORBID
 
-    model: str
-    prompt: list[int] | list[list[int]] | str | list[str]
-    best_of: int | None = None
+    model: Name
+    prompt: (
+        TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | LongText
+        | Annotated[list[LongText], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    best_of: Whole | None = None
     echo: bool | None = False
-    frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = None
-    logprobs: int | None = None
-    max_tokens: int | None = 16
-    n: int = 1
-    presence_penalty: float | None = 0.0
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    frequency_penalty: Real | None = 0.0
+    logit_bias: LogitBias | None = None
+    logprobs: Whole | None = None
+    max_tokens: Whole | None = 16
+    n: Choices = 1
+    presence_penalty: Real | None = 0.0
+    seed: Seed | None = None
+    stop: Stops | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    suffix: str | None = None
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    suffix: LongText | None = None
+    temperature: Temperature | None = 1.0
+    top_p: Real | None = 1.0
+    user: ShortText | None = None
+    metadata: Metadata | None = None
     logprobs_in_fingerprint: bool = False
     ignore_eos: bool = False
 
@@ -79,7 +112,7 @@ class CompletionRequest(BaseModel):
 class CartridgeCompletionRequest(CompletionRequest):
     """Body of ``POST /custom/cartridge/completions``."""
 
-    cartridges: list[CartridgeRef] | None = None
+    cartridges: Cartridges | None = None
 
 
 class TextPart(BaseModel):
@@ -88,7 +121,7 @@ class TextPart(BaseModel):
     model_config = _FORBID
 
     type: Literal["text"]
-    text: str
+    text: LongText
 
 
 class ChatMessage(BaseModel):
@@ -97,8 +130,8 @@ class ChatMessage(BaseModel):
     model_config = _FORBID
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: LongText | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)]
+    name: ShortText | None = None
 
 
 class JsonSchemaFormat(BaseModel):
@@ -106,8 +139,8 @@ class JsonSchemaFormat(BaseModel):
 
     model_config = _FORBID
 
-    name: str
-    description: str | None = None
+    name: ShortText
+    description: LongText | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = False
 
@@ -121,39 +154,59 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchemaFormat | None = None
 
 
+class TemplateSwitches(BaseModel):
+    """What a request may set of how its messages are rendered.
+
+    The real server passes on whatever it is given. One of these names is ``chat_template``: a
+    program of the client's, which may run for ever. So here are the switches that the templates of
+    served models know, and no others.
+    """
+
+    model_config = _FORBID
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    tools_in_user_message: bool | None = None
+    reasoning_effort: ShortText | None = None
+    date_string: ShortText | None = None
+
+
 class ChatCompletionRequest(BaseModel):
     """Body of ``POST /v1/chat/completions``."""
 
     model_config = _FORBID
 
-    messages: list[ChatMessage]
-    model: str
-    frequency_penalty: float | None = 0.0
-    logit_bias: dict[str, float] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    model: Name
+    frequency_penalty: Real | None = 0.0
+    logit_bias: LogitBias | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: int | None = 1
-    presence_penalty: float | None = 0.0
+    top_logprobs: Whole | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    n: Choices | None = 1
+    presence_penalty: Real | None = 0.0
     response_format: ResponseFormat | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = 0.7
-    top_p: float | None = 1.0
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    temperature: Temperature | None = 0.7
+    top_p: Real | None = 1.0
+    user: ShortText | None = None
+    metadata: Metadata | None = None
     ignore_eos: bool = False
     logprobs_in_fingerprint: bool = False
-    apply_chat_template_overrides: dict[str, Any] | None = None
+    apply_chat_template_overrides: TemplateSwitches | None = None
 
 
 class CartridgeChatCompletionRequest(ChatCompletionRequest):
     """Body of ``POST /custom/cartridge/chat/completions``."""
 
-    cartridges: list[CartridgeRef] | None = None
+    cartridges: Cartridges | None = None
 
 
 # --- responses --------------------------------------------------------------------------------

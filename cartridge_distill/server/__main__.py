@@ -96,6 +96,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="keys and values of cartridges kept; beyond it the longest unused id goes, and is "
         "refused from then on (default: 4)",
     )
+    add(
+        "--idle-s",
+        type=float,
+        default=60.0,
+        help="a client that sends nothing of its request, or reads nothing of its answer, for so "
+        "long is cut off (default: 60)",
+    )
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args(arguments)
 
@@ -154,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_kv_tokens=options.max_kv_tokens,
             prefix_cache_tokens=options.prefix_cache_tokens,
             cartridge_memory_gb=options.cartridge_memory_gb,
+            idle_s=options.idle_s,
         )
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)

@@ -47,6 +47,8 @@ from cartridge_distill.server.protocol import (
     Refused,
     chat_response,
     completion_response,
+    is_work,
+    longest_text,
     stop_check,
     to_job,
 )
@@ -54,6 +56,7 @@ from cartridge_distill.server.rows import EngineError, NewToken, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.http_errors import add_refusals, protect
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +94,8 @@ class Service:
         self.engine = Engine(model, settings, threads)
         memory = int(settings.cartridge_memory_gb * 1024**3)
         self.store = CartridgeStore(settings.cartridge_dir, model, memory)
-        self.limits = Limits(
-            settings.max_tokens_per_request or config.max_position_embeddings, config.vocab_size
-        )
+        most = settings.max_tokens_per_request or config.max_position_embeddings
+        self.limits = Limits(most, config.vocab_size, longest_text(tokenizer, most))
         self.end_ids = end_token_ids(model, tokenizer)
         self._seeds = RequestSeeds(settings.seed)
 
@@ -116,10 +118,13 @@ class Service:
             Refused: the request cannot be served.
             CartridgeRefused: its cartridge cannot.
         """
-        job = to_job(request, self.tokenizer, self.limits)
+        # Tokenizing and reading files take time; the event loop goes on meanwhile.
+        if is_work(request):
+            job = await asyncio.to_thread(to_job, request, self.tokenizer, self.limits)
+        else:
+            job = to_job(request, self.tokenizer, self.limits)
         prefix = None
         if job.cartridges:
-            # Reading a file takes time; the event loop goes on meanwhile.
             prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)
         return Admitted(job, prefix, request.seed)
 
@@ -158,10 +163,15 @@ class Service:
                 )
                 futures.append(asyncio.wrap_future(self.engine.submit(row)))
             # Cancelling this (the client went away) cancels the rows with it.
-            return list(await asyncio.gather(*futures))
+            results = list(await asyncio.gather(*futures))
+            self.store.used(ids)
+            return results
         except EngineError as error:
             for future in futures:
                 future.cancel()
+            if not error.retryable:
+                # Whatever these weights are, nobody had an answer of them.
+                self.store.forget_unused(ids)
             status = 400
             if error.retryable:
                 status = 503 if "shutting down" in str(error) else 500
@@ -210,12 +220,18 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, title="Tokasaurus protocol, embedded server")
     app.state.service = service
+    protect(app, service.settings.idle_s)
+    add_refusals(app)
 
     async def complete(request: CompletionRequest, http: Request) -> Response:
         done = await unless_disconnected(http, service.generate(request))
         if done is None:
             return Response(status_code=499)  # nobody reads it
-        job, results = done
+        return await asyncio.to_thread(completion_answer, request, *done)
+
+    def completion_answer(
+        request: CompletionRequest, job: Job, results: list[Completion]
+    ) -> Response:
         answer = completion_response(request, job, results, service.end_ids, service.tokenizer)
         return JSONResponse(answer.model_dump())
 
@@ -223,7 +239,11 @@ def create_app(service: Service) -> FastAPI:
         done = await unless_disconnected(http, service.generate(request))
         if done is None:
             return Response(status_code=499)  # nobody reads it
-        job, results = done
+        return await asyncio.to_thread(chat_answer, request, *done)
+
+    def chat_answer(
+        request: ChatCompletionRequest, job: Job, results: list[Completion]
+    ) -> Response:
         answer = chat_response(request, job, results, service.end_ids, service.tokenizer)
         if request.stream and not isinstance(request, CartridgeChatCompletionRequest):
             lines = [f"data: {json.dumps(event)}\n\n" for event in _events(answer)]

@@ -2,7 +2,9 @@
 
 The real server keeps a set of loaded ids and never loads an id twice, whatever
 ``force_redownload`` says: **the weights behind an id never change while the server lives**. So it
-is here. A client that overwrites one id keeps getting the first version, here as in production.
+is here. A client that overwrites one id keeps getting the first version, here as in production. An
+id of which nobody ever had an answer, because its weights overflow, is the one exception: it is
+forgotten.
 
 Memory is bounded: past the bound the least recently used id is dropped. It is still "loaded" in the
 sense above, so a later request for it is refused (the real server would read blocks that by then
@@ -17,7 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ class CartridgeStore:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, ...], Prefix] = OrderedDict()
         self._ever_loaded: set[str] = set()
+        self._used: set[str] = set()
 
     @property
     def loaded_ids(self) -> list[str]:
@@ -86,9 +89,31 @@ class CartridgeStore:
             parts = [self._single(cartridge_id, sources[cartridge_id]) for cartridge_id in ids]
             if len(parts) == 1:
                 return parts[0]
+            if (size := sum(map(_num_bytes, parts))) > self._memory_bytes:
+                raise CartridgeRefused(
+                    f"{len(ids)} cartridges are together {size / 1e9:.2f} GB, over the bound of "
+                    f"{self._memory_bytes / 1e9:.2f} GB; ask for fewer, or start the server with a "
+                    "larger --cartridge-memory-gb"
+                )
             joined = Prefix(*join_layers([(part.keys, part.values) for part in parts]))
             self._keep(ids, joined)
             return joined
+
+    def used(self, ids: Iterable[str]) -> None:
+        """These have given an answer: from here on each stands for its weights."""
+        with self._lock:
+            self._used.update(ids)
+
+    def forget_unused(self, ids: Iterable[str]) -> None:
+        """Forgets those of which nobody ever had an answer; they are read anew when asked for.
+
+        Whoever put weights there that overflow can put better ones under the same id.
+        """
+        with self._lock:
+            gone = set(ids) - self._used
+            self._ever_loaded -= gone
+            for kept in [kept for kept in self._kept if gone.intersection(kept)]:
+                del self._kept[kept]
 
     def _single(self, cartridge_id: str, source: str) -> Prefix:
         key = (cartridge_id,)

@@ -1,8 +1,9 @@
 """Between the wire and the engine: what is refused, what a request means, how an answer is made.
 
-The refusals are the real server's (HTTP 400), with the reason in ``detail``. Three things it does
-not check are refused here as well, for there they kill or poison the server: an empty prompt, token
-ids outside the vocabulary, and a temperature below 0 or not finite.
+The refusals are the real server's (HTTP 400), with the reason in ``detail``. What it does not
+check, and what kills or poisons a server, is refused here as well: an empty prompt, token ids
+outside the vocabulary, a temperature below 0 or so small that dividing by it overflows, and text
+that is longer than any text of the allowed number of tokens.
 
 Differences that a client can see, all on purpose:
 
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.rollout.fingerprint import Completion, encode_fingerprint
+from cartridge_distill.rollout.limits import MAX_TEXT_CHARS
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
@@ -44,6 +46,8 @@ from cartridge_distill.rollout.protocol import (
 from cartridge_distill.util.errors import ConfigError
 
 AnyRequest = CompletionRequest | ChatCompletionRequest
+
+_LEAST_TEMPERATURE = 1e-6
 
 
 class Refused(Exception):
@@ -64,10 +68,18 @@ class TooLong(Refused):
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are held against."""
+    """What requests are held against.
+
+    Attributes:
+        max_tokens_per_request: prompt and answer together.
+        vocab_size: of the model.
+        max_text_chars: text that is longer has more tokens than that, whatever it says. It is not
+            given to the tokenizer, whose time and memory grow with it.
+    """
 
     max_tokens_per_request: int
     vocab_size: int
+    max_text_chars: int = MAX_TEXT_CHARS
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,15 @@ def to_job(request: AnyRequest, tokenizer: PreTrainedTokenizerBase, limits: Limi
     temperature = 0.0 if request.temperature is None else request.temperature
     if not math.isfinite(temperature) or temperature < 0:
         raise Refused(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise Refused(
+            f"temperature={temperature}: logits divided by so little overflow; use 0 (greedy), or "
+            f"{_LEAST_TEMPERATURE} or more"
+        )
     if isinstance(request, ChatCompletionRequest):
-        prompt_ids = _chat_ids(request, bool(cartridges), tokenizer)
+        prompt_ids = _chat_ids(request, bool(cartridges), tokenizer, limits)
     else:
-        prompt_ids = _completion_ids(request, tokenizer)
+        prompt_ids = _completion_ids(request, tokenizer, limits)
     if not prompt_ids:
         raise Refused("the prompt is empty: the model needs at least one token to go on from")
     outside = [token for token in prompt_ids if not 0 <= token < limits.vocab_size]
@@ -141,7 +158,8 @@ def _refuse_unsupported(request: AnyRequest) -> None:
         ("logit_bias", (None,)),
     ):
         if getattr(request, name) not in neutral:
-            raise Refused(f"{name}={getattr(request, name)} not supported; leave it out")
+            shown = "" if name == "logit_bias" else f"={getattr(request, name)}"
+            raise Refused(f"{name}{shown} not supported; leave it out")
     if isinstance(request, ChatCompletionRequest):
         top = request.top_logprobs
         if top is not None and not request.logprobs:
@@ -170,9 +188,31 @@ def _chat_max_tokens(request: ChatCompletionRequest) -> int:
     return given[0]
 
 
-def _completion_ids(request: CompletionRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def is_work(request: AnyRequest) -> bool:
+    """Whether :func:`to_job` has text to render or tokenize, which takes time."""
+    return isinstance(request, ChatCompletionRequest) or isinstance(request.prompt, str)
+
+
+def longest_text(tokenizer: PreTrainedTokenizerBase, tokens: int) -> int:
+    """Characters that ``tokens`` tokens can stand for at most."""
+    longest = max((len(text) for text in tokenizer.get_vocab()), default=1)
+    return min(tokens * longest, MAX_TEXT_CHARS)
+
+
+def _check_length(num_chars: int, limits: Limits) -> None:
+    if num_chars > limits.max_text_chars:
+        raise Refused(
+            f"the prompt's text has {num_chars} characters; the maximum number of tokens per "
+            f"request, {limits.max_tokens_per_request}, is at most {limits.max_text_chars}"
+        )
+
+
+def _completion_ids(
+    request: CompletionRequest, tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> list[int]:
     prompt = request.prompt
     if isinstance(prompt, str):
+        _check_length(len(prompt), limits)
         return list(tokenizer(prompt).input_ids)
     ids = [token for token in prompt if isinstance(token, int)]
     if len(ids) != len(prompt):
@@ -184,7 +224,10 @@ def _completion_ids(request: CompletionRequest, tokenizer: PreTrainedTokenizerBa
 
 
 def _chat_ids(
-    request: ChatCompletionRequest, with_cartridge: bool, tokenizer: PreTrainedTokenizerBase
+    request: ChatCompletionRequest,
+    with_cartridge: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
 ) -> list[int]:
     messages: list[dict[str, Any]] = []
     for message in request.messages:
@@ -198,7 +241,9 @@ def _chat_ids(
         messages.append({"role": message.role, "content": content})
     if not messages:
         raise Refused("messages is empty: at least one message is needed")
-    overrides = request.apply_chat_template_overrides
+    _check_length(sum(len(message["content"]) for message in messages), limits)
+    switches = request.apply_chat_template_overrides
+    overrides = switches.model_dump(exclude_none=True) if switches is not None else {}
     try:
         if with_cartridge and not overrides:
             return render_prompt(tokenizer, messages)
@@ -210,11 +255,12 @@ def _chat_ids(
         arguments: dict[str, Any] = {
             "add_generation_prompt": ends_with_user,
             "continue_final_message": not ends_with_user,
-        } | (overrides or {})
+        } | overrides
         arguments["tokenize"] = False
         text = tokenizer.apply_chat_template(messages, **arguments)
+        _check_length(len(text), limits)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
-    except (TemplateError, ConfigError, ValueError, TypeError) as error:
+    except (TemplateError, ConfigError, ValueError, TypeError, LookupError) as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cartridge_distill.server.app import Service, create_app
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.http_connections import uvicorn_options
 
 # A client that holds a request open must not hold up the end of the server.
 _GRACE_SECONDS = 3
@@ -27,7 +28,7 @@ def uvicorn_server(service: Service, host: str, port: int, log_level: str) -> uv
         log_level=log_level,
         access_log=False,  # hundreds of rollouts per step
         timeout_graceful_shutdown=_GRACE_SECONDS,
-        timeout_keep_alive=75,  # longer than a training step's pause between rollouts, mostly
+        **uvicorn_options(service.settings.idle_s),
     )
     return uvicorn.Server(config)
 

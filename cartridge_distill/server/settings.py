@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
 
 DEFAULT_PORT = 10210
 
@@ -30,6 +31,8 @@ class ServerSettings:
         prefix_cache_min_tokens: beginnings shorter than this are not kept.
         cartridge_memory_gb: KV of loaded cartridges kept; beyond it the least recently used one
             goes, and its id is refused from then on (an id is never loaded twice).
+        idle_s: a client that sends nothing of its request, or reads nothing of its answer, for so
+            long is cut off.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -46,6 +49,7 @@ class ServerSettings:
     prefix_cache_tokens: int = 16_384
     prefix_cache_min_tokens: int = 128
     cartridge_memory_gb: float = 4.0
+    idle_s: float = IDLE_SECONDS
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,3 +69,7 @@ class ServerSettings:
             )
         if self.cartridge_memory_gb <= 0:
             raise ConfigError(f"cartridge_memory_gb={self.cartridge_memory_gb}: must be above 0")
+        if not 0 < self.idle_s <= MAX_IDLE_SECONDS:
+            raise ConfigError(
+                f"idle_s={self.idle_s}: must be above 0 and at most {MAX_IDLE_SECONDS:.0f}"
+            )

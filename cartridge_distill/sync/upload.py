@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.lfs import about, is_pointer
+from cartridge_distill.util.strict_json import MAX_PARTS, BadJson, loads
 
 MAX_HEADER_BYTES = 2**20
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -43,7 +44,9 @@ class UploadHeader(BaseModel):
         base_model: the model the cartridge was trained on, as the server calls it.
         step: optimizer steps behind it.
         num_tokens, num_frozen_tokens, num_layers, kv_heads, head_dim, dtype: its shape.
-        sha256: of all tensor bytes, in the order of their offsets.
+        sha256: of all tensor bytes, in the order of their offsets. What the gateway keeps and shows
+            is in the order of :meth:`tensors`, which is the order in which :func:`encode` sends
+            them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -168,8 +171,8 @@ def read_head(beginning: bytes | bytearray) -> Head | None:
     if len(beginning) < 8 + length:
         return None
     try:
-        entries = json.loads(beginning[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
+        entries = loads(beginning[8 : 8 + length], MAX_PARTS)
+    except BadJson as error:
         raise CartridgeFormatError(f"the safetensors header is not JSON: {error}") from error
     if not isinstance(entries, dict) or not isinstance(entries.get("__metadata__"), dict):
         raise CartridgeFormatError(
@@ -181,7 +184,7 @@ def read_head(beginning: bytes | bytearray) -> Head | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise CartridgeFormatError(f"metadata {where}: {first['msg']}") from error
+        raise CartridgeFormatError(f"metadata {where[:80]}: {first['msg'][:400]}") from error
     return Head(header, 8 + length, _checked_starts(header, entries))
 
 

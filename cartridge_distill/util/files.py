@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cartridge_distill.util.disk import named_disk
+
 OWNED = ".written-by-cartridge-distill"
 """A folder with this file in it was made by :func:`fresh_folder`, and may be made anew."""
 
@@ -50,9 +52,15 @@ def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bo
 
     Raises:
         FileExistsError: ``target`` is there and ``overwrite`` is false.
+        DiskFull: there is no room for it; what was there before is untouched.
     """
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is already there; a written version is never changed")
+    with named_disk(target.parent):
+        _replace_directory(target, write)
+
+
+def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -107,11 +115,17 @@ def replace_file(
     Raises:
         FileExistsError: ``target`` is there and ``overwrite`` is false.
         IsADirectoryError: it is a directory.
+        DiskFull: there is no room for it; what was there before is untouched.
     """
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a directory; name a file")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is already there")
+    with named_disk(target.parent):
+        _replace_file(target, write, flush)
+
+
+def _replace_file(target: Path, write: Callable[[Path], None], flush: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)

@@ -89,6 +89,7 @@ def write_snapshot(
 
     Raises:
         FileExistsError: the directory is there; the server never loads an id twice.
+        DiskFull: there is no room for it.
     """
 
     def fill(scratch: Path) -> None:

@@ -36,7 +36,12 @@ from cartridge_distill.server.openai.answers import (
     Usage,
     event,
 )
-from cartridge_distill.server.openai.errors import ApiError, add_error_handlers, model_not_found
+from cartridge_distill.server.openai.errors import (
+    ApiError,
+    add_error_handlers,
+    error_body,
+    model_not_found,
+)
 from cartridge_distill.server.openai.requests import ChatRequest
 from cartridge_distill.server.openai.text import AnswerText, Piece
 from cartridge_distill.server.openai.tokens import TokenStrings
@@ -44,6 +49,7 @@ from cartridge_distill.server.openai.translate import DEFAULT_MAX_TOKENS, to_pro
 from cartridge_distill.server.protocol import Refused, TooLong
 from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.http_errors import protect
 
 # What every route may answer besides its own; with it FastAPI describes no status 422.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -70,6 +76,7 @@ def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAP
         await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
+    protect(app, service.settings.idle_s, error_body=error_body)
     add_error_handlers(app)
     created = int(time.time())
     cards = {

@@ -16,6 +16,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from cartridge_distill.util.http_errors import shortened
+
 _TYPES = {
     "string_type": "a string",
     "int_type": "an integer",
@@ -59,9 +61,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        # What is quoted of a request may hold what cannot be sent back.
+        # What is quoted of a request may be megabytes, or hold what cannot be sent back.
         message, param = (
-            None if text is None else text.encode("utf-8", "backslashreplace").decode()
+            None if text is None else shortened(text.encode("utf-8", "backslashreplace").decode())
             for text in (self.message, self.param)
         )
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
@@ -71,9 +73,15 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+def error_body(path: str, status: int, words: str) -> dict[str, Any]:
+    """The form for what is refused before a route sees it."""
+    return ApiError(status, words).body
+
+
 def model_not_found(model: str, known: Sequence[str]) -> ApiError:
     """404 for a model that is not here."""
-    message = f"model {model!r} is not here; here are: {', '.join(known)}"
+    asked = shortened(repr(model), 200)
+    message = f"model {asked} is not here; here are: {', '.join(known)}"
     return ApiError(404, message, "model", "model_not_found")
 
 

@@ -1,0 +1,126 @@
+"""Connections that do not wait for ever: uvicorn's protocol with a limit on what a client may take.
+
+uvicorn closes a connection that is idle *between* requests. It waits without a limit for the first
+byte of a new connection, for the rest of a request's head, for what is left of a body that nobody
+reads any more, and for a client that does not read its answer; and a head may have any length. A
+process has some thousand connections, so clients that died, or never meant to speak, would end it.
+
+Bodies of requests that are being served are bounded in ``http_front``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cartridge_distill.util.http_front import IDLE_SECONDS
+
+KEEP_ALIVE_SECONDS = 75
+"""Between two requests: longer than a training step's pause between rollouts, mostly."""
+MAX_HEAD_BYTES = 2**16
+_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
+)
+
+
+def uvicorn_options(idle_s: float = IDLE_SECONDS) -> dict[str, Any]:
+    """Arguments of ``uvicorn.Config`` (and ``uvicorn.run``) for a server with these limits."""
+    kind = type("PatientProtocol", (PatientProtocol,), {"idle_s": idle_s})
+    # No path speaks websockets; uvicorn would answer an attempt with a 500.
+    return {"http": kind, "ws": "none", "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    idle_s = IDLE_SECONDS
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._waiting: asyncio.TimerHandle | None = None  # for the client to send
+        self._writing: asyncio.TimerHandle | None = None  # until it reads
+        self._in_head = self._in_body = False
+        self._head_bytes = 0
+
+    # --- what comes ---------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        was_in_head = self._in_head
+        super().data_received(data)
+        if self._in_head and was_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.write(_TOO_LARGE)
+                self.transport.close()
+                return
+        is_served = self.cycle is not None and not self.cycle.response_complete
+        if is_served:
+            self._wait_no_more()
+        elif self._in_body or self._waiting is None:
+            # A head must come whole in this time; of a body that nobody reads each part.
+            self._wait()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._in_head, self._in_body = False, True
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_body = False
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if (self._in_body or self._in_head) and not self.transport.is_closing():
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        self._stop_watching_writes()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._wait_no_more()
+        self._waiting = self.loop.call_later(self.idle_s, self.transport.abort)
+
+    def _wait_no_more(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    # --- what goes ----------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writes(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_watching_writes()
+
+    def _watch_writes(self, unread: int) -> None:
+        """Looks again after a while whether the client has read anything of what is written."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left >= unread:
+                self.transport.abort()
+            else:
+                self._watch_writes(left)
+
+        self._writing = self.loop.call_later(self.idle_s, look)
+
+    def _stop_watching_writes(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
