@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cartridge_distill.report.recipe import seed_of, write_recipe
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
+from cartridge_distill.util.secrecy import clean_arguments, clean_text
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, overrides
 from verl_patches.launching.following import causes, log_file, shown
@@ -99,6 +101,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    hide_secrets_in_logs()
     try:
         run, own = parse(typed)
         if own.show_config:
@@ -122,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nstopped; every process of the run was ended. {how_to_go_on(run)}")
         return 130
     except TrainingFailed as error:
+        said = clean_text(str(error))  # the end of the log, too
         print(
-            f"\n{error}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
+            f"\n{said}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
             file=sys.stderr,
         )
         return error.status
@@ -132,12 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dry_run(run: Run) -> int:
-    """Prints what a shell needs to start the run; the command is the last line."""
+    """Prints what a shell needs to start the run; the command is the last line.
+
+    What looks like a credential is not printed: put it back before you use the line.
+    """
     for path in checks.missing_data(run):
         print(f"not there yet: {path}", file=sys.stderr)
     for name, value in environment(run).items():
         print(f"export {name}={shlex.quote(value)}")
-    print(shlex.join(command(run)))
+    print(shlex.join(clean_arguments(command(run))))
     return 0
 
 
@@ -145,7 +152,9 @@ def show_config(run: Run) -> int:
     """Prints all of veRL's settings as the run has them; returns the exit status."""
     checks.check_verl()
     asked, settings = [*command(run), "--cfg", "job"], {**os.environ, **environment(run)}
-    return subprocess.run(asked, env=settings, check=False).returncode
+    done = subprocess.run(asked, env=settings, check=False, stdout=subprocess.PIPE, text=True)
+    print(clean_text(done.stdout), end="", flush=True)
+    return done.returncode
 
 
 def record(run: Run, arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.extras import require
+from cartridge_distill.util.secrecy import clean_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +72,7 @@ def _in_words(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (CartridgeDistillError, OSError) as error:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            typer.echo(clean_text(f"{type(error).__name__}: {error}"), err=True)
             raise typer.Exit(1) from None
 
     return run
@@ -123,7 +124,7 @@ def doctor(
     subject = Subject(url, model, cartridge, data, row_tokens, tokens, document_tokens)
     bad = 0
     for finding in examine(subject):
-        typer.echo(str(finding))
+        typer.echo(clean_text(str(finding)))
         bad += finding.good is False
     if bad:
         typer.echo(f"{bad} bad")

@@ -18,6 +18,7 @@ from cartridge_distill.gateway.settings import (
     GatewaySettings,
     token_from_environment,
 )
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 
 DESCRIPTION = """\
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parse(sys.argv[1:] if arguments is None else arguments))
     host, port = given.pop("host"), given.pop("port")
     no_token, level = given.pop("no_token"), given.pop("log_level")
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

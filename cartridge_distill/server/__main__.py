@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.openmp import spinning
 
 EXAMPLES = """\
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     os.environ.update(spinning(os.environ))  # before torch is imported
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -11,6 +11,7 @@ from verl.workers.rollout.replica import RolloutReplica
 
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.server_url import checked_url
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
 
@@ -23,7 +24,7 @@ def server_urls(custom: Any) -> list[str]:
     """``rollout.custom.tokasaurus_url``: one URL or a list of them.
 
     Raises:
-        ConfigError: none given.
+        ConfigError: none given, or one that holds a password.
     """
     given = (custom or {}).get("tokasaurus_url")
     urls = [given] if isinstance(given, str) else list(given or [])
@@ -32,7 +33,7 @@ def server_urls(custom: Any) -> list[str]:
             "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; start a server with "
             "`python -m cartridge_distill.server` or deploy one, and give its URL"
         )
-    return [url.rstrip("/") for url in urls]
+    return [checked_url(url) for url in urls]
 
 
 class TokasaurusReplica(RolloutReplica):
