@@ -24,12 +24,11 @@ from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
 from cartridge_distill.util.secrecy import clean_arguments, clean_text
+from cartridge_distill.util.tracker import tracked_step
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, overrides
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
-
-TRACKER = "latest_checkpointed_iteration.txt"  # veRL's; what it names is whole
 
 _DESCRIPTION = """\
 Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version
@@ -112,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if own.dry_run:
             return dry_run(run)
         checks.check_here(run)
+        check_saved(run)
     except KeyboardInterrupt:
         return 130
     except CartridgeDistillError as error:
@@ -131,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return error.status
+    except CartridgeDistillError as error:
+        print(f"\nthe run ended, but {error}", file=sys.stderr)
+        return 1
     print_next(run, cartridge)
     return 0
 
@@ -198,15 +201,30 @@ def checkpoints(run: Run) -> Path:
 
 
 def saved_step(run: Run) -> int:
-    """The last step that was saved whole; 0 for none."""
-    tracker = checkpoints(run) / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else "0"
-    return int(text) if text.isdecimal() else 0
+    """The last step that was saved whole; 0 for none.
+
+    Raises:
+        CartridgeFormatError: what tells it is damaged, or lost.
+    """
+    return tracked_step(checkpoints(run)) or 0
+
+
+def check_saved(run: Run) -> None:
+    """Is it known where an earlier start of the run stood? The trainer asks again.
+
+    Raises:
+        CartridgeFormatError: it is not, and checkpoints are there.
+    """
+    if "trainer.resume_mode=resume_path" not in run.overrides:
+        saved_step(run)
 
 
 def how_to_go_on(run: Run) -> str:
     """What the same command does after this run ended."""
-    step = saved_step(run)
+    try:
+        step = saved_step(run)
+    except CartridgeDistillError as error:
+        return str(error)
     if step == 0:
         return "no step was saved. The same command starts from the beginning."
     return (

@@ -358,6 +358,12 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="All sampling follows from it.")] = 0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further name of this server, as clients write it; * for every name. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model: to training, which uploads its versions; or cartridges behind OpenAI's API.
 
@@ -374,7 +380,15 @@ def serve(
     from cartridge_distill.cli.serve import ServeOptions, run, run_rollout_server
 
     options = ServeOptions(
-        model, tuple(cartridge or ()), host, port, device, dtype.value, threads, seed
+        model,
+        tuple(cartridge or ()),
+        host,
+        port,
+        device,
+        dtype.value,
+        threads,
+        seed,
+        tuple(allow_host or ()),
     )
     if cartridge:
         if context.args:

@@ -52,6 +52,7 @@ from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +164,12 @@ def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     return chunks
 
 
-def create_app(service: Service) -> FastAPI:
-    """The routes. The engine's thread starts and stops with the app."""
+def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
+    """The routes. The engine's thread starts and stops with the app.
+
+    Args:
+        hosts: names of the server; other requests are refused. The loopback's by default.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -174,6 +179,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, title="Tokasaurus protocol, embedded server")
     app.state.service = service
+    app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
 
     async def complete(request: CompletionRequest, http: Request) -> Response:
         done = await unless_disconnected(http, service.generate(request))

@@ -32,15 +32,19 @@ from cartridge_distill.rollout.protocol import (
 from cartridge_distill.server.app import Service
 from cartridge_distill.server.protocol import Job, answer_text, chat_response
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 DEFAULT_MAX_TOKENS = 512
 
 
-def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAPI:
+def create_openai_app(
+    service: Service, cartridges: Mapping[str, str], hosts: KnownHosts | None = None
+) -> FastAPI:
     """The routes. The engine's thread starts and stops with the app.
 
     Args:
         cartridges: cartridge id in the service's directory, by the model name that asks for it.
+        hosts: names of the server; other requests are refused. The loopback's by default.
     """
 
     @asynccontextmanager
@@ -50,6 +54,7 @@ def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAP
         await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
+    app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     _add_errors(app)
     base = service.settings.model_name
 
