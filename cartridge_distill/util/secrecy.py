@@ -68,17 +68,19 @@ _FLAG = re.compile(r"(?<!\S)(--?[A-Za-z][\w-]*)(\s+)(?!-)(\"[^\"]*\"|'[^']*'|[^\
 # Nothing is lost by showing these: switches, places for a value, what is hidden already.
 _HARMLESS = re.compile(
     r"(?:none|null|true|false|yes|no|on|off|\$\{?\w+\}?|<[^>]*>|\*+|\.{2,}|%[sr]|\{\w*\}|"
-    r"(?:bearer\s+)?(?:token|key|secret|password|\$\{?\w+\}?)|missing|wrong|not|\(not recorded\))?",
+    r"(?:bearer\s+)?(?:token|key|secret|password|\$\{?\w+\}?)|value|missing|wrong|not|"
+    r"\(not recorded\))?",
     re.IGNORECASE,
 )
+_PROSE = re.compile(r"\b(?:a|an|no|one|per|each|every|of|end|first|last|next)\s$")
 _NUMBER = re.compile(r"-?\d{1,9}(?:\.\d+)?")
 
 _PORT = r"\d{1,5}(?:[/?#,;)\]}\s\"']|$)"
 _USER_OF_URL = re.compile(
-    r"(?<=://)(?:[^/\s\"']*@"
-    rf"|[^/\s\"':@]*:(?!{_PORT})(?:(?!://)[^\s\"'])*@)"  # a slash in a password
+    r"(?<=://)(?:[^/\s\"']{0,512}@"
+    rf"|[^/\s\"':@]*:(?!{_PORT})(?:(?!://)[^\s\"']){{0,512}}@)"  # a slash in a password
 )
-_QUERY_OF_URL = re.compile(r"(://[^\s\"'?#]*)[?#][^\s\"'\]]*")
+_QUERY_OF_URL = re.compile(r"(://[^\s\"'?#]{0,1024})[?#][^\s\"'\]]*")
 _SHAPES = re.compile(
     r"\bhf_(?=\w*(?:\d|[A-Z])|\w{16})[A-Za-z0-9]{8,}"
     r"|\bsk-[\w-]{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
@@ -100,12 +102,12 @@ def is_secret(name: str, surely: bool = False) -> bool:
         surely: only where no other meaning is likely, so that it may be refused.
     """
     words = [word.lower() for word in _WORD.findall(name)]
-    if not words:
+    if not words or name.startswith("--no-"):
         return False
     if not _SURE.isdisjoint(words) or any(_JOINED.fullmatch(word) for word in words):
         return True
     last, before = words[-1], words[-2] if len(words) > 1 else ""
-    if last in ("key", "token", "auth", "keys", "tokens") and before in _OWNERS:
+    if last in ("key", "token", "keys", "tokens") and before in _OWNERS:
         return True
     if surely:
         return False
@@ -186,8 +188,11 @@ def _assigned(text: str) -> Iterator[tuple[str, int, int]]:
             continue
         between = _BETWEEN.match(text, found.end())
         assert between is not None  # the name's pattern looked ahead
-        if name.lower() == "key" and ":" in between[0]:
-            continue  # the commonest word of error messages
+        if ":" in between[0] and (
+            name.lower() == "key"
+            or (name == "token" and _PROSE.search(text[max(0, found.start() - 8) : found.start()]))
+        ):
+            continue  # "the end token: every answer ..."
         whole_line = name.lower().endswith(("authorization", "cookie"))
         value = (_LINE if whole_line else _VALUE).match(text, between.end())
         if value is None or _is_harmless(name, value[0]):
@@ -199,9 +204,11 @@ def _is_harmless(name: str, value: str) -> bool:
     bare = value.removeprefix("b").strip("\\\"' \t")
     if _HARMLESS.fullmatch(bare):
         return True
+    words = [word.lower() for word in _WORD.findall(name)]
+    if words[-1] == "auth" and len(words) > 1:  # proxy_auth: a switch, or user:password
+        return ":" not in bare.rstrip(":")
     # A number may be a password; as a key or a token it is a count or a place.
-    sure = not _SURE.isdisjoint(word.lower() for word in _WORD.findall(name))
-    return not sure and _NUMBER.fullmatch(bare) is not None
+    return _SURE.isdisjoint(words) and _NUMBER.fullmatch(bare) is not None
 
 
 def _without_value(found: re.Match[str]) -> str:

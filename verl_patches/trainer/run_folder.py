@@ -11,9 +11,9 @@
     runs.txt                 a run id for every start, the ones that died included
 
 Cartridge and state, position, history and tracker appear whole or not at all, and a checkpoint is
-complete when the tracker names it: a save that is killed leaves the one before in force. veRL writes
-``data.pt`` and the tracker in place, reads the former with pickle, and takes a tracker that is gone,
-or whose folder is gone, for a run from scratch; here that is an error.
+complete when the tracker names it: a save that is killed leaves the one before in force. veRL
+writes ``data.pt`` and the tracker in place, reads the former with pickle, and takes a tracker that
+is gone, or whose folder is gone, for a run from scratch; here that is an error.
 """
 
 from __future__ import annotations
