@@ -25,6 +25,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     StoredCartridge,
     checked_snapshot,
 )
+from cartridge_distill.cartridge.formats.stored_tensors import check_stored, check_uncompressed
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
 
@@ -64,6 +65,8 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
     if missing:
         raise CartridgeFormatError(f"{path} lacks {missing}")
     parts = {ours: _tensors(data[theirs], theirs, path) for ours, theirs in names.items()}
+    for part, tensors in parts.items():
+        check_stored(tensors, part, path)
     return StoredCartridge(checked_snapshot(parts, str(path)), CartridgeMeta(base_model=None))
 
 
@@ -89,11 +92,16 @@ def _unpickle(path: Path, mapped: bool) -> Any:
     with path.open("rb") as file:
         try:
             # Files of torch before 1.6 are no zip, and cannot be mapped.
-            mapped = mapped and zipfile.is_zipfile(file)
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip:
+                check_uncompressed(file, path)
+            mapped = mapped and is_zip
             file.seek(0)
             source = str(path) if mapped else file
             with torch.serialization.safe_globals([nn.ParameterList, nn.Parameter]):
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        except CartridgeFormatError:
+            raise
         except Exception as error:  # a malformed file can fail in any way there is, OSError too
             reason = str(error).split("\n", 1)[0] or type(error).__name__
             raise CartridgeFormatError(
