@@ -33,6 +33,7 @@ from pydantic import (
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.known_hosts import KnownHosts
 
 NOTHING = "none"
 """What a variable holds to leave an optional setting empty."""
@@ -146,6 +147,7 @@ class ServerSettings(DeploySettings):
         max_inflight, max_uploads, max_request_tokens, max_cartridge_tokens: limits of the gateway.
         keep_versions, max_disk_gb: how much of the Volume cartridges may take.
         allow_remote_cartridges: cartridges of the hub and of wandb, which the server unpickles.
+        allow_hosts: names that the gateway answers to, separated by spaces; every name by default.
         proxy_auth: Modal asks for Modal-Key and Modal-Secret before a container is even started.
         min_containers: 0 scales to zero.
         max_containers: more than one needs ``allow_several_containers``.
@@ -187,6 +189,7 @@ class ServerSettings(DeploySettings):
     keep_versions: int = Field(default=4, ge=1)
     max_disk_gb: float = Field(default=20.0, gt=0)
     allow_remote_cartridges: bool = False
+    allow_hosts: Words = ()
     proxy_auth: bool = True
     min_containers: int = Field(default=0, ge=0)
     max_containers: int = Field(default=1, ge=1)
@@ -243,6 +246,7 @@ class ServerSettings(DeploySettings):
                 f"all their URLs, or set {self.variable('allow_several_containers')}=true if "
                 "nothing is uploaded"
             )
+        KnownHosts(more=self.allow_hosts)
         try:
             self.gateway(model=Path("/weights"), cartridge_dir=Path("/cartridges"))
         except ValidationError as error:

@@ -21,6 +21,9 @@ from train_plan import command, run_attempt, script_environment
 
 import modal
 from cartridge_distill.sync.versions import is_run_name
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.server_url import checked_url
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
@@ -111,6 +114,7 @@ def train(
     Returns:
         Exit code and what there is to say, for the person at the other end.
     """
+    hide_secrets_in_logs()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if settings.wandb_secret:
         overrides = ["trainer.logger=[console,file,wandb]", *overrides]
@@ -156,8 +160,10 @@ def main(
         source, patients, rows: what data is made of, see training/run_cartridge_distill.sh.
         args: Hydra overrides, "a=1 b=2".
     """
-    if not url.startswith(("https://", "http://")):
-        sys.exit(f"--url {url}: give the whole URL, beginning with https://")
+    try:
+        url = checked_url(url)
+    except ConfigError as error:
+        sys.exit(f"--url: {error}; give the whole URL, beginning with https://")
     for option, value in (("--name", name), ("--data", data)):
         if not is_run_name(value):
             sys.exit(f"{option} {value}: use letters and digits with single - or _ between them")

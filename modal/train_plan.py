@@ -16,12 +16,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.util.tracker import TRACKER, tracked_step
 
 logger = logging.getLogger(__name__)
 
-# veRL writes it last: what it names is whole.
-_TRACKER = Path("checkpoints") / "latest_checkpointed_iteration.txt"
 # What is decided here; a value from the command line would be overwritten, or break the resume.
 _DECIDED = (
     "trainer.total_training_steps",
@@ -35,18 +34,17 @@ def saved_step(run: Path) -> int:
     """Steps of the run's last whole checkpoint; 0 without one.
 
     Raises:
-        ConfigError: the file that names it holds something else.
+        ConfigError: the file that names it holds something else, or is lost.
     """
-    tracker = run / _TRACKER
-    if not tracker.is_file():
-        return 0
-    text = tracker.read_text().strip()
-    if not text.isdigit():
+    saved = run / "checkpoints"
+    try:
+        return tracked_step(saved) or 0
+    except CartridgeFormatError as error:
+        file = saved / TRACKER
+        text = file.read_bytes()[:60].decode(errors="replace") if file.is_file() else ""
         raise ConfigError(
-            f"{tracker} holds {text!r}, not a step; put the step of the newest folder "
-            "global_step_N beside it there, or take another --name"
-        )
-    return int(text)
+            f"the tracker of {run} holds {text!r}, not a step: {error}, or take another --name"
+        ) from error
 
 
 def command(script: Path, steps: int, save_every: int, overrides: Sequence[str]) -> list[str]:

@@ -26,10 +26,20 @@ import urllib.request
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
+class _Refuse(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer that is not wanted: the server on this machine is what is asked."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+_HTTP = urllib.request.build_opener(_Refuse, urllib.request.ProxyHandler({}))
+
+
 def _request(url: str, body: dict[str, object] | None, timeout: float) -> bytes:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
+    with _HTTP.open(request, timeout=timeout) as response:
         answer: bytes = response.read()
     return answer
 

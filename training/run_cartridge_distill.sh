@@ -42,6 +42,11 @@ MODEL=${MODEL:-meta-llama/Llama-3.2-3B-Instruct}
 DATA=${DATA:-$ROOT/data/longhealth}
 NAME=$(basename "$DATA" | sed 's/[^[:alnum:]]\{1,\}/-/g; s/^-//; s/-$//') # begins the version ids
 
+if [[ ${TOKASAURUS_URL:-} == *@* ]]; then # never shown, not even to the list of processes
+  echo "refused: TOKASAURUS_URL holds a user or a password; the gateway's token goes into TOKASAURUS_API_KEY" >&2
+  exit 2
+fi
+
 train=("$PYTHON" -m verl_patches.launch --model "$MODEL" --data "$DATA" --name "$NAME")
 train+=(--out "${OUT:-$ROOT/runs/$NAME}" --device "${PLATFORM:-cuda}" --wait "${WAIT:-60}")
 if [[ -n ${TOKASAURUS_URL:-} ]]; then

@@ -19,15 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cartridge_distill.report.recipe import seed_of, write_recipe
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
+from cartridge_distill.util.secrecy import clean_arguments, clean_text
+from cartridge_distill.util.tracker import tracked_step
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, overrides
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
-
-TRACKER = "latest_checkpointed_iteration.txt"  # veRL's; what it names is whole
 
 _DESCRIPTION = """\
 Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version
@@ -99,6 +100,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
+    hide_secrets_in_logs()
     try:
         run, own = parse(typed)
         if own.show_config:
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if own.dry_run:
             return dry_run(run)
         checks.check_here(run)
+        check_saved(run)
     except KeyboardInterrupt:
         return 130
     except CartridgeDistillError as error:
@@ -122,22 +125,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nstopped; every process of the run was ended. {how_to_go_on(run)}")
         return 130
     except TrainingFailed as error:
+        said = clean_text(str(error))  # the end of the log, too
         print(
-            f"\n{error}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
+            f"\n{said}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
             file=sys.stderr,
         )
         return error.status
+    except CartridgeDistillError as error:
+        print(f"\nthe run ended, but {error}", file=sys.stderr)
+        return 1
     print_next(run, cartridge)
     return 0
 
 
 def dry_run(run: Run) -> int:
-    """Prints what a shell needs to start the run; the command is the last line."""
+    """Prints what a shell needs to start the run; the command is the last line.
+
+    What looks like a credential is not printed: put it back before you use the line.
+    """
     for path in checks.missing_data(run):
         print(f"not there yet: {path}", file=sys.stderr)
     for name, value in environment(run).items():
         print(f"export {name}={shlex.quote(value)}")
-    print(shlex.join(command(run)))
+    print(shlex.join(clean_arguments(command(run))))
     return 0
 
 
@@ -145,7 +155,9 @@ def show_config(run: Run) -> int:
     """Prints all of veRL's settings as the run has them; returns the exit status."""
     checks.check_verl()
     asked, settings = [*command(run), "--cfg", "job"], {**os.environ, **environment(run)}
-    return subprocess.run(asked, env=settings, check=False).returncode
+    done = subprocess.run(asked, env=settings, check=False, stdout=subprocess.PIPE, text=True)
+    print(clean_text(done.stdout), end="", flush=True)
+    return done.returncode
 
 
 def record(run: Run, arguments: Sequence[str]) -> None:
@@ -189,15 +201,30 @@ def checkpoints(run: Run) -> Path:
 
 
 def saved_step(run: Run) -> int:
-    """The last step that was saved whole; 0 for none."""
-    tracker = checkpoints(run) / TRACKER
-    text = tracker.read_text().strip() if tracker.is_file() else "0"
-    return int(text) if text.isdecimal() else 0
+    """The last step that was saved whole; 0 for none.
+
+    Raises:
+        CartridgeFormatError: what tells it is damaged, or lost.
+    """
+    return tracked_step(checkpoints(run)) or 0
+
+
+def check_saved(run: Run) -> None:
+    """Is it known where an earlier start of the run stood? The trainer asks again.
+
+    Raises:
+        CartridgeFormatError: it is not, and checkpoints are there.
+    """
+    if "trainer.resume_mode=resume_path" not in run.overrides:
+        saved_step(run)
 
 
 def how_to_go_on(run: Run) -> str:
     """What the same command does after this run ended."""
-    step = saved_step(run)
+    try:
+        step = saved_step(run)
+    except CartridgeDistillError as error:
+        return str(error)
     if step == 0:
         return "no step was saved. The same command starts from the beginning."
     return (

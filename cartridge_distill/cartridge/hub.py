@@ -7,7 +7,8 @@ is: this one, ``PeftModel.from_pretrained(base, "owner/name")``, and a Tokasauru
 What comes from the Hub is only ever read with the readers of
 :mod:`cartridge_distill.cartridge.formats`, and only the files of one format are fetched. The token
 is the one huggingface_hub finds by itself (``HF_TOKEN``, or ``hf auth login``); it does not pass
-through here.
+through here. A redirect to another server never gets it, and what is sent is never sent on to
+another server; files that the Hub keeps elsewhere are fetched from there, without the token.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
 from cartridge_distill.cartridge.formats import native, peft, tokasaurus
 from cartridge_distill.cartridge.formats.detect import (
@@ -189,13 +191,32 @@ def _download(repo: str, revision: str | None) -> Path:
 
 @contextmanager
 def _hub_errors(what: str, repo: str) -> Iterator[None]:
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {**hooks, "response": [*hooks["response"], _keep_what_is_sent]}
     try:
         yield
     except (HubError, CartridgeFormatError):
         raise
     except (httpx.HTTPError, OSError, ValueError) as error:
-        # The Hub's own messages name the fix (log in, ask for access); they hold no token.
+        # The Hub's own messages name the fix (log in, ask for access).
         raise HubError(f"cannot {what} {repo}: {error}") from error
+    finally:
+        session.event_hooks = hooks
+
+
+def _keep_what_is_sent(answer: httpx.Response) -> None:
+    """A request with a body goes to the server that was asked, and nowhere else."""
+    if answer.request.method in ("GET", "HEAD") or not answer.has_redirect_location:
+        return
+    here = answer.request.url
+    there = here.join(answer.headers["Location"])
+    if (there.scheme, there.host, there.port) != (here.scheme, here.host, here.port):
+        raise HubError(
+            f"{here.host} answered {answer.request.method} with a redirect (HTTP "
+            f"{answer.status_code}) to {there.scheme}://{there.host}, another host, port or "
+            "scheme; what is pushed is not sent there. Is HF_ENDPOINT right?"
+        )
 
 
 def _chosen(formats: Sequence[Format] | None, stored: StoredCartridge) -> tuple[Format, ...]:
@@ -229,13 +250,15 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _portable(stored: StoredCartridge) -> StoredCartridge:
-    """Without the settings that are paths of this machine: they are of no use elsewhere."""
+    """Without the settings that are paths of this machine, which are of no use elsewhere, and
+    without credentials, whoever wrote them there."""
+    clean = stored.meta.cleaned()
     recipe = {
         name: value
-        for name, value in stored.meta.recipe.items()
+        for name, value in clean.recipe.items()
         if not (isinstance(value, str) and _is_folder(value))
     }
-    return replace(stored, meta=replace(stored.meta, recipe=recipe))
+    return replace(stored, meta=replace(clean, recipe=recipe))
 
 
 def _is_folder(name: str) -> bool:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.extras import require
+from cartridge_distill.util.secrecy import clean_text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +72,7 @@ def _in_words(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (CartridgeDistillError, OSError) as error:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            typer.echo(clean_text(f"{type(error).__name__}: {error}"), err=True)
             raise typer.Exit(1) from None
 
     return run
@@ -123,7 +124,7 @@ def doctor(
     subject = Subject(url, model, cartridge, data, row_tokens, tokens, document_tokens)
     bad = 0
     for finding in examine(subject):
-        typer.echo(str(finding))
+        typer.echo(clean_text(str(finding)))
         bad += finding.good is False
     if bad:
         typer.echo(f"{bad} bad")
@@ -357,6 +358,12 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="All sampling follows from it.")] = 0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A further name of this server, as clients write it; * for every name. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model: to training, which uploads its versions; or cartridges behind OpenAI's API.
 
@@ -373,7 +380,15 @@ def serve(
     from cartridge_distill.cli.serve import ServeOptions, run, run_rollout_server
 
     options = ServeOptions(
-        model, tuple(cartridge or ()), host, port, device, dtype.value, threads, seed
+        model,
+        tuple(cartridge or ()),
+        host,
+        port,
+        device,
+        dtype.value,
+        threads,
+        seed,
+        tuple(allow_host or ()),
     )
     if cartridge:
         if context.args:

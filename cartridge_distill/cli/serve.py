@@ -16,18 +16,20 @@ from pathlib import Path
 
 import typer
 
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
 from cartridge_distill.util.next_command import next_command, say_next
 from cartridge_distill.util.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 CHAT_PORT, ROLLOUT_PORT = 8000, 10210
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """As the command line gives them; ``cartridges`` are NAME=SOURCE."""
+    """As the command line gives them; ``cartridges`` are NAME=SOURCE, ``allow_host`` further names
+    of the server."""
 
     model: str
     cartridges: tuple[str, ...]
@@ -37,6 +39,7 @@ class ServeOptions:
     dtype: str
     threads: int | None
     seed: int
+    allow_host: tuple[str, ...] = ()
 
 
 def named(cartridges: tuple[str, ...], model: str) -> dict[str, str]:
@@ -66,12 +69,14 @@ def run(options: ServeOptions) -> None:
         CartridgeFormatError: a cartridge that cannot be read, or is for another model.
     """
     sources = named(options.cartridges, options.model)
-    if options.host not in _LOOPBACK:
+    hosts = KnownHosts(options.host, options.allow_host)
+    if options.host not in LOOPBACK:
         typer.echo(
             f"--host {options.host}: whoever reaches this address can use it; there is no token "
             "here (the gateway has one)",
             err=True,
         )
+    hide_secrets_in_logs()
     os.environ.update(spinning(os.environ))  # before torch is imported
     import torch
     import uvicorn
@@ -107,7 +112,7 @@ def run(options: ServeOptions) -> None:
         typer.echo(f"serving {', '.join(sources) or options.model} on {shown} (Ctrl-C ends it)")
         say_next(_curl(shown, next(iter(sources), options.model)))
         uvicorn.run(
-            create_openai_app(service, ids),
+            create_openai_app(service, ids, hosts),
             host=options.host,
             port=port,
             log_level="warning",
@@ -137,7 +142,9 @@ def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
 
     port = ROLLOUT_PORT if options.port is None else options.port
     arguments = ["--model", options.model, "--host", options.host, "--port", str(port), *more]
-    if options.host in _LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
+    for name in options.allow_host:
+        arguments += ["--allow-host", name]
+    if options.host in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
         arguments.append("--no-token")
     server = ["--device", options.device, "--dtype", options.dtype, "--seed", str(options.seed)]

@@ -31,6 +31,7 @@ import logging
 import sys
 from pathlib import Path
 
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, say_next
 
@@ -149,6 +150,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
 def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """Runs the command; returns its exit status."""
     options = parse(arguments, program)
+    hide_secrets_in_logs()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # "waiting for the server ..."
     try:
         from cartridge_distill.data.prepare import run

@@ -119,6 +119,18 @@ def answer_seed(seed: int | None, row: int, epoch: int, choice: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def rollout_seed(seed: int | None, row: int, epoch: int, choice: int) -> int:
+    """The seed of one rollout of the student, below 2**31: asked again, it draws the same tokens.
+
+    The version that writes it is the server's to count in.
+
+    Args:
+        seed, row, epoch, choice: as for :func:`answer_seed`, whose numbers are others.
+    """
+    digest = hashlib.sha256(f"student/{seed}/{row}/{epoch}/{choice}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
 @dataclass(frozen=True)
 class TokenCounts:
     """Response tokens a stage took: what runs are compared at.

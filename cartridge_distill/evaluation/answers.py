@@ -100,7 +100,7 @@ READINGS: dict[str, Reading] = {NAMED: chosen_option, CLOSEST: closest_option}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. ``seed`` is the embedded engine's; a server has its own."""
+    """How answers are drawn: from ``seed`` and the prompt. Tokasaurus draws as it likes."""
 
     temperature: float = TEMPERATURE
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -110,6 +110,11 @@ class Sampling:
         """The random numbers of a prompt: the same in every condition, whatever else runs."""
         digest = hashlib.sha256(repr((self.seed, list(prompt))).encode()).digest()
         return random.Random(int.from_bytes(digest[:16], "big"))
+
+    def request_seed(self, prompt: Sequence[int]) -> int:
+        """The seed of one request to a server, below 2**31: asked again, it draws the same."""
+        digest = hashlib.sha256(repr(("request", self.seed, list(prompt))).encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Answerer(Protocol):
@@ -169,7 +174,7 @@ class LocalAnswerer:
 
 
 class ServerAnswerer:
-    """A running server, which samples with its own seed.
+    """A running server.
 
     What the model has read goes as token ids before the prompt; the trained cartridge, which has
     none, by the id it is served under.
@@ -219,7 +224,11 @@ class ServerAnswerer:
 
             async def one(prompt: list[int]) -> list[int]:
                 [completion] = await client.complete(
-                    prompt, sampling.max_new_tokens, sampling.temperature, cartridges
+                    prompt,
+                    sampling.max_new_tokens,
+                    sampling.temperature,
+                    cartridges,
+                    seed=sampling.request_seed(prompt),
                 )
                 if self._heard is not None:
                     self._heard(len(completion.token_ids))

@@ -18,8 +18,10 @@ from cartridge_distill.gateway.settings import (
     GatewaySettings,
     token_from_environment,
 )
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_connections import uvicorn_options
+from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
@@ -75,6 +77,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             options["metavar"] = name.rsplit("_", 1)[-1].upper()
         parser.add_argument(flag, required=field.is_required(), **options)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name of this gateway, as clients write it; others are refused. Repeatable; "
+        "* allows every name (default: the loopback; every name where --host is another address, "
+        "for the token is needed there)",
+    )
     parser.add_argument("--port", type=int, default=10210, help="(default: %(default)s)")
     parser.add_argument(
         "--no-token", action="store_true", help="let everybody in; on the loopback only"
@@ -90,7 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     given = vars(parse(sys.argv[1:] if arguments is None else arguments))
     host, port = given.pop("host"), given.pop("port")
+    allowed = given.pop("allow_host")
     no_token, level = given.pop("no_token"), given.pop("log_level")
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -103,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "server and change its cartridges; listen on 127.0.0.1, or set a token"
             )
         token = None if no_token else token_from_environment()
+        checked = no_token or allowed or _is_loopback(host)
+        hosts = KnownHosts(host, allowed) if checked else None
         listener = _listen(host, port)
 
         # After what can be refused at once: this import takes seconds.
@@ -112,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed.append(reason)
             end_this_process(reason)
 
-        app = create_app(settings, token, fatal)
+        app = create_app(settings, token, fatal, hosts)
     except ValidationError as error:
         for problem in error.errors():
             name = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
@@ -153,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("127.0.0.1", "::1", "localhost")
+    return host in LOOPBACK
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -38,7 +38,7 @@ from cartridge_distill.gateway.lock import DirectoryLock
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
-from cartridge_distill.gateway.process import ServerDown, ServerProcess
+from cartridge_distill.gateway.process import ServerDown, ServerProcess, refuse_redirect
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import Conflict, NoRoom, Unknown, VersionInfo, VersionStore
 from cartridge_distill.gateway.uploads import Busy, Uploads
@@ -51,6 +51,7 @@ from cartridge_distill.rollout.protocol import (
 from cartridge_distill.util.disk import DiskFull
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.http_errors import add_refusals, protect, shortened
+from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,15 @@ def create_app(
     settings: GatewaySettings,
     token: str | None,
     fatal: Callable[[str], None] = end_this_process,
+    hosts: KnownHosts | None = None,
 ) -> FastAPI:
     """The app; the server process starts and stops with it.
 
     Args:
         token: clients must send it, see :func:`~.settings.token_from_environment`; None for a
             gateway that only the loopback reaches.
+        hosts: names of the gateway; other requests are refused. By default the loopback's without
+            a token, and every name with one: a page that makes a browser ask has no token.
 
     Raises:
         ConfigError: the model has no readable configuration, or another gateway has the cartridge
@@ -161,7 +165,10 @@ def create_app(
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway
     protect(app, settings.idle_s, gateway.body_limit)
-    app.add_middleware(Guard, token=token, metrics=gateway.metrics)  # the last one is outermost
+    app.add_middleware(Guard, token=token, metrics=gateway.metrics)
+    # The last one is outermost.
+    if hosts is not None or token is None:
+        app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     add_refusals(app)
     _add_errors(app)
 
@@ -233,7 +240,10 @@ def create_app(
 async def _get(gateway: Gateway, path: str) -> dict[str, Any]:
     await gateway.process.wait_up(gateway.settings.hold_s)
     try:
-        async with gateway.process.session.get(gateway.process.url + path) as response:
+        async with gateway.process.session.get(
+            gateway.process.url + path, allow_redirects=False
+        ) as response:
+            refuse_redirect(response)
             answer: dict[str, Any] = await response.json()
             return answer
     except aiohttp.ClientError as error:

@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.pages import PageBudget
-from cartridge_distill.gateway.process import ServerDown, ServerProcess
+from cartridge_distill.gateway.process import ServerDown, ServerProcess, refuse_redirect
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.gateway.uploads import Busy
@@ -128,6 +128,7 @@ class Completions:
         stack.enter_context(self._process.serving())
         try:
             upstream = await stack.enter_async_context(self._process.post(http.url.path, body))
+            refuse_redirect(upstream)
             self._process.heard()
             media_type = upstream.headers.get("Content-Type")
             if upstream.content_length is None:

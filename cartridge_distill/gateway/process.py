@@ -40,6 +40,20 @@ class ServerDown(Exception):
     """The server process does not answer now; it is being started. Becomes HTTP 503."""
 
 
+def refuse_redirect(response: aiohttp.ClientResponse) -> None:
+    """The server process is asked, and nobody that it names.
+
+    Raises:
+        ServerDown: it answered with a redirect.
+    """
+    if 300 <= response.status < 400:
+        response.close()
+        raise ServerDown(
+            f"the server process answered with a redirect (HTTP {response.status}), which is not "
+            "followed: what listens on its port is no inference server"
+        )
+
+
 class ServerProcess:
     """One server process at a time, under one loopback URL.
 
@@ -190,13 +204,19 @@ class ServerProcess:
         reused: list[bool] = []
         try:
             response = await self.session.post(
-                self.url + path, data=body, headers=headers, trace_request_ctx=reused
+                self.url + path,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                trace_request_ctx=reused,
             )
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
             if not reused:
                 raise
             logger.info("a kept connection to the server was closed; asking once more on a new one")
-            response = await self._once.post(self.url + path, data=body, headers=headers)
+            response = await self._once.post(
+                self.url + path, data=body, headers=headers, allow_redirects=False
+            )
         async with response:
             yield response
 
@@ -257,7 +277,9 @@ class ServerProcess:
         while not ended.done():
             try:
                 async with self.session.get(
-                    self.url + "/ping", timeout=aiohttp.ClientTimeout(total=5)
+                    self.url + "/ping",
+                    timeout=aiohttp.ClientTimeout(total=5),
+                    allow_redirects=False,
                 ) as response:
                     if response.status == 200:
                         return True

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
-from cartridge_distill.gateway.process import ServerDown, ServerProcess
+from cartridge_distill.gateway.process import ServerDown, ServerProcess, refuse_redirect
 from cartridge_distill.gateway.receiving import receive
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import VersionInfo, VersionStore
@@ -187,6 +187,7 @@ class Uploads:
             try:
                 with self._process.serving():
                     async with self._process.post(_COMPLETIONS, body) as response:
+                        refuse_redirect(response)
                         answer = await response.text()
             except aiohttp.ClientError as error:
                 logger.warning("attempt %d to load %s: %r", attempt, info.id, error)

@@ -1,35 +1,39 @@
 """``recipe.json``: what repeats a run, written into its folder when it starts.
 
-The command, its overrides, the seed, the versions, the commit. Never a secret: environment
-variables, options and overrides that are called like one are left out, URLs lose user, password and
-query.
+The command, its overrides, the seed, the versions, the commit. Never a secret: what is written, and
+what is read to be shown, passes the filter of :mod:`cartridge_distill.util.secrecy`. Environment
+variables that are called like a credential are left out.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
+from cartridge_distill.util.secrecy import HIDDEN, clean_arguments, clean_settings, is_secret
+
+__all__ = [
+    "HIDDEN",
+    "RECIPE_FILE",
+    "Commit",
+    "Recipe",
+    "commit",
+    "seed_of",
+    "versions",
+    "without_secrets",
+    "write_recipe",
+]
+
+without_secrets = clean_arguments
 RECIPE_FILE = "recipe.json"
-HIDDEN = "(not recorded)"
 _PACKAGES = ("cartridge-distill", "torch", "transformers", "verl", "ray")
-# TOKENS is a setting of the run script; TOKASAURUS_API_KEY, HF_TOKEN, MODAL_PROXY_SECRET are not.
-_SECRET_VARIABLE = re.compile(r"KEY|TOKEN(?!S\b)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# In settings, data.prompt_key and num_tokens are common words: only what is surely a secret.
-_SECRET_SETTING = re.compile(
-    r"(?:^|[._+-])(?:token|secret|secrets|password|passwd|credentials?)$"
-    r"|(?:api|access|private|proxy|secret|auth)[._-]?(?:key|token)$",
-    re.IGNORECASE,
-)
-_USER_IN_URL = re.compile(r"(?<=://)[^/\s\"']*@")
-_QUERY_OF_URL = re.compile(r"(://[^\s\"'?#]*)[?#][^\s\"'\]]*")
 
 
 class Commit(BaseModel):
@@ -52,6 +56,16 @@ class Recipe(BaseModel):
     versions: dict[str, str] = {}
     git: Commit | None = None
     started: str | None = None
+
+    @field_validator("command", "overrides")
+    @classmethod
+    def _cleaned_arguments(cls, value: list[str]) -> list[str]:
+        return clean_arguments(value)
+
+    @field_validator("name", "folder", "model", "environment")
+    @classmethod
+    def _cleaned(cls, value: Any) -> Any:
+        return clean_settings(value)
 
     def identity(self) -> tuple[str, ...]:
         """Equal for runs that differ by seed, folder and server alone."""
@@ -88,14 +102,14 @@ def write_recipe(
     recipe = Recipe(
         name=name or folder.name,
         folder=str(folder),
-        command=without_secrets(command),
-        overrides=without_secrets(overrides),
+        command=list(command),
+        overrides=list(overrides),
         seed=seed,
         model=model,
         environment={
-            variable: _bare_urls(value)
+            variable: value
             for variable, value in (environment or {}).items()
-            if not _SECRET_VARIABLE.search(variable)
+            if not is_secret(variable)
         },
         versions=versions(),
         git=commit(),
@@ -105,27 +119,6 @@ def write_recipe(
     path = folder / RECIPE_FILE
     path.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Arguments as they may be shown: ``--api-key X``, ``a.token=X`` and URLs' users hidden."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        secret = bool(_SECRET_SETTING.search(name)) and "://" not in name
-        if hide_next and not argument.startswith("-"):
-            shown.append(HIDDEN)
-        elif secret and equals:
-            shown.append(f"{name}={HIDDEN}")
-        else:
-            shown.append(_bare_urls(argument))
-        hide_next = secret and not equals and argument.startswith("-")
-    return shown
-
-
-def _bare_urls(text: str) -> str:
-    return _QUERY_OF_URL.sub(r"\1", _USER_IN_URL.sub("", text))
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Client of a Tokasaurus server: many requests in flight, checked answers.
 
-``http`` has the patience. What it does not retry fails at once with the server's own words: a
-prompt over the limit, a missing cartridge, and answers whose tokens or log-probs are malformed or
-not finite. Nothing is replaced by a default: a caller gets tokens with log-probs, or an error.
+``http`` has the patience. An answer of which tokens or log-probs are missing is asked for again.
+What is not retried fails at once with the server's own words: a prompt over the limit, a missing
+cartridge, and answers whose tokens or log-probs are malformed or not finite. Nothing is replaced by
+a default: a caller gets tokens with log-probs, or an error.
 
 A server that starts cold (minutes, on a rented GPU) is waited for with
 :meth:`TokasaurusClient.wait_until_ready`.
@@ -15,12 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from types import TracebackType
 
 from pydantic import ValidationError
 
-from cartridge_distill.rollout.fingerprint import Completion, decode_fingerprint
+from cartridge_distill.rollout.answers import first_problem, read_answer
+from cartridge_distill.rollout.fingerprint import AnswerCutShort, Completion
 from cartridge_distill.rollout.http import (
     BROKEN,
     CREDENTIALS,
@@ -33,7 +35,6 @@ from cartridge_distill.rollout.http import (
 from cartridge_distill.rollout.protocol import (
     CartridgeCompletionRequest,
     CartridgeRef,
-    CompletionResponse,
     ModelList,
 )
 from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
@@ -55,6 +56,8 @@ class TokasaurusClient:
         url: base URL of the server, without a path.
         settings: timeouts and attempts.
         vocab_size: when given, sampled ids must be below it.
+        end_ids: when given, an answer that ended with "stop" must end with one of them. All ids
+            belong here with which the server may end an answer.
 
     Raises:
         RolloutError: a URL that is none.
@@ -65,10 +68,11 @@ class TokasaurusClient:
         url: str,
         settings: ClientSettings | None = None,
         vocab_size: int | None = None,
+        end_ids: Set[int] | None = None,
     ) -> None:
         self._http = RetryingHttp(url, settings)
         self.url, self.settings = self._http.url, self._http.settings
-        self._vocab_size = vocab_size
+        self._vocab_size, self._end_ids = vocab_size, end_ids
 
     async def __aenter__(self) -> TokasaurusClient:
         return self
@@ -158,7 +162,7 @@ class TokasaurusClient:
         try:
             return [card.id for card in ModelList.model_validate(body).data]
         except ValidationError as error:
-            raise RolloutError(f"{self.url}/v1/models: {_first_problem(error)}") from error
+            raise RolloutError(f"{self.url}/v1/models: {first_problem(error)}") from error
 
     async def check_takes_uploads(self) -> None:
         """Is there a gateway, which takes new cartridge versions over HTTP?
@@ -194,10 +198,12 @@ class TokasaurusClient:
             temperature: 0 is greedy.
             cartridges: joined by the server in alphabetical order of id.
             n: continuations.
-            seed: makes the embedded server repeat itself; the real one ignores it.
+            seed: makes the embedded server repeat itself, also when the request comes again after
+                an answer that was lost; the real one ignores it.
 
         Returns:
-            n completions, checked: as many log-probs as tokens, all finite, ids in the vocabulary.
+            n completions, checked: as many log-probs as tokens, all finite, ids in the vocabulary,
+            and as many tokens as the finish reason says.
 
         Raises:
             ServerUnreachable: no connection after all attempts.
@@ -215,30 +221,19 @@ class TokasaurusClient:
         if seed is not None:
             request.seed = seed  # set only when given: unset fields are not sent
         path = "/custom/cartridge/completions"
-        body = await self._http.json("POST", path, request.model_dump(exclude_unset=True))
-        try:
-            answer = CompletionResponse.model_validate(body)
-        except ValidationError as error:
-            raise RolloutError(f"{self.url}{path}: {_first_problem(error)}") from error
-        if len(answer.choices) != n:
-            raise RolloutError(f"{self.url}{path}: {len(answer.choices)} choices, asked for {n}")
-        reasons = [choice.finish_reason for choice in answer.choices]
-        completions = decode_fingerprint(answer.system_fingerprint, reasons, self._vocab_size)
-        for number, completion in enumerate(completions):
-            if len(completion.token_ids) > max_tokens:
-                raise RolloutError(
-                    f"choice {number} has {len(completion.token_ids)} tokens, asked for at most "
-                    f"{max_tokens}"
-                )
-            if completion.finish_reason not in ("stop", "length"):
-                raise RolloutError(
-                    f"choice {number} ended with finish_reason {completion.finish_reason!r}, "
-                    "not 'stop' or 'length'"
-                )
-        return completions
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"the answer does not follow the protocol: {where}: {problem['msg']}"
+        body = request.model_dump(exclude_unset=True)
+        attempt = 0
+        while True:
+            attempt += 1
+            answer = await self._http.json("POST", path, body)
+            try:
+                return read_answer(answer, n, max_tokens, self._vocab_size, self._end_ids)
+            except AnswerCutShort as error:
+                if attempt == self.settings.max_attempts:
+                    raise RolloutError(
+                        f"POST {self.url}{path} failed {attempt} times; the last time: {error}. "
+                        "Look into the server's log"
+                    ) from error
+                await self._http.pause(attempt, error)
+            except RolloutError as error:
+                raise RolloutError(f"POST {self.url}{path}: {error}") from error

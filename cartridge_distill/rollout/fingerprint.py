@@ -30,6 +30,12 @@ from cartridge_distill.util.errors import RolloutError
 
 # A probability computed in float32 can come out a rounding above 1; more than this is not rounding.
 MAX_LOGPROB = 1e-4
+_MOST_TOKENS = 2**31  # of any vocabulary
+
+
+class AnswerCutShort(RolloutError):
+    """An answer whose parts do not agree: something of it was lost on the way; asking again may
+    help."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,9 @@ def unpack_floats(packed: Any, what: str) -> npt.NDArray[np.float32]:
     except (binascii.Error, ValueError) as error:
         raise RolloutError(f"{what} is not base64: {error}; it begins {packed[:40]!r}") from error
     if len(raw) % 4:
-        raise RolloutError(f"{what} holds {len(raw)} bytes, not a multiple of 4: it was cut short")
+        raise AnswerCutShort(
+            f"{what} holds {len(raw)} bytes, not a multiple of 4: it was cut short"
+        )
     return np.frombuffer(raw, dtype="<f4")
 
 
@@ -111,7 +119,7 @@ def decode_fingerprint(
         )
     try:
         content = json.loads(fingerprint)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RolloutError(
             f"system_fingerprint is not JSON ({error}); it begins {fingerprint[:60]!r}"
         ) from error
@@ -148,8 +156,8 @@ def _checked_ids(ids: Any, number: int, vocab_size: int | None) -> list[int]:
         raise RolloutError(f"choice {number}: completion_ids is {ids!r:.60}, not a filled list")
     for place, token in enumerate(ids):
         # bool is an int in Python; a JSON true is not a token.
-        if type(token) is not int or token < 0:
-            raise RolloutError(f"choice {number}, token {place}: {token!r} is not a token id")
+        if type(token) is not int or not 0 <= token < _MOST_TOKENS:
+            raise RolloutError(f"choice {number}, token {place}: {token!r:.40} is not a token id")
         if vocab_size is not None and token >= vocab_size:
             raise RolloutError(
                 f"choice {number}, token {place}: id {token} is outside the vocabulary of "
@@ -161,7 +169,7 @@ def _checked_ids(ids: Any, number: int, vocab_size: int | None) -> list[int]:
 def _checked_logprobs(packed: Any, number: int, length: int) -> list[float]:
     values = unpack_floats(packed, f"choice {number}: packed_chosen_logprobs")
     if len(values) != length:
-        raise RolloutError(
+        raise AnswerCutShort(
             f"choice {number}: {len(values)} log-probs for {length} tokens; they must be as many"
         )
     bad = np.flatnonzero(~np.isfinite(values) | (values > MAX_LOGPROB))

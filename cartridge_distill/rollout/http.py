@@ -6,29 +6,36 @@ timeouts, HTTP 408, 425, 429 and 5xx, and answers that are cut short or are not 
 own words.
 
 Credentials come from the environment and are never logged: ``TOKASAURUS_API_KEY`` (bearer token),
-``MODAL_PROXY_KEY`` and ``MODAL_PROXY_SECRET`` (Modal's proxy authentication).
+``MODAL_PROXY_KEY`` and ``MODAL_PROXY_SECRET`` (Modal's proxy authentication). A URL that holds a
+user or a password is refused. A redirect is followed only where it cannot carry them elsewhere, see
+:mod:`cartridge_distill.rollout.redirects`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
-import functools
 import json
 import logging
 import os
-import ssl
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import httpx
 import tenacity
+from yarl import URL
 
-from cartridge_distill.util.errors import RolloutError, ServerRefused, ServerUnreachable
+from cartridge_distill.rollout.connections import proxy_for, tls
+from cartridge_distill.rollout.redirects import MAX_REDIRECTS, Target, next_target
+from cartridge_distill.util.errors import (
+    RolloutError,
+    ServerRefused,
+    ServerUnreachable,
+)
+from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.server_url import checked_url
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +54,18 @@ _FINAL_STATUS = frozenset({501, 505, 507})
 # A server that asks for more patience than this is not worth a training step's time.
 _LONGEST_RETRY_AFTER = 60.0
 _IDLE_SECONDS = 60.0  # for which an unused connection is kept
-_MAX_REDIRECTS = 50
+# Far more than any answer here: 64 choices of 16,384 tokens are 15 MB.
+_LARGEST_ANSWER = 2**28
+# Cut off, no text, a number of more digits than Python reads, or nested without end.
+_NO_JSON = (ValueError, RecursionError)
 
-BROKEN = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
-"""No reply, or only a part of one."""
+BROKEN = (
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientResponseError,
+    TimeoutError,
+)
+"""No reply, only a part of one, or one that is not HTTP."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,15 @@ def auth_headers(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Headers from the environment.
 
     Raises:
-        RolloutError: one half of Modal's pair is missing.
+        RolloutError: one half of Modal's pair is missing, or a value cannot be sent.
     """
+    for name in CREDENTIAL_VARIABLES:
+        value = environment.get(name, "")
+        if not (value.isascii() and value.isprintable()) or " " in value:
+            raise RolloutError(
+                f"{name} holds a blank, a line end or a character that no HTTP header may have; "
+                "set it anew, without what stands around it"
+            )
     headers = {}
     if key := environment.get("TOKASAURUS_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -138,9 +160,11 @@ class RetryingHttp:
     """
 
     def __init__(self, url: str, settings: ClientSettings | None = None) -> None:
-        self.url = url.rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise RolloutError(f"server URL {url!r} must begin with http:// or https://")
+        try:
+            self.url = checked_url(url)
+            URL(self.url)  # which aiohttp reads it with
+        except ValueError as error:  # a ConfigError is one
+            raise RolloutError(str(error)) from None
         self.settings = settings or ClientSettings()
         self._headers = auth_headers()
         self._proxy = proxy_for(self.url)
@@ -153,7 +177,7 @@ class RetryingHttp:
                 connector=aiohttp.TCPConnector(
                     limit=self.settings.max_connections,
                     keepalive_timeout=_IDLE_SECONDS,
-                    ssl=_tls() if self.url.startswith("https://") else True,
+                    ssl=tls() if self.url.startswith("https://") else True,
                 ),
                 headers=self._headers,
             )
@@ -174,7 +198,7 @@ class RetryingHttp:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Reply:
-        """One attempt, redirects followed; any status is a reply.
+        """One attempt; any status is a reply, also a redirect that leads nowhere.
 
         Args:
             body: sent as JSON.
@@ -184,7 +208,7 @@ class RetryingHttp:
 
         Raises:
             One of :data:`BROKEN`: there was no reply, or only a part of one.
-            RolloutError: too many redirects.
+            RolloutError: a redirect that is not followed, too many of them, or a reply without end.
         """
         if timeout_s is None:
             # Waiting for a free connection is not the server's fault: that has no limit.
@@ -193,24 +217,38 @@ class RetryingHttp:
             )
         else:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
-        try:
+        target = Target(method, self.url + path, with_body=body is not None or content is not None)
+        for _ in range(MAX_REDIRECTS + 1):
+            sent = {"json": body, "data": None if content is None else _Anew(content)}
             async with self._open().request(
-                method,
-                self.url + path,
-                json=body,
-                data=None if content is None else _Anew(content),
-                headers=headers,
+                target.method,
+                URL(target.url, encoded=target.is_encoded),
+                **(sent if target.with_body else {}),  # type: ignore[arg-type]
+                headers=headers if target.with_body or target.method == method else None,
                 timeout=timeout,
                 proxy=self._proxy,
-                # Modal answers 303 when a request takes long; the result is fetched from there.
-                max_redirects=_MAX_REDIRECTS,
+                allow_redirects=False,  # aiohttp would take the credentials along
             ) as response:
-                return Reply(response.status, response.headers, await response.read())
-        except aiohttp.TooManyRedirects as error:
-            raise RolloutError(
-                f"{method} {self.url}{path}: more than {_MAX_REDIRECTS} redirects; "
-                "is the URL right?"
-            ) from error
+                onward = next_target(target, response.status, response.headers.get("Location"))
+                if onward is None:
+                    answer = await self._whole(response, f"{method} {self.url}{path}")
+                    return Reply(response.status, response.headers, answer)
+            target = onward
+        raise RolloutError(
+            f"{method} {self.url}{path}: more than {MAX_REDIRECTS} redirects; is the URL right?"
+        )
+
+    async def _whole(self, response: aiohttp.ClientResponse, asked: str) -> bytes:
+        """The body, which must have an end."""
+        came = bytearray()
+        async for chunk in response.content.iter_any():
+            came += chunk
+            if len(came) > _LARGEST_ANSWER:
+                raise RolloutError(
+                    f"{asked}: the answer is over {_LARGEST_ANSWER} bytes, more than any answer of "
+                    "this protocol; is the URL right?"
+                )
+        return bytes(came)
 
     async def json(
         self,
@@ -270,11 +308,24 @@ class RetryingHttp:
             )
         try:
             return json.loads(reply.body)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except _NO_JSON as error:
             text = reply.text
             raise _Passing(
                 f"the answer is not JSON ({error}): {len(text)} characters, ending {text[-40:]!r}"
             ) from error
+
+    async def pause(self, attempt: int, error: Exception) -> None:
+        """Between two attempts of a caller who cannot use an answer: a word, and the usual wait.
+
+        Args:
+            attempt: the number of the one that failed.
+        """
+        state = tenacity.RetryCallState(tenacity.AsyncRetrying(), None, (), {})
+        state.attempt_number = attempt
+        state.set_exception((type(error), error, error.__traceback__))
+        state.upcoming_sleep = self._wait(state)
+        self._note(state)
+        await asyncio.sleep(state.upcoming_sleep)
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         settings = self.settings
@@ -296,42 +347,23 @@ class RetryingHttp:
         )
 
 
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    """One for all connections: reading the list of authorities takes some 20 ms.
-
-    httpx's, which brings the list along: not every container has one of its own.
-    """
-    return httpx.create_ssl_context()
-
-
-def proxy_for(url: str) -> str | None:
-    """The proxy that the environment (``HTTPS_PROXY``, ``NO_PROXY``, ...) names for a URL.
-
-    aiohttp would look itself, and take credentials from ``~/.netrc`` as well.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if urllib.request.proxy_bypass(parts.hostname or ""):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
-
-
 def describe(error: BaseException | None) -> str:
-    """An error in words; some have no message."""
+    """An error in words, without credentials; some have no message."""
     if isinstance(error, _Passing):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return clean_text(str(error))
+    name = type(error).__name__
+    return clean_text(f"{name}: {error}") if str(error) else name
 
 
 def detail(reply: Reply) -> str:
     """The server's own words: FastAPI's ``detail``, or the beginning of the body."""
     try:
         body = json.loads(reply.body)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except _NO_JSON:
         return reply.text[:300] or "no text"
     words = body.get("detail", body) if isinstance(body, dict) else body
-    return str(words)[:600]
+    # A lone surrogate of the server's could not be printed.
+    return str(words)[:600].encode(errors="replace").decode()
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -344,7 +376,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, TypeError, ArithmeticError, OSError):  # dates beyond any calendar
             return None
     if seconds != seconds:
         return None

@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.known_hosts import KnownHosts
 from cartridge_distill.util.openmp import spinning
 
 EXAMPLES = """\
@@ -59,6 +62,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="holds one folder per cartridge id (default: ./cartridges)",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name of this server, as clients write it; others are refused. Repeatable; "
+        "* allows every name (default: the loopback, and --host)",
+    )
     add("--port", type=int, default=10210, help="default: 10210; 0 takes a free one")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
@@ -111,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     os.environ.update(spinning(os.environ))  # before torch is imported
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -122,6 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop_early)
     signal.signal(signal.SIGINT, stop_early)
 
+    try:
+        hosts = KnownHosts(options.host, options.allow_host)
+    except ConfigError as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 2
     # The port is taken now, for nobody should learn after minutes of loading that it is not free;
     # connections are refused until the server listens on it.
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -147,7 +164,6 @@ def main(arguments: list[str] | None = None) -> int:
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.running import uvicorn_server
     from cartridge_distill.server.settings import ServerSettings
-    from cartridge_distill.util.errors import ConfigError
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -170,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cannot start: {error}", file=sys.stderr)
         return 2
     options.cartridge_dir.mkdir(parents=True, exist_ok=True)
-    server = uvicorn_server(service, options.host, options.port, options.log_level)
+    server = uvicorn_server(service, options.host, options.port, options.log_level, hosts)
     print(
         f"model ready after {time.monotonic() - started:.1f} s ({options.dtype} on "
         f"{options.device}, {torch.get_num_threads()} threads); "

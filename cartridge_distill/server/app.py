@@ -57,6 +57,7 @@ from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.disconnect import unless_disconnected
 from cartridge_distill.util.http_errors import add_refusals, protect
+from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +210,12 @@ def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     return chunks
 
 
-def create_app(service: Service) -> FastAPI:
-    """The routes. The engine's thread starts and stops with the app."""
+def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
+    """The routes. The engine's thread starts and stops with the app.
+
+    Args:
+        hosts: names of the server; other requests are refused. The loopback's by default.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -222,6 +227,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     protect(app, service.settings.idle_s)
     add_refusals(app)
+    app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
 
     async def complete(request: CompletionRequest, http: Request) -> Response:
         done = await unless_disconnected(http, service.generate(request))

@@ -14,15 +14,18 @@ from cartridge_distill.server.app import Service, create_app
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.http_connections import uvicorn_options
+from cartridge_distill.util.known_hosts import KnownHosts
 
 # A client that holds a request open must not hold up the end of the server.
 _GRACE_SECONDS = 3
 
 
-def uvicorn_server(service: Service, host: str, port: int, log_level: str) -> uvicorn.Server:
-    """A configured server, not yet running."""
+def uvicorn_server(
+    service: Service, host: str, port: int, log_level: str, hosts: KnownHosts | None = None
+) -> uvicorn.Server:
+    """A configured server, not yet running; it answers to ``hosts``, by default to ``host``."""
     config = uvicorn.Config(
-        create_app(service),
+        create_app(service, hosts or KnownHosts(host)),
         host=host,
         port=port,
         log_level=log_level,

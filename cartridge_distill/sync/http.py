@@ -18,6 +18,7 @@ from cartridge_distill.sync.shared_dir import oldest
 from cartridge_distill.sync.upload import Upload, encode
 from cartridge_distill.sync.versions import run_of, step_of
 from cartridge_distill.util.errors import ConfigError, RolloutError, ServerRefused, SyncError
+from cartridge_distill.util.server_url import checked_url
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,13 @@ class HttpPublisher:
         settings: patience, as for rollouts.
 
     Raises:
-        ConfigError: no URL.
+        ConfigError: no URL, or one that is none or holds a password.
     """
 
     def __init__(
         self, urls: Sequence[str], base_model: str, settings: ClientSettings | None = None
     ) -> None:
-        self.urls = list(dict.fromkeys(url.rstrip("/") for url in urls))
+        self.urls = list(dict.fromkeys(map(checked_url, urls)))
         if not self.urls:
             raise ConfigError("the HTTP transport needs the URL of at least one gateway")
         self.base_model = base_model

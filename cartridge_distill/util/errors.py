@@ -1,8 +1,18 @@
 """The errors this project raises. Every message says what was wrong, which value, and the fix."""
 
+from __future__ import annotations
+
+from cartridge_distill.util.secrecy import clean_text
+
 
 class CartridgeDistillError(Exception):
-    """Base class: catch this to catch everything the project raises on purpose."""
+    """Base class: catch this to catch everything the project raises on purpose.
+
+    A message that quotes a server, a setting or a library loses its credentials here.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(clean_text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(CartridgeDistillError, ValueError):

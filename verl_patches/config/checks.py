@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.server_url import checked_url
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.platform.cluster import joins_a_cluster
 
@@ -243,8 +244,10 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
         )
         urls = []
     for url in [urls] if isinstance(urls, str) else urls:
-        if not str(url).startswith(("http://", "https://")):
-            yield f"{key}={url!r}: set a URL with http:// or https://"
+        try:
+            checked_url(str(url))
+        except ConfigError as error:  # a URL that holds a password is not repeated
+            yield f"{key}: {error}; set a URL with http:// or https://"
     if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
         yield (
             f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"

@@ -17,6 +17,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.secrecy import named_secrets
+from cartridge_distill.util.server_url import checked_url
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "config"
 CONFIG_NAME = "cartridge_distill"
@@ -138,6 +140,9 @@ class Run:
                     f"{override!r} is no override of veRL's: write name=value, e.g. "
                     f"{_ACTOR}.cartridge.topk=50"
                 )
+        for url in self.server:
+            checked_url(url)
+        _check_no_secrets((*self.overrides, self.model, self.served_model or "", self.name or ""))
 
     @property
     def label(self) -> str:
@@ -149,6 +154,23 @@ class Run:
     def folder(self) -> Path:
         """The run's folder, absolute."""
         return (self.out or Path("runs") / self.label).expanduser().absolute()
+
+
+def _check_no_secrets(texts: Sequence[str]) -> None:
+    """Arguments are seen by every process of the machine, and veRL prints its settings.
+
+    Raises:
+        ConfigError: one of them names a credential; the message does not repeat it.
+    """
+    for text in texts:
+        if names := named_secrets(text):
+            name = text.partition("=")[0] if "=" in text else "a setting"
+            what = "a URL with a user or a password" if "URL" in names else names[0]
+            raise ConfigError(
+                f"{name}: {what} is a credential, and would stand in the list of processes, in "
+                "veRL's log and in Ray's. Export it in the environment instead "
+                "(TOKASAURUS_API_KEY, MODAL_PROXY_KEY, MODAL_PROXY_SECRET, HF_TOKEN, WANDB_API_KEY)"
+            )
 
 
 def flag(name: str) -> str:

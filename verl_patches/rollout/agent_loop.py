@@ -5,7 +5,8 @@ inject a system prompt and truncates from the left. A prompt here may end in a s
 answer, has no system prompt and no begin-of-text token, and is refused when it is too long.
 
 The student answers, or the teacher, as the trainer planned it (``mixing``). Either way the sample
-is the prompt and the answer, without the document.
+is the prompt and the answer, without the document. Each rollout has a seed of its own, so that one
+whose answer was lost is drawn again and not anew, where the server takes seeds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.profiler import simple_timer
 
+from cartridge_distill.distill.mixing import rollout_seed
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.ray_errors import kind_and_message
-from verl_patches.trainer.mixing import PLAN, TeacherAnswers, teacher_answers
+from verl_patches.trainer.mixing import EPOCH, PLAN, TeacherAnswers, teacher_answers
 
 AGENT_NAME = "cartridge_agent"
 _ERRORS_KEPT = 3
@@ -37,6 +39,7 @@ class CartridgeAgentLoop(AgentLoopBase):
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **_: Any) -> None:
         # veRL makes one of these for each sample. Its own __init__ builds a token builder with
         # parsers each time, which is most of a short rollout's cost here and is not needed.
+        self._config = trainer_config.config
         self.rollout_config = trainer_config.config.actor_rollout_ref.rollout
         self.server_manager = server_manager
         self.tokenizer = tokenizer
@@ -60,7 +63,9 @@ class CartridgeAgentLoop(AgentLoopBase):
         with simple_timer("generate_sequences", metrics):
             if by_student:
                 output = await self.server_manager.generate(
-                    request_id=uuid4().hex, prompt_ids=prompt_ids, sampling_params=sampling_params
+                    request_id=uuid4().hex,
+                    prompt_ids=prompt_ids,
+                    sampling_params=sampling_params | self._seed(kwargs),
                 )
                 tokens, logprobs = output.token_ids, output.log_probs
                 labels = output.extra_fields
@@ -79,6 +84,14 @@ class CartridgeAgentLoop(AgentLoopBase):
             metrics=metrics,
             extra_fields=labels,
         )
+
+    def _seed(self, sample: dict[str, Any]) -> dict[str, int]:
+        """The rollout's own; none for a prompt that is of no batch of the trainer's."""
+        if EPOCH not in sample:
+            return {}
+        row, epoch = int(sample["index"]), int(sample[EPOCH])
+        choice = int(sample["session_id"])
+        return {"seed": rollout_seed(self._config.data.seed, row, epoch, choice)}
 
 
 class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):

@@ -4,23 +4,22 @@
 
     global_step_7/actor/     the engine's, see engine_state
     global_step_7/data.pt    where the data stood, and what data it was
+    global_step_7/.saving    while it is written, until the tracker names it
     history.jsonl            the numbers of all steps so far, see history
     latest_checkpointed_iteration.txt    "7"; written last
     .running                 locked by the run that trains here
     runs.txt                 a run id for every start, the ones that died included
 
-Each of the first four appears whole or not at all, and a checkpoint is complete when the tracker
-names it: a save that is killed leaves the one before in force. veRL writes ``data.pt`` and the
-tracker in place, reads the former with pickle, and takes a tracker whose folder is gone for a run
-from scratch; here that is an error.
+Cartridge and state, position, history and tracker appear whole or not at all, and a checkpoint is
+complete when the tracker names it: a save that is killed leaves the one before in force. veRL
+writes ``data.pt`` and the tracker in place, reads the former with pickle, and takes a tracker that
+is gone, or whose folder is gone, for a run from scratch; here that is an error.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import pickle
-import re
 import shutil
 import time
 from pathlib import Path
@@ -28,16 +27,26 @@ from typing import Any
 
 import torch
 
+from cartridge_distill.cartridge.formats.stored_tensors import check_uncompressed
 from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
+from cartridge_distill.util.tracker import (
+    DATA_FILE,
+    SAVING,
+    TRACKER,
+    has_both_parts,
+    how_to_go_on,
+    is_whole,
+    saved_steps,
+    step_folder,
+    step_number,
+    tracked_step,
+)
 from verl_patches.actor.engine_state import check_same_run
 
 LOCK = ".running"
-TRACKER = "latest_checkpointed_iteration.txt"
-DATA_FILE = "data.pt"
 RUNS_FILE = "runs.txt"
-_STEP = re.compile(r"global_step_(\d+)")
 
 
 def claim(run: Path, wait_s: float = 60.0) -> int:
@@ -77,40 +86,32 @@ def claim(run: Path, wait_s: float = 60.0) -> int:
         time.sleep(0.5)
 
 
-def step_folder(run: Path, step: int) -> Path:
-    return run / f"global_step_{step}"
-
-
 def step_of_folder(folder: Path) -> int:
     """Raises ConfigError when the folder is not called ``global_step_<number>``."""
-    match = _STEP.fullmatch(folder.name)
-    if match is None:
+    step = step_number(folder)
+    if step is None:
         raise ConfigError(
             f"trainer.resume_from_path={str(folder)!r}: name a checkpoint's own folder, "
             "<run>/global_step_<number>"
         )
-    return int(match[1])
+    return step
 
 
 def last_complete(run: Path) -> Path | None:
-    """The checkpoint that the tracker names; None when there is no tracker.
+    """The checkpoint that the tracker names; None for a run that has saved none.
 
     Raises:
-        CartridgeFormatError: the tracker is damaged, or what it names is not there.
+        CartridgeFormatError: the tracker is damaged, or gone while checkpoints are there, or what
+            it names is not there. Nothing is deleted.
     """
-    tracker = run / TRACKER
-    if not tracker.is_file():
+    step = tracked_step(run)
+    if step is None:
         return None
-    text = tracker.read_text().strip()
-    fix = (
-        "set trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
-        f"{[str(folder) for folder in _saved(run)]}, or take another trainer.default_local_dir"
-    )
-    if not text.isdecimal():
-        raise CartridgeFormatError(f"{tracker} says {text!r}, not the number of a step; {fix}")
-    folder = step_folder(run, int(text))
-    if not (folder / DATA_FILE).is_file() or not (folder / "actor").is_dir():
-        raise CartridgeFormatError(f"{tracker} names {folder}, which is not complete; {fix}")
+    folder = step_folder(run, step)
+    if not has_both_parts(folder):
+        raise CartridgeFormatError(
+            f"{run / TRACKER} names {folder}, which is not complete. {how_to_go_on(run)}"
+        )
     return folder
 
 
@@ -123,8 +124,8 @@ def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None
         given: ``trainer.resume_from_path``.
 
     Raises:
-        ConfigError: a run from the start would be mixed into one that is there, or nothing is at
-            the given path.
+        ConfigError: a run from the start or from elsewhere would be mixed into one that is there,
+            or nothing is at the given path.
         CartridgeFormatError: see :func:`last_complete`.
     """
     if mode == "resume_path":
@@ -135,10 +136,17 @@ def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None
             )
         folder = Path(given).expanduser().absolute()
         step_of_folder(folder)
-        if folder not in _saved(folder.parent):
+        if not is_whole(folder):
             raise ConfigError(
                 f"trainer.resume_from_path={given!r}: there is no complete checkpoint; it should "
                 f"be one of {[str(other) for other in _saved(folder.parent)]}"
+            )
+        if folder.parent.resolve() != run.resolve() and (there := saved_steps(run)):
+            raise ConfigError(
+                f"trainer.resume_from_path={given!r}, and {run} holds a run saved up to step "
+                f"{there[-1]}: its checkpoints and new ones would be mixed. Set "
+                "trainer.resume_mode=auto to go on with that one, or give another "
+                "trainer.default_local_dir"
             )
         return folder
     found = last_complete(run)
@@ -165,6 +173,12 @@ def check_shared(saved: Path) -> None:
         )
 
 
+def begin_save(folder: Path) -> None:
+    """Marks a checkpoint as not whole, before its first file is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SAVING).touch()
+
+
 def write_data_position(folder: Path, position: dict[str, Any], about: dict[str, Any]) -> None:
     """Saves the data loader's state and what data it walks through."""
 
@@ -184,12 +198,17 @@ def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     """
     file = folder / DATA_FILE
     try:
+        with file.open("rb") as source:
+            check_uncompressed(source, file)
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        position, saved_about = saved["loader"], saved["about"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise CartridgeFormatError(f"{file} cannot be read as a data position: {error}") from error
+        position, saved_about = dict(saved["loader"]), dict(saved["about"])
+    except Exception as error:  # a damaged file can fail in any way there is
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise CartridgeFormatError(
+            f"{file} cannot be read as a data position: {reason}. {how_to_go_on(folder.parent)}"
+        ) from error
     check_same_run(saved_about, about, folder)
-    return dict(position)
+    return position
 
 
 def mark_complete(run: Path, step: int) -> None:
@@ -199,6 +218,7 @@ def mark_complete(run: Path, step: int) -> None:
         file.write_text(str(step))
 
     replace_file(run / TRACKER, write, overwrite=True)
+    (step_folder(run, step) / SAVING).unlink(missing_ok=True)
 
 
 def record_start(run: Path, run_id: str) -> list[str]:
@@ -207,7 +227,7 @@ def record_start(run: Path, run_id: str) -> list[str]:
     What they have published is nobody's: a run that goes on takes a new id, see ``versions``.
     """
     file = run / RUNS_FILE
-    earlier = file.read_text().splitlines() if file.is_file() else []
+    earlier = file.read_text(errors="replace").splitlines() if file.is_file() else []
     known = [line for line in earlier if is_run_id(line) and line != run_id]
     run.mkdir(parents=True, exist_ok=True)
     lines = [*known, run_id]
@@ -228,8 +248,8 @@ def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     Args:
         keep: None keeps all that is complete.
     """
-    whole = {step_of_folder(folder) for folder in _saved(run)}
-    past = sorted(n for n in map(_number, run.iterdir()) if n is not None and n <= step)
+    whole = set(saved_steps(run))
+    past = sorted(n for n in map(step_number, run.iterdir()) if n is not None and n <= step)
     kept = [n for n in past if n in whole]
     kept = kept if keep is None else kept[-keep:]
     gone = [step_folder(run, n) for n in past if n not in kept]
@@ -241,14 +261,6 @@ def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     return gone
 
 
-def _number(folder: Path) -> int | None:
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
 def _saved(run: Path) -> list[Path]:
-    """Folders with both parts, oldest first."""
-    if not run.is_dir():
-        return []
-    found = [f for f in run.iterdir() if _number(f) is not None and (f / DATA_FILE).is_file()]
-    return sorted((f for f in found if (f / "actor").is_dir()), key=step_of_folder)
+    """Folders that are whole, oldest first."""
+    return [step_folder(run, step) for step in saved_steps(run)]

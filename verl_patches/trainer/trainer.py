@@ -181,6 +181,7 @@ class CartridgeTrainer(PPOTrainerSync):
         """
         run, step = self._run_folder, self.global_steps
         folder = run_folder.step_folder(run, step)
+        run_folder.begin_save(folder)
         self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), None, step)
         run_folder.check_shared(folder / "actor")
         position = {"loader": self.train_dataloader.state_dict(), "tokens": self.mixing.state()}

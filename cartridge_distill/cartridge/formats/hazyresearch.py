@@ -28,6 +28,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     StoredCartridge,
     checked_snapshot,
 )
+from cartridge_distill.cartridge.formats.stored_tensors import check_stored, check_uncompressed
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
 from cartridge_distill.util.lfs import about, pointer_in
@@ -49,6 +50,8 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
     """
     data, spellings = _known(path, mapped)
     found = {name: _tensors(value, name, path) for name, value in data.items()}
+    for name, tensors in found.items():
+        check_stored(tensors, name, path)
     parts = {name: found[name] for name in _TRAINED}
     for ours, names in zip(_SPELLINGS[0], zip(*spellings, strict=True), strict=True):
         parts[ours] = found[names[0]]
@@ -119,11 +122,16 @@ def _unpickle(path: Path, mapped: bool) -> Any:
     with path.open("rb") as file:
         try:
             # Files of torch before 1.6 are no zip, and cannot be mapped.
-            mapped = mapped and zipfile.is_zipfile(file)
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip:
+                check_uncompressed(file, path)
+            mapped = mapped and is_zip
             file.seek(0)
             source = str(path) if mapped else file
             with torch.serialization.safe_globals([nn.ParameterList, nn.Parameter]):
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        except CartridgeFormatError:
+            raise
         except Exception as error:  # a malformed file can fail in any way there is, OSError too
             reason = str(error).split("\n", 1)[0] or type(error).__name__
             raise CartridgeFormatError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cartridge_distill.cartridge.snapshot import PARTS, Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.secrecy import clean_settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_FROZEN_TOKEN = (
@@ -46,7 +47,13 @@ class CartridgeMeta:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For the JSON; a credential is never written."""
+        found: dict[str, Any] = clean_settings(asdict(self))
+        return found
+
+    def cleaned(self) -> CartridgeMeta:
+        """The same, as it may be shown."""
+        return CartridgeMeta(**self.as_dict())
 
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> CartridgeMeta:

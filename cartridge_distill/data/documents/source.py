@@ -22,6 +22,7 @@ from cartridge_distill.data.documents.chunking import chunk_text
 from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_documents
 from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.secrecy import clean_text
 
 LONGHEALTH = "https://raw.githubusercontent.com/kbressem/LongHealth/main/data/benchmark_v5.json"
 # The heading of a record's text: a short beginning that ends in a colon.
@@ -163,15 +164,40 @@ def _records_text(data: str, say: Say) -> str:
     data = LONGHEALTH if data == "longhealth" else data
     try:
         if data.startswith(("http://", "https://")):
-            say(f"Downloading {data} ...")
-            return httpx.get(data, follow_redirects=True, timeout=60).raise_for_status().text
+            say(f"Downloading {clean_text(data)} ...")
+            return _download(data)
         return Path(data).read_text()
-    except (OSError, UnicodeDecodeError, httpx.HTTPError) as error:
+    except (OSError, UnicodeDecodeError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"{data} cannot be read: {error}. Give with --data a JSON file of records or its URL, "
             f"a folder of documents, or one document ({', '.join(KINDS)}). Without a network, copy "
             "LongHealth's data/benchmark_v5.json to this machine."
         ) from error
+
+
+def _download(url: str) -> str:
+    """The text behind a URL. What a redirect leads to elsewhere gets no password of the URL's.
+
+    Raises:
+        ConfigError: the URL holds a password, and the server redirects to another one.
+        httpx.HTTPError: there is nothing.
+    """
+    asked = httpx.URL(url)
+
+    def stay(request: httpx.Request) -> None:
+        if asked.userinfo and _origin(request.url) != _origin(asked):
+            raise ConfigError(
+                f"{asked.host} redirects to {request.url.host}, and the URL of the data holds a "
+                "user or a password, which is not for that host, port or scheme: give the other "
+                "one's URL"
+            )
+
+    with httpx.Client(follow_redirects=True, timeout=60, event_hooks={"request": [stay]}) as http:
+        return http.get(asked).raise_for_status().text
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def choose(sources: Sequence[Source], wanted: Sequence[str] | None) -> list[Source]:

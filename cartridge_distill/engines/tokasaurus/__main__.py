@@ -8,6 +8,8 @@ import os
 import sys
 from typing import NoReturn
 
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+
 EXAMPLES = """\
 examples:
   # is the installed Tokasaurus the one that the repairs were written for?
@@ -81,6 +83,7 @@ def check() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs until told to stop; returns the exit code."""
     options, for_tokasaurus = parse(sys.argv[1:] if arguments is None else arguments)
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

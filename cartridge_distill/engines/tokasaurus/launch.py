@@ -40,6 +40,7 @@ from cartridge_distill.engines.tokasaurus.guard import (
     require,
 )
 from cartridge_distill.engines.tokasaurus.install import install
+from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,7 @@ def run_child(
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave_it_to_the_main_process)
+    hide_secrets_in_logs()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

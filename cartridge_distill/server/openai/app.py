@@ -50,6 +50,7 @@ from cartridge_distill.server.protocol import Refused, TooLong
 from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.disconnect import unless_disconnected
 from cartridge_distill.util.http_errors import protect
+from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 # What every route may answer besides its own; with it FastAPI describes no status 422.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -62,11 +63,14 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAPI:
+def create_openai_app(
+    service: Service, cartridges: Mapping[str, str], hosts: KnownHosts | None = None
+) -> FastAPI:
     """The routes. The engine's thread starts and stops with the app.
 
     Args:
         cartridges: cartridge id in the service's directory, by the model name that asks for it.
+        hosts: names of the server; other requests are refused. The loopback's by default.
     """
 
     @asynccontextmanager
@@ -77,6 +81,7 @@ def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAP
 
     app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
     protect(app, service.settings.idle_s, error_body=error_body)
+    app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     add_error_handlers(app)
     created = int(time.time())
     cards = {

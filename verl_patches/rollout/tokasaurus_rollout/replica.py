@@ -10,7 +10,9 @@ from verl.utils.fs import copy_to_local
 from verl.workers.rollout.replica import RolloutReplica
 
 from cartridge_distill.cartridge.kv_shape import text_config
+from cartridge_distill.model.end_tokens import possible_end_ids
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.server_url import checked_url
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
 
@@ -23,7 +25,7 @@ def server_urls(custom: Any) -> list[str]:
     """``rollout.custom.tokasaurus_url``: one URL or a list of them.
 
     Raises:
-        ConfigError: none given.
+        ConfigError: none given, or one that holds a password.
     """
     given = (custom or {}).get("tokasaurus_url")
     urls = [given] if isinstance(given, str) else list(given or [])
@@ -32,7 +34,7 @@ def server_urls(custom: Any) -> list[str]:
             "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; start a server with "
             "`python -m cartridge_distill.server` or deploy one, and give its URL"
         )
-    return [url.rstrip("/") for url in urls]
+    return [checked_url(url) for url in urls]
 
 
 class TokasaurusReplica(RolloutReplica):
@@ -48,8 +50,8 @@ class TokasaurusReplica(RolloutReplica):
         urls = server_urls(custom)
         url = urls[self.replica_rank % len(urls)]
         # veRL hands the replica the bare YAML of the model, without its transformers config.
-        model = AutoConfig.from_pretrained(copy_to_local(self.model_config["path"]))
-        vocabulary = text_config(model).vocab_size
+        folder = copy_to_local(self.model_config["path"])
+        vocabulary = text_config(AutoConfig.from_pretrained(folder)).vocab_size
         proxy = (
             ray.remote(TokasaurusHttpServer)
             .options(
@@ -64,6 +66,7 @@ class TokasaurusReplica(RolloutReplica):
                 static_cartridges=[dict(ref) for ref in custom.get("cartridges") or []],
                 client_options=dict(custom.get("client") or {}),
                 sync_timeout_s=float(custom.get("sync_timeout_s") or 1800.0),
+                end_ids=sorted(possible_end_ids(folder)) or None,
             )
         )
         await proxy.wait_until_ready.remote()

@@ -9,6 +9,7 @@ CPU.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 from verl.workers.rollout.replica import TokenOutput
@@ -28,6 +29,8 @@ class TokasaurusHttpServer:
         url: of the server, e.g. ``http://127.0.0.1:10210``.
         response_length: ``max_tokens`` of each completion.
         vocab_size: ids outside it are refused.
+        end_ids: with which the server may end an answer; one that ended otherwise is asked for
+            again. None where nobody knows.
         static_cartridges: fixed cartridges (``rollout.custom.cartridges``), for rollouts outside
             training; a training run refuses them.
         client_options: timeouts and retries, see
@@ -43,10 +46,11 @@ class TokasaurusHttpServer:
         static_cartridges: list[dict[str, Any]] | None = None,
         client_options: dict[str, Any] | None = None,
         sync_timeout_s: float = 1800.0,
+        end_ids: Collection[int] | None = None,
     ) -> None:
         self.response_length = response_length
         settings = ClientSettings(**(client_options or {}))
-        self.client = TokasaurusClient(url, settings, vocab_size)
+        self.client = TokasaurusClient(url, settings, vocab_size, end_ids and frozenset(end_ids))
         self.static = [CartridgeRef(**ref) for ref in static_cartridges or []]
         self.sync_timeout_s = sync_timeout_s
         self.version: str | None = None

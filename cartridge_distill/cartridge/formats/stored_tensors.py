@@ -1,0 +1,72 @@
+"""No tensor larger than what is stored of it: a small file must not become gigabytes.
+
+A pickled tensor says its shape and strides itself. With a stride of 0 one stored number is a tensor
+of any size, many tensors may share one storage, and a zip may be compressed. None of that costs
+anything until somebody copies the tensors, so it is looked at before.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from cartridge_distill.util.errors import CartridgeFormatError
+
+
+def check_uncompressed(file: BinaryIO, path: Path) -> None:
+    """``torch.save`` compresses nothing; what is compressed can be of any size.
+
+    Raises:
+        CartridgeFormatError: a record is compressed, or claims more bytes than the file has.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+                raise CartridgeFormatError(
+                    f"{path}: {record.filename!r:.60} is compressed, and would be "
+                    f"{record.file_size} bytes of a file of {size}; torch.save compresses nothing"
+                )
+
+
+def check_stored(tensors: Iterable[Tensor], part: str, path: Path) -> None:
+    """Ordinary tensors, each with a stored number of its own for each of its elements.
+
+    Args:
+        tensors: of one part of a cartridge, a layer each. (Two parts may be the same tensors.)
+        part: what they are called.
+
+    Raises:
+        CartridgeFormatError: one is sparse, nested, quantized or without data, or they hold more
+            than their storages, or than the file.
+    """
+    size, wanted = path.stat().st_size, 0
+    for layer, tensor in enumerate(tensors):
+        name = f"{part}.{layer}"
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_nested
+            or tensor.is_quantized
+            or tensor.device.type != "cpu"
+        ):
+            kind = f"{type(tensor).__name__} on {tensor.device}, {tensor.layout}"
+            raise CartridgeFormatError(f"{path}: {name} is no plain tensor ({kind})")
+        own = tensor.numel() * tensor.element_size()
+        stored = tensor.untyped_storage().nbytes()
+        if own > stored:
+            raise CartridgeFormatError(
+                f"{path}: {name} would be {own} bytes, and {stored} are stored of it: its numbers "
+                "repeat each other (a stride of 0), or are not there"
+            )
+        wanted += own
+    if wanted > size:
+        raise CartridgeFormatError(
+            f"{path}: {part} would be {wanted} bytes, and the file has {size}: its layers share "
+            "what is stored"
+        )
