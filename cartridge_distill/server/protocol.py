@@ -25,6 +25,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.model.contents import Contents
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.rollout.fingerprint import Completion, encode_fingerprint
 from cartridge_distill.rollout.protocol import (
@@ -204,8 +205,11 @@ def _chat_ids(
             "continue_final_message": not ends_with_user,
         } | (overrides or {})
         arguments["tokenize"] = False
-        text = tokenizer.apply_chat_template(messages, **arguments)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        contents = Contents(tokenizer, [message["content"] for message in messages])
+        for message in messages:  # earlier answers as in `render_prompt`
+            earlier_answer = message["role"] == "assistant" and message is not messages[-1]
+            message["content"] = contents.mark(message["content"], not earlier_answer)
+        return contents.ids(str(tokenizer.apply_chat_template(messages, **arguments)))
     except (TemplateError, ConfigError, ValueError, TypeError) as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
 
