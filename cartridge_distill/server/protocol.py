@@ -26,6 +26,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from cartridge_distill.model.contents import Contents
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.rollout.fingerprint import Completion, encode_fingerprint
 from cartridge_distill.rollout.limits import MAX_TEXT_CHARS
@@ -257,9 +258,13 @@ def _chat_ids(
             "continue_final_message": not ends_with_user,
         } | overrides
         arguments["tokenize"] = False
-        text = tokenizer.apply_chat_template(messages, **arguments)
+        contents = Contents(tokenizer, [message["content"] for message in messages])
+        for message in messages:  # earlier answers as in `render_prompt`
+            earlier_answer = message["role"] == "assistant" and message is not messages[-1]
+            message["content"] = contents.mark(message["content"], not earlier_answer)
+        text = str(tokenizer.apply_chat_template(messages, **arguments))
         _check_length(len(text), limits)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return contents.ids(text)
     except (TemplateError, ConfigError, ValueError, TypeError, LookupError) as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
 

@@ -126,14 +126,14 @@ def test_what_is_carried_is_in_the_lock() -> None:
 def test_a_model_that_is_not_the_manifests_is_named(tmp_path: Path) -> None:
     import numpy as np
 
-    from cartridge_distill.model.demo_model import CONVERSION, GGUF_SHA256, MANIFEST
+    from cartridge_distill.model.demo_model import CONVERSION, MANIFEST, SMOLLM2
     from tests.training.test_decode_gguf import write
 
     files = tmp_path / "files"
     files.mkdir()
     write(files / "m.gguf", {"output_norm.weight": np.ones(4, np.float32)})
     (files / "config.json").write_text('{"num_attention_heads": 1, "num_key_value_heads": 1}')
-    manifest = {"gguf_sha256": GGUF_SHA256, "conversion": CONVERSION}
+    manifest = {"gguf_sha256": SMOLLM2.gguf_sha256, "conversion": CONVERSION}
     manifest |= {"sha256": {"model.safetensors": "0" * 64}}
     (files / MANIFEST).write_text(json.dumps(manifest))
     assert decode(files, tmp_path / "model") == "model.safetensors was changed"

@@ -62,17 +62,67 @@ NEEDS_USER = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+# Ends whatever is no generation prompt with the end-of-text token.
+PHI3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# The same with a system prompt of its own: no two renderings differ by the system message alone.
+PHI3_DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\nBe kind.<|end|>\n' }}{% endif %}"
+    + PHI3
+)
+_CHATML_TURN = "{{ '<|im_start|>' + message['role'] + '\n' }}"
+_THINK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+# A thought before each answer is asked for, and taken out of earlier turns.
+THOUGHT_DROPPED = (
+    "{% for message in messages %}"
+    + _CHATML_TURN
+    + "{{ message['content'].split('</think>')[-1] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + _THINK
+)
+# The last answer is written with its thought, an empty one if it has none.
+THOUGHT_EMPTY = (
+    "{% for message in messages %}" + _CHATML_TURN + "{% if message['role'] == 'assistant' %}"
+    "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'].split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + _THINK
+)
+# The model itself may choose to think: nothing is opened, and an answer is not begun either.
+THOUGHT_CHOSEN = THOUGHT_EMPTY.replace("assistant\n<think>\n", "assistant\n")
+# Generation prompt and answer go apart behind the role.
+THOUGHT_CLOSED = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<bot></think>' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'user' %}{{ '<user>' + message['content'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bot><think>' }}{% endif %}"
+)
+# An answer stands in a channel, which the generation prompt leaves to the model.
+CHANNELS = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+    "{{ '<|message|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A template, its special tokens, and what it must make of a document and of a prompt."""
+    """A template, its special tokens, and what it must make of a document and of a prompt.
+
+    `answer` is what stands before a started answer, where that is not the prompt; `tags` are tokens
+    that the tokenizer knows and does not call special.
+    """
 
     template: str | None
     bos: str | None
     specials: tuple[str, ...]
     document: str
     prompt: str
+    answer: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
@@ -80,6 +130,10 @@ _CHATML_DOCUMENT = "<|im_start|>system\nDOC<|im_end|>\n"
 _CHATML_PROMPT = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _GEMMA_PROMPT = "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n"
+_PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_PHI3_PROMPT = "<|user|>\nWho?<|end|>\n<|assistant|>\n"
+_THOUGHTS = ("<think>", "</think>")
+_CHANNELS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
 
 SHAPES = {
@@ -96,6 +150,38 @@ SHAPES = {
     "gemma3": Shape(GEMMA3, "<bos>", _GEMMA, "<bos>DOC\n\n", _GEMMA_PROMPT),
     "mistral": Shape(MISTRAL, "<s>", ("[INST]", "[/INST]"), "<s>DOC\n\n", "[INST] Who?[/INST]"),
     "needs_user": Shape(NEEDS_USER, "<s>", (), "<s><system>DOC", "<user>Who?<assistant>"),
+    "phi3": Shape(PHI3, "<s>", _PHI3, "<s><|system|>\nDOC<|end|>\n", _PHI3_PROMPT),
+    "phi3_default": Shape(PHI3_DEFAULT, None, _PHI3, "<|system|>\nDOC<|end|>\n", _PHI3_PROMPT),
+    "thought_dropped": Shape(
+        THOUGHT_DROPPED,
+        *(None, _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT + "<think>\n"),
+        answer=_CHATML_PROMPT,
+        tags=_THOUGHTS,
+    ),
+    "thought_empty": Shape(
+        THOUGHT_EMPTY,
+        *(None, _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT + "<think>\n"),
+        answer=_CHATML_PROMPT + "<think>\n\n</think>\n\n",
+        tags=_THOUGHTS,
+    ),
+    "thought_chosen": Shape(
+        THOUGHT_CHOSEN,
+        *(None, _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT),
+        answer=_CHATML_PROMPT + "<think>\n\n</think>\n\n",
+        tags=_THOUGHTS,
+    ),
+    "thought_closed": Shape(
+        THOUGHT_CLOSED,
+        *("<s>", ("<user>", "<bot>"), "<s>DOC", "<user>Who?<bot><think>"),
+        answer="<user>Who?<bot></think>",
+        tags=_THOUGHTS,
+    ),
+    "channels": Shape(
+        CHANNELS,
+        *(None, _CHANNELS, "<|start|>system<|message|>DOC<|end|>"),
+        prompt="<|start|>user<|message|>Who?<|end|><|start|>assistant",
+        answer="<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
     "none": Shape(None, "<s>", (), "<s>DOC\n\n", "User:\nWho?\n\nAssistant:\n"),
 }
 
@@ -104,6 +190,7 @@ def tokenizer_of(shape: Shape) -> PreTrainedTokenizerFast:
     """A byte tokenizer with the special tokens of a shape."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(shape.specials)})
+    tokenizer.add_tokens(list(shape.tags))
     tokenizer.bos_token = None
     if shape.bos is not None:
         tokenizer.add_special_tokens({"bos_token": shape.bos})

@@ -43,8 +43,11 @@ def test_a_started_answer_is_appended_verbatim(shape_name: str) -> None:
     tokenizer = tokenizer_of(shape)
     started = "  Dr. Ost\n"  # No template may trim it.
     ids = render_prompt(tokenizer, [*WHO, {"role": "assistant", "content": started}])
-    assert text(tokenizer, ids) == shape.prompt + started
-    assert ids[: len(render_prompt(tokenizer, WHO))] == render_prompt(tokenizer, WHO)
+    assert text(tokenizer, ids) == (shape.answer or shape.prompt) + started
+    head = render_prompt(tokenizer, [*WHO, {"role": "assistant", "content": ""}])
+    assert ids[: len(head)] == head
+    if shape.answer is None:
+        assert head == render_prompt(tokenizer, WHO)
 
 
 def test_earlier_turns_stay(shape_name: str) -> None:
@@ -108,6 +111,38 @@ def test_a_refusal_of_the_template_is_told() -> None:
     tokenizer = tokenizer_of(SHAPES["gemma2"])
     with pytest.raises(ConfigError, match=r"\[system, user\]: System role not supported"):
         render_prompt(tokenizer, [{"role": "system", "content": "Be short."}, *WHO])
+
+
+def test_a_template_that_opens_a_thought_and_shows_no_answer_is_refused() -> None:
+    tokenizer = tokenizer_of(SHAPES["thought_dropped"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{{ raise_exception('No answers') }}{% endif %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<bot>' + thought }}{% endif %}"
+    )
+    answer = [*WHO, {"role": "assistant", "content": "I am"}]
+    for opening in ("<think>\n", "[THINK]", "<|begin_of_thought|>\n", "<reasoning>"):
+        template = tokenizer.chat_template.replace("thought", repr(opening))
+        tokenizer_of_it = tokenizer_of(SHAPES["thought_dropped"])
+        tokenizer_of_it.chat_template = template
+        assert text(tokenizer_of_it, render_prompt(tokenizer_of_it, WHO)).endswith(opening)
+        with pytest.raises(ConfigError, match="does not show where an answer begins"):
+            render_prompt(tokenizer_of_it, answer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ thought", "")
+    assert text(tokenizer, render_prompt(tokenizer, answer)) == "Who?<bot>I am"
+
+
+def test_a_template_that_cannot_be_split_is_refused() -> None:
+    tokenizer = tokenizer_of(SHAPES["phi3"])
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    for render in (
+        lambda: render_document(tokenizer, "DOC"),
+        lambda: render_prompt(tokenizer, WHO),
+    ):
+        with pytest.raises(ConfigError, match="differently when a conversation follows"):
+            render()
 
 
 def test_an_empty_document_is_refused() -> None:

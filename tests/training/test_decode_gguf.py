@@ -1,15 +1,17 @@
-"""A Llama's weights come out of a GGUF file as they went in, whatever llama.cpp reordered."""
+"""The weights come out of a GGUF file as they went in, whatever llama.cpp changed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from transformers import PreTrainedModel
 
-from cartridge_distill.model.decode_gguf import decode_llama
+from cartridge_distill.model.decode_gguf import decode_gemma3, decode_llama
 from tests.tiny import tiny_model
 
 GGUF_NAMES = {
@@ -27,12 +29,29 @@ GGUF_NAMES = {
     "lm_head": "output",
 }
 
+GEMMA3_NAMES = GGUF_NAMES | {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
-def gguf_name(name: str) -> str:
+
+def gguf_name(name: str, names: dict[str, str] = GGUF_NAMES) -> str:
     parts = name.removeprefix("model.").removesuffix(".weight").split(".")
     if parts[0] == "layers":
-        return f"blk.{parts[1]}.{GGUF_NAMES['.'.join(parts[2:])]}.weight"
-    return f"{GGUF_NAMES[parts[0]]}.weight"
+        return f"blk.{parts[1]}.{names['.'.join(parts[2:])]}.weight"
+    return f"{names[parts[0]]}.weight"
+
+
+def gemma3_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """As llama.cpp writes them: its norms multiply, the output layer is the embedding."""
+    return {
+        gguf_name(name, GEMMA3_NAMES): weights.float().numpy() + ("norm" in name)
+        for name, weights in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
 
 
 def as_llama_cpp_rotates(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -47,8 +66,14 @@ def as_llama_cpp_rotates(weights: np.ndarray, heads: int) -> np.ndarray:
     return weights[order]
 
 
-def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    writer = GGUFWriter(path, "llama")
+def write(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    architecture: str = "llama",
+    describe: Callable[[GGUFWriter], None] = lambda writer: None,
+) -> None:
+    writer = GGUFWriter(path, architecture)
+    describe(writer)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -74,7 +99,18 @@ def test_what_went_in_comes_out(tmp_path: Path) -> None:
         assert torch.equal(found[name], weights), name
 
 
+def test_a_gemma_3_comes_out_too(tmp_path: Path) -> None:
+    model = tiny_model("gemma3")
+    write(tmp_path / "model.gguf", gemma3_tensors(model), "gemma3")
+    found = decode_gemma3(tmp_path / "model.gguf", torch.float32)
+    assert set(found) == set(model.state_dict()) - {"lm_head.weight"}
+    for name, weights in found.items():
+        torch.testing.assert_close(weights, model.state_dict()[name], atol=1e-6, rtol=0)
+
+
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", {"blk.0.ssm_in.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match="'blk.0.ssm_in.weight', which a Llama does not have"):
         decode_llama(tmp_path / "model.gguf", 1, 1)
+    with pytest.raises(ValueError, match="which a Gemma 3 does not have"):
+        decode_gemma3(tmp_path / "model.gguf")

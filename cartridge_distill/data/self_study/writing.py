@@ -17,6 +17,7 @@ from cartridge_distill.data.dataset import Row, make_row, numbered
 from cartridge_distill.data.decontamination import Guard, normalised
 from cartridge_distill.data.self_study.plan import Plan, Task
 from cartridge_distill.data.self_study.sifting import Sifted, Written, sift
+from cartridge_distill.model.contents import content_ids
 from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.util.errors import ConfigError
@@ -164,11 +165,12 @@ async def _write(
     settings: StudySettings,
 ) -> dict[str, Any]:
     """One generation, as the journal keeps it: the text uncleaned, and how it came to be."""
-    messages = [{"role": "user", "content": task.seed_prompt}]
-    opened: list[int] = []
-    if task.opening:
-        messages.append({"role": "assistant", "content": task.opening})
-        opened = tokenizer(task.opening, add_special_tokens=False).input_ids
+    # An answer that has begun, if with nothing: a template may open a thought for the model.
+    messages = [
+        {"role": "user", "content": task.seed_prompt},
+        {"role": "assistant", "content": task.opening},
+    ]
+    opened = content_ids(tokenizer, task.opening)
     prompt = render_document(tokenizer, task.chunk.text) + render_prompt(tokenizer, messages)
     [completion] = await client.complete(
         prompt, settings.write_tokens, settings.temperature, seed=task.seed
