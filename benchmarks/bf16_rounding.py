@@ -48,7 +48,7 @@ from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.distill.loss import get_loss  # noqa: E402
 from cartridge_distill.distill.rounding import scaled  # noqa: E402
-from cartridge_distill.distill.teacher import Teacher  # noqa: E402
+from cartridge_distill.distill.teacher import Teacher, not_finite  # noqa: E402
 from cartridge_distill.model.float32_forward import float32_logprobs  # noqa: E402
 from cartridge_distill.model.forward import packed_forward  # noqa: E402
 from cartridge_distill.model.loading import load_model  # noqa: E402
@@ -310,7 +310,9 @@ class Experiment:
             self.repeat(rollouts)
         start = time.perf_counter()
         names = [DOCUMENT] * len(rollouts.sequences)
-        top = self.teacher.topk(rollouts.sequences, rollouts.response_masks, names, TOPK)
+        top = self.teacher.score(rollouts.sequences, rollouts.response_masks, names, TOPK)
+        if not top.finite:
+            raise not_finite(names)
         loss = get_loss("forward_kl_topk")(logits, top, 1.0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.cartridge.trainable_parameters(), 1.0)

@@ -163,8 +163,8 @@ def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     return chunks
 
 
-def create_app(service: Service) -> FastAPI:
-    """The routes. The engine's thread starts and stops with the app."""
+def app_over(service: Service, title: str) -> FastAPI:
+    """An application without routes; the engine's thread starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -172,7 +172,12 @@ def create_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(lifespan=lifespan, title="Tokasaurus protocol, embedded server")
+    return FastAPI(lifespan=lifespan, title=title)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The routes."""
+    app = app_over(service, "Tokasaurus protocol, embedded server")
     app.state.service = service
 
     async def complete(request: CompletionRequest, http: Request) -> Response:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.server.layout import SCORE_BUDGET, Group, ServingBatch
 from cartridge_distill.util.errors import ConfigError
 
@@ -30,10 +31,10 @@ SERVING_ATTENTION = "cartridge_serving"
 _MASKED = torch.finfo(torch.float32).min
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scoring.scaling)
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     return scores
 
 
@@ -49,9 +50,7 @@ def _attend_own(
     batch: ServingBatch,
     layer: int,
     query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query ``[T, Hq, D]`` against each row's own keys.
 
@@ -70,9 +69,9 @@ def _attend_own(
         shaped = taken.reshape(part.rows, part.queries, heads, -1, size).permute(0, 2, 3, 1, 4)
         own = slice(part.first, part.first + part.rows)
         key, value = keys[own, :, : part.keys], values[own, :, : part.keys]
-        scores = _scores(shaped.flatten(2, 3), key, scaling, softcap)
+        scores = _scores(shaped.flatten(2, 3), key, scoring)
         split = scores.view(part.rows, heads, -1, part.queries, part.keys)
-        hidden = part.hidden(window)
+        hidden = part.hidden(scoring.window)
         if hidden is not None:
             split.masked_fill_(hidden, _MASKED)
         top, total = _exp_in_place(split)
@@ -94,9 +93,7 @@ def _attend_prefix(
     group: Group,
     layer: int,
     query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query ``[t, Hq, D]`` against one shared prefix; as :func:`_attend_own`."""
     tokens, query_heads, size = query.shape
@@ -111,12 +108,12 @@ def _attend_prefix(
         n = taken.shape[0]
         # [t, H, G, D] -> [H, t * G, D]: one product for every row
         shaped = taken.reshape(n, heads, -1, size).transpose(0, 1).flatten(1, 2)
-        scores = _scores(shaped, key, scaling, softcap)
-        if window is not None:
+        scores = _scores(shaped, key, scoring)
+        if scoring.window is not None:
             index = group.query_index[at : at + step, None]
             distance = prefix_tokens + index - torch.arange(prefix_tokens, device=index.device)
             scores.view(heads, n, -1, prefix_tokens).masked_fill_(
-                (distance >= window)[:, None], _MASKED
+                (distance >= scoring.window)[:, None], _MASKED
             )
         top, total = _exp_in_place(scores)
         out = torch.matmul(scores.to(value.dtype), value).float()
@@ -179,12 +176,12 @@ def serving_attention(
             tokens = tokens[batch.write_sources]
         buffers[layer][batch.write_slots, :, batch.write_index] = tokens
     by_token = query[0].transpose(0, 1)  # [T, Hq, D]
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    own = _attend_own(batch, layer, by_token, scale, softcap, sliding_window)
+    scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
+    own = _attend_own(batch, layer, by_token, scoring)
     out, total = own[0], own[2]
     for group in batch.groups:
         taken = by_token if group.places is None else by_token[group.places]
-        shared = _attend_prefix(group, layer, taken, scale, softcap, sliding_window)
+        shared = _attend_prefix(group, layer, taken, scoring)
         if group.places is None:
             out, total = _merge(own, shared)
         else:

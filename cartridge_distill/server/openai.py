@@ -15,7 +15,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -29,7 +28,7 @@ from cartridge_distill.rollout.protocol import (
     CartridgeRef,
     ChatCompletionRequest,
 )
-from cartridge_distill.server.app import Service
+from cartridge_distill.server.app import Service, app_over
 from cartridge_distill.server.protocol import Job, answer_text, chat_response
 from cartridge_distill.util.disconnect import unless_disconnected
 
@@ -37,19 +36,13 @@ DEFAULT_MAX_TOKENS = 512
 
 
 def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAPI:
-    """The routes. The engine's thread starts and stops with the app.
+    """The routes.
 
     Args:
         cartridges: cartridge id in the service's directory, by the model name that asks for it.
     """
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
-        yield
-        await asyncio.to_thread(service.engine.stop)
-
-    app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
+    app = app_over(service, "Cartridges, OpenAI's chat API")
     _add_errors(app)
     base = service.settings.model_name
 
