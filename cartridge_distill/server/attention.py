@@ -46,7 +46,7 @@ def _exp_in_place(scores: Tensor) -> tuple[Tensor, Tensor]:
     return top, weights.sum(dim=-1, keepdim=True)
 
 
-def _attend_own(
+def _attend_rows(
     batch: ServingBatch,
     layer: int,
     query: Tensor,
@@ -67,8 +67,8 @@ def _attend_own(
         taken = query[part.start : part.end] if part.places is None else query[part.places]
         # [n, q, H, G, D] -> [n, H, G * q, D]
         shaped = taken.reshape(part.rows, part.queries, heads, -1, size).permute(0, 2, 3, 1, 4)
-        own = slice(part.first, part.first + part.rows)
-        key, value = keys[own, :, : part.keys], values[own, :, : part.keys]
+        slots = slice(part.first, part.first + part.rows)
+        key, value = keys[slots, :, : part.keys], values[slots, :, : part.keys]
         scores = _scores(shaped.flatten(2, 3), key, scoring)
         split = scores.view(part.rows, heads, -1, part.queries, part.keys)
         hidden = part.hidden(scoring.window)
@@ -95,7 +95,7 @@ def _attend_prefix(
     query: Tensor,
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query ``[t, Hq, D]`` against one shared prefix; as :func:`_attend_own`."""
+    """query ``[t, Hq, D]`` against one shared prefix; as :func:`_attend_rows`."""
     tokens, query_heads, size = query.shape
     key, value = group.prefix.keys[layer][0], group.prefix.values[layer][0]  # [H, P, D]
     heads, prefix_tokens = key.shape[0], key.shape[1]
@@ -177,17 +177,17 @@ def serving_attention(
         buffers[layer][batch.write_slots, :, batch.write_index] = tokens
     by_token = query[0].transpose(0, 1)  # [T, Hq, D]
     scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
-    own = _attend_own(batch, layer, by_token, scoring)
-    out, total = own[0], own[2]
+    of_rows = _attend_rows(batch, layer, by_token, scoring)
+    out, total = of_rows[0], of_rows[2]
     for group in batch.groups:
         taken = by_token if group.places is None else by_token[group.places]
-        shared = _attend_prefix(group, layer, taken, scoring)
+        of_prefix = _attend_prefix(group, layer, taken, scoring)
         if group.places is None:
-            out, total = _merge(own, shared)
+            out, total = _merge(of_rows, of_prefix)
         else:
             # A token has one prefix, so groups do not overlap and order does not matter.
-            part = (own[0][group.places], own[1][group.places], own[2][group.places])
-            merged = _merge(part, shared)
+            part = (of_rows[0][group.places], of_rows[1][group.places], of_rows[2][group.places])
+            merged = _merge(part, of_prefix)
             out[group.places], total[group.places] = merged
     return (out / total).to(query.dtype)[None], None
 

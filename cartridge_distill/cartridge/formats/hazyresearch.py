@@ -67,7 +67,7 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
     return StoredCartridge(checked_snapshot(parts, str(path)), CartridgeMeta(base_model=None))
 
 
-def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     """Writes a ``.pt`` file as upstream does.
 
     Raises:
@@ -80,7 +80,7 @@ def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
         name: nn.ParameterList(
             nn.Parameter(tensor, requires_grad=name.startswith("trainable")) for tensor in tensors
         )
-        for name, tensors in stored.snapshot.parts.items()
+        for name, tensors in cartridge.snapshot.parts.items()
     }
     replace_file(path, lambda scratch: torch.save(data, scratch), overwrite)
 
