@@ -142,7 +142,7 @@ def train_step(
     with stage("document"):
         teacher.prefix("document")
     with stage("teacher_forward"):
-        top = teacher.topk(
+        top = teacher.score(
             batch.sequences, batch.response_masks, batch.documents, TOPK, TEMPERATURE
         )
     with stage("loss"):

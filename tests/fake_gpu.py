@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,24 @@ class Wait:
         return f"{self.what:<7}{self.operation:<28}{self.line}\n{'':<35}in {self.within}"
 
 
-class FakeGpu(TorchDispatchMode):
+class AsOnCuda(TorchDispatchMode):
+    """Looks at each operation, of modules that see a GPU while it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen_as = SeenAsCuda()
+
+    def __enter__(self) -> Self:
+        self.seen_as.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *given: Any) -> None:
+        super().__exit__(*given)
+        self.seen_as.__exit__(*given)
+
+
+class FakeGpu(AsOnCuda):
     """Runs operations on :class:`OnGpu` tensors and notes what the host would wait for.
 
     ``with FakeGpu() as gpu:`` ... ``gpu.waits``. Tensors come to it by ``.to("cuda")`` or a
@@ -161,17 +178,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[Wait] = []
-        self.seen_as = SeenAsCuda()
         self._quiet = False
-
-    def __enter__(self) -> FakeGpu:
-        self.seen_as.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *given: Any) -> None:
-        super().__exit__(*given)
-        self.seen_as.__exit__(*given)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.fake_gpu import SeenAsCuda
+from tests.fake_gpu import AsOnCuda
 
 _STEP = 512  # bytes; torch's allocator rounds up to it
 
@@ -39,7 +38,7 @@ class Peak:
     makers: Counter[str] = field(default_factory=Counter)
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(AsOnCuda):
     """Counts the bytes of all storages on ``meta`` that are in use; ``peaks`` by stage.
 
     Args:
@@ -53,16 +52,6 @@ class LiveStorages(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}
         self._stage = "before"
         self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
-        self.seen_as = SeenAsCuda()
-
-    def __enter__(self) -> LiveStorages:
-        self.seen_as.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *given: Any) -> None:
-        super().__exit__(*given)
-        self.seen_as.__exit__(*given)
 
     @property
     def peak(self) -> int:

@@ -50,6 +50,12 @@ RETIRED: dict[str, tuple[str, tuple[str, ...]]] = {
     r"\bmake_equal\b": ("copy_from_rank_0", ()),
     r"\bdecoder_config\b|(?<!def )\bget_text_config\(": ("kv_shape.text_config", ()),
     r"\bPAGE_SIZE\b": ("PAGE_TOKENS", ()),
+    r"\bRunningGateway\b|\bgateway_rig\b": ("Rig, tests/gateway/rig.py", ()),
+    r"\bstored: StoredCartridge|\bstored = |\bstored\.[a-z]": (
+        "cartridge",
+        ("cartridge_distill/cartridge/",),
+    ),
+    r"\bour own format\b": ("the native format", ("cartridge_distill/", "docs/")),
 }
 
 # file -> why it may use a retired name

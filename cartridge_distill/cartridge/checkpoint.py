@@ -81,17 +81,17 @@ def read_cartridge(source: str | Path, model_config: Any | None = None) -> Store
         path = pull(str(source))
     elif not path.exists():
         raise CartridgeFormatError(f"{source} is no file, no directory and no hub id (owner/name)")
-    stored = read_local(path)
+    cartridge = read_local(path)
     if model_config is not None:
         try:
-            check_fits(stored.snapshot.kv_shape, model_config)
+            check_fits(cartridge.snapshot.kv_shape, model_config)
         except CartridgeFormatError as error:
             raise CartridgeFormatError(f"{source}: {error}") from None
-    return stored
+    return cartridge
 
 
 def write_cartridge(
-    stored: StoredCartridge, target: str | Path, format: Format, overwrite: bool = False
+    cartridge: StoredCartridge, target: str | Path, format: Format, overwrite: bool = False
 ) -> Path:
     """Writes a cartridge in one format, whole or not at all, in the dtype it has.
 
@@ -99,7 +99,7 @@ def write_cartridge(
         CartridgeFormatError: the format cannot hold it (the reason says why).
         FileExistsError: the target is there and ``overwrite`` is false.
     """
-    write_local(stored, Path(target), format, overwrite)
+    write_local(cartridge, Path(target), format, overwrite)
     return Path(target)
 
 
@@ -127,21 +127,21 @@ def convert(
     """
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"dtype={dtype}; it must be float32, bfloat16 or float16")
-    stored = read_cartridge(source).for_model(base_model)
+    cartridge = read_cartridge(source).for_model(base_model)
     if dtype is not None:
-        stored = stored.to(dtype)
-    return write_cartridge(stored, target, format, overwrite)
+        cartridge = cartridge.to(dtype)
+    return write_cartridge(cartridge, target, format, overwrite)
 
 
 def save_cartridge(cartridge: TrainableCache, directory: str | Path, meta: CartridgeMeta) -> Path:
-    """Writes our own format in float32; what is there is replaced."""
+    """Writes the native format in float32; what is there is replaced."""
     snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
     native.write(StoredCartridge(snapshot, meta), Path(directory), overwrite=True)
     return Path(directory)
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
-    """The JSON beside a cartridge in our own format."""
+    """The JSON beside a cartridge in the native format."""
     return native.read_json(Path(directory))
 
 
@@ -151,7 +151,7 @@ def record(
     recipe: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Adds settings or figures to a cartridge in our own format, entry by entry.
+    """Adds settings or figures to a cartridge in the native format, entry by entry.
 
     Raises:
         CartridgeFormatError: it is no directory of that format, the only one that holds them.
@@ -159,7 +159,7 @@ def record(
     path = Path(directory)
     if not (path / META_FILE).is_file():
         raise CartridgeFormatError(
-            f"{directory} is no directory in our own format, the only one that holds them: "
+            f"{directory} is no directory in the native format, the only one that holds them: "
             "`cartridge-distill convert SOURCE TARGET --to native` makes one"
         )
     native.record(path, recipe or {}, metrics or {})

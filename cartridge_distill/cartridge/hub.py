@@ -88,8 +88,8 @@ def push(
         FileExistsError: the directory is there and ``overwrite`` is false.
         HubError: the Hub does not take it.
     """
-    stored = _portable(read_local(Path(source).expanduser()).for_model(base_model))
-    chosen = _chosen(formats, stored)
+    cartridge = _portable(read_local(Path(source).expanduser()).for_model(base_model))
+    chosen = _chosen(formats, cartridge)
     if isinstance(target, Path) or not is_hub_id(target) or Path(target).is_dir():
         if branch is not None:
             raise ConfigError(f"branch={branch!r} is for the Hub; {target} is a directory")
@@ -97,18 +97,18 @@ def push(
         if overwrite:
             check_replaceable(directory)
         replace_directory(
-            directory, lambda scratch: _fill(scratch, stored, chosen, str(directory)), overwrite
+            directory, lambda scratch: _fill(scratch, cartridge, chosen, str(directory)), overwrite
         )
         return str(directory)
-    if _is_folder(stored.base_model()):
+    if _is_folder(cartridge.base_model()):
         raise ConfigError(
-            f"the cartridge is for {stored.base_model()}, a folder of this machine; name the model "
-            "as others find it, with base_model=owner/name"
+            f"the cartridge is for {cartridge.base_model()}, a folder of this machine; name the "
+            "model as others find it, with base_model=owner/name"
         )
     if "@" in target:
         raise ConfigError(f"{target}: a push makes a new revision; choose the branch with branch=")
     with tempfile.TemporaryDirectory() as scratch, _hub_errors("push to", target):
-        _fill(Path(scratch), stored, chosen, target)
+        _fill(Path(scratch), cartridge, chosen, target)
         api = HfApi()
         api.create_repo(target, private=private, exist_ok=True)
         if branch is not None:
@@ -117,7 +117,7 @@ def push(
             repo_id=target,
             folder_path=scratch,
             revision=branch,
-            commit_message=message or f"Cartridge, step {stored.meta.step}",
+            commit_message=message or f"Cartridge, step {cartridge.meta.step}",
             # A format that is no longer pushed must not stay behind with old weights.
             delete_patterns=list(_KNOWN_FILES),
         )
@@ -219,9 +219,9 @@ def _keep_what_is_sent(answer: httpx.Response) -> None:
         )
 
 
-def _chosen(formats: Sequence[Format] | None, stored: StoredCartridge) -> tuple[Format, ...]:
+def _chosen(formats: Sequence[Format] | None, cartridge: StoredCartridge) -> tuple[Format, ...]:
     if formats is None:
-        pages = stored.snapshot.num_tokens % PAGE_TOKENS == 0
+        pages = cartridge.snapshot.num_tokens % PAGE_TOKENS == 0
         return tuple(name for name in PUSHED if pages or name != "tokasaurus")
     strange = [name for name in formats if name not in PUSHED]
     if strange or not formats:
@@ -229,14 +229,16 @@ def _chosen(formats: Sequence[Format] | None, stored: StoredCartridge) -> tuple[
     return tuple(name for name in PUSHED if name in formats)
 
 
-def _fill(directory: Path, stored: StoredCartridge, formats: Sequence[Format], target: str) -> None:
+def _fill(
+    directory: Path, cartridge: StoredCartridge, formats: Sequence[Format], target: str
+) -> None:
     """All files of a repository."""
     for name in formats:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            write_local(stored, Path(scratch) / name, name)
+            write_local(cartridge, Path(scratch) / name, name)
             for file in (Path(scratch) / name).iterdir():
                 file.replace(directory / file.name)
-    (directory / CARD_FILE).write_text(card(stored, formats, target), encoding="utf-8")
+    (directory / CARD_FILE).write_text(card(cartridge, formats, target), encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -249,16 +251,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _portable(stored: StoredCartridge) -> StoredCartridge:
+def _portable(cartridge: StoredCartridge) -> StoredCartridge:
     """Without the settings that are paths of this machine, which are of no use elsewhere, and
     without credentials, whoever wrote them there."""
-    clean = stored.meta.cleaned()
+    clean = cartridge.meta.cleaned()
     recipe = {
         name: value
         for name, value in clean.recipe.items()
         if not (isinstance(value, str) and _is_folder(value))
     }
-    return replace(stored, meta=replace(clean, recipe=recipe))
+    return replace(cartridge, meta=replace(clean, recipe=recipe))
 
 
 def _is_folder(name: str) -> bool:

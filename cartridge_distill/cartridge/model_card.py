@@ -19,23 +19,23 @@ _CURVE_ROWS = 12
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def card(stored: StoredCartridge, formats: Sequence[str], location: str) -> str:
+def card(cartridge: StoredCartridge, formats: Sequence[str], location: str) -> str:
     """The card's text.
 
     Args:
         formats: what lies beside it.
         location: hub id or directory, as users will name it.
     """
-    meta = stored.meta
-    base = stored.base_model()
+    meta = cartridge.meta
+    base = cartridge.base_model()
     document = meta.document_title or meta.document_sha256 or "a document"
     sections = [
         f"---\n{_front_matter(base, formats)}---",
         f"# Cartridge: {_plain(document)}",
-        f"A [cartridge](https://arxiv.org/abs/2506.06266), {stored.snapshot.num_tokens} tokens of "
-        f"keys and values that stand in for a document in front of `{_plain(base)}`. Made with "
+        f"A [cartridge](https://arxiv.org/abs/2506.06266), {cartridge.snapshot.num_tokens} tokens "
+        f"of keys and values that stand in for a document in front of `{_plain(base)}`. Made with "
         "cartridge-distill. It holds much of what the document says: whoever has it can ask it.",
-        _table(["", ""], _facts(stored)),
+        _table(["", ""], _facts(cartridge)),
         _recipe(meta.recipe),
         _training(meta.metrics),
         _results(meta.metrics.get("results")),
@@ -46,7 +46,7 @@ def card(stored: StoredCartridge, formats: Sequence[str], location: str) -> str:
     if "native" in formats:
         sections.append(_use_here(base, location))
     if "peft" in formats:
-        sections.append(_use_peft(base, location, stored))
+        sections.append(_use_peft(base, location, cartridge))
     if "tokasaurus" in formats:
         sections.append(_use_tokasaurus(location))
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -62,8 +62,8 @@ def _front_matter(base: str, formats: Sequence[str]) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-def _facts(stored: StoredCartridge) -> list[list[object]]:
-    meta, snapshot = stored.meta, stored.snapshot
+def _facts(cartridge: StoredCartridge) -> list[list[object]]:
+    meta, snapshot = cartridge.meta, cartridge.snapshot
     rows: list[list[object]] = [
         ["base model", meta.base_model],
         ["base model's revision", meta.base_revision],
@@ -74,7 +74,7 @@ def _facts(stored: StoredCartridge) -> list[list[object]]:
             "layers, kv heads, head size",
             f"{snapshot.num_layers}, {snapshot.kv_heads}, {snapshot.head_dim}",
         ],
-        ["dtype, size", f"{stored.dtype_name()}, {snapshot.num_bytes / 1e6:.1f} MB"],
+        ["dtype, size", f"{cartridge.dtype_name()}, {snapshot.num_bytes / 1e6:.1f} MB"],
         ["optimizer steps", meta.step],
         ["version", meta.version],
     ]
@@ -169,8 +169,8 @@ python -m cartridge_distill.cli.chat --model {_plain(base)} --cartridge {_plain(
 ```"""
 
 
-def _use_peft(base: str, location: str, stored: StoredCartridge) -> str:
-    revision = stored.meta.base_revision
+def _use_peft(base: str, location: str, cartridge: StoredCartridge) -> str:
+    revision = cartridge.meta.base_revision
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     return f"""### In PEFT
 

@@ -6,7 +6,7 @@ the optimizer's state stay in float32. Reading and writing files lives in ``chec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.util.errors import ConfigError
 
-if TYPE_CHECKING:  # importing it takes seconds, and files are read without any model
-    pass
-
 
 class TrainableCache(nn.Module):
     """Keys and values of P tokens per layer, the first ``num_frozen_tokens`` of them frozen.
 
     Tensor names are those of the field's files: ``frozen_keys``, ``frozen_values``,
     ``trainable_keys``, ``trainable_values``, one ``[1, H, tokens, D]`` per layer.
+
+    One that begins as a document's first tokens needs a model, and is made by
+    :func:`cartridge_distill.model.prefill.cartridge_from_text`.
 
     Args:
         prefix: the initial P tokens.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, require_counts
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class StepShape:
     topk: int = 20
 
     def __post_init__(self) -> None:
-        for name in (
-            *("cartridge_tokens", "row_tokens", "document_tokens", "documents", "documents_kept"),
-            *("micro_batches", "ranks", "topk"),
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        require_counts(self, "cartridge_tokens", "row_tokens", "document_tokens", "documents")
+        require_counts(self, "documents_kept", "micro_batches", "ranks", "topk")
         for name in ("trained_tokens", "sequence_tokens"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.row_tokens:

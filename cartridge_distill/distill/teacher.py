@@ -8,7 +8,8 @@ error that names it; nothing is scored by the bare model instead.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -89,27 +90,10 @@ class Teacher:
             self._cache.popitem(last=False)
         return prefix
 
-    @torch.no_grad()
-    def topk(
-        self,
-        sequences: Sequence[Tensor],
-        response_masks: Sequence[Tensor | HostMask],
-        document_ids: Sequence[str],
-        k: int,
-        temperature: float = 1.0,
-        chosen_at: float | None = None,
-    ) -> TeacherTopK:
-        """The teacher's distributions over the counted tokens, looked at.
-
-        As :meth:`score`, and the host waits for the result.
-
-        Raises:
-            DocumentError: as :meth:`score`, or the logits are not finite.
-        """
-        found = self.score(sequences, response_masks, document_ids, k, temperature, chosen_at)
-        if not bool(found.finite):
-            raise not_finite(document_ids)
-        return found
+    @contextmanager
+    def _forwarding(self, document_ids: Sequence[str]) -> Iterator[None]:
+        """Stands around the forwards of one :meth:`score`; several ranks have more to do here."""
+        yield
 
     @torch.no_grad()
     def score(
@@ -148,27 +132,30 @@ class Teacher:
         results: list[list[Tensor]] = [[]] * len(sequences)
         masks = [host_mask(mask) for mask in response_masks]
         finite = []
-        for document_id in dict.fromkeys(document_ids):
-            members = [b for b, other in enumerate(document_ids) if other == document_id]
-            prefix = self.prefix(document_id)
-            longest = max(len(sequences[b]) for b in members)
-            if self.context is not None and prefix.num_tokens + longest > self.context:
-                raise DocumentError(
-                    f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
-                    f"{longest} tokens exceed the model's context of {self.context}"
+        with self._forwarding(document_ids):
+            for document_id in dict.fromkeys(document_ids):
+                members = [b for b, other in enumerate(document_ids) if other == document_id]
+                prefix = self.prefix(document_id)
+                longest = max(len(sequences[b]) for b in members)
+                if self.context is not None and prefix.num_tokens + longest > self.context:
+                    raise DocumentError(
+                        f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
+                        f"{longest} tokens exceed the model's context of {self.context}"
+                    )
+                batch = pack([sequences[b] for b in members]).to(self.device)
+                mask = np.concatenate([masks[b] for b in members])
+                logits = packed_forward(
+                    self.model, prefix, batch, batch.predicts(mask), self.backend
                 )
-            batch = pack([sequences[b] for b in members]).to(self.device)
-            mask = np.concatenate([masks[b] for b in members])
-            logits = packed_forward(self.model, prefix, batch, batch.predicts(mask), self.backend)
-            top = TeacherTopK.from_logits(logits, k, temperature)
-            assert top.finite is not None
-            finite.append(top.finite)
-            parts = [top.ids, top.logprobs]
-            if chosen_at is not None:
-                parts.append(chosen_logprobs(logits, batch.tokens(mask), chosen_at))
-            counts = [int(masks[b].sum()) for b in members]
-            for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
-                results[b] = own
+                top = TeacherTopK.from_logits(logits, k, temperature)
+                assert top.finite is not None
+                finite.append(top.finite)
+                parts = [top.ids, top.logprobs]
+                if chosen_at is not None:
+                    parts.append(chosen_logprobs(logits, batch.tokens(mask), chosen_at))
+                counts = [int(masks[b].sum()) for b in members]
+                for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
+                    results[b] = own
         ids, logprobs, *rest = (torch.cat(part) for part in zip(*results, strict=True))
         chosen = rest[0] if rest else None
         return TeacherTopK(ids, logprobs, chosen, torch.stack(finite).all())

@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 
 from cartridge_distill.model.flex import flex_attention_of
 from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import ConfigError
 
 ATTENTION_NAME = "cartridge_packed"
@@ -53,11 +54,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
     # Scaled before the product: the query is far smaller than the scores.
-    scores = torch.matmul(query * scaling, key.transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.matmul(query * scoring.scaling, key.transpose(-1, -2))
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     return scores
 
 
@@ -72,17 +73,15 @@ def _dense(
     key: Tensor,
     value: Tensor,
     past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> Tensor:
     """query ``[Hq, T, D]``, key and value ``[H, T, D]`` -> ``[Hq, T, D]``."""
     heads, tokens, size = key.shape
     if past is not None:
         key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
     grouped = query.reshape(heads, -1, tokens, size)
-    scores = _scores(grouped, key[:, None], scaling, softcap)
-    scores = scores.masked_fill(~layout.allowed(window), float("-inf"))
+    scores = _scores(grouped, key[:, None], scoring)
+    scores = scores.masked_fill(~layout.allowed(scoring.window), float("-inf"))
     return torch.matmul(_weights(scores, value.dtype), value[:, None]).reshape(query.shape)
 
 
@@ -93,26 +92,24 @@ def _group_attention(
     value: Tensor,
     places: Tensor,
     past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> Tensor:
     """n sequences: query ``[H, n, G, q, D]`` at ``[n, q]`` places; key, value ``[H, n, k, D]``."""
     heads, members, per_head, length, _ = query.shape
     keys = key.shape[2]
-    own = _scores(query.flatten(2, 3), key, scaling, softcap)  # [H, n, G * q, k]
+    own = _scores(query.flatten(2, 3), key, scoring)  # [H, n, G * q, k]
     distance = places[:, None, :, None] - torch.arange(keys, device=query.device)
     allowed = distance >= 0
-    if window is not None:
-        allowed &= distance < window
+    if scoring.window is not None:
+        allowed &= distance < scoring.window
     own = own.view(heads, members, per_head, length, keys).masked_fill(~allowed, float("-inf"))
     if past is None:
         weights = _weights(own, value.dtype).flatten(2, 3)
         return torch.matmul(weights, value).view(query.shape)
-    shared = _scores(query.flatten(1, 3), past[0], scaling, softcap)  # one product for all
+    shared = _scores(query.flatten(1, 3), past[0], scoring)  # one product for all
     shared = shared.view(heads, members, per_head, length, -1)
-    if window is not None:
-        visible = layout.prefix_allowed(places, window)[:, None]
+    if scoring.window is not None:
+        visible = layout.prefix_allowed(places, scoring.window)[:, None]
         shared = shared.masked_fill(~visible, float("-inf"))
     weights = _weights(torch.cat([shared, own], dim=-1), value.dtype)
     from_past = weights[..., : layout.prefix_tokens].reshape(heads, -1, layout.prefix_tokens)
@@ -127,9 +124,7 @@ def _grouped(
     key: Tensor,
     value: Tensor,
     past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> Tensor:
     """query ``[Hq, U, D]``, key, value ``[H, U, D]`` of the U computed tokens -> ``[Hq, U, D]``."""
     heads, tokens, size = key.shape
@@ -150,7 +145,7 @@ def _grouped(
                 rows = group.queries[some, first : first + q_at_once]
                 q = by_head[:, :, rows].transpose(1, 2)  # [H, n, G, q, D]
                 places = group.places[some, first : first + q_at_once]
-                out = _group_attention(layout, q, k, v, places, past, scaling, softcap, window)
+                out = _group_attention(layout, q, k, v, places, past, scoring)
                 pieces.append(out.transpose(1, 2).reshape(query.shape[0], -1, size))
                 asked.append(rows.reshape(-1))
     return torch.cat(pieces, dim=1)[:, layout.restore(asked)]
@@ -202,16 +197,8 @@ def packed_attention(
             packed_layout.prefix.values[layer][0].to(query.dtype),
         )
     attend = _IMPLEMENTATIONS[packed_layout.backend]
-    out = attend(
-        packed_layout,
-        query[0],
-        key[0],
-        value[0],
-        past,
-        scaling if scaling is not None else query.shape[-1] ** -0.5,
-        softcap,
-        sliding_window,
-    )
+    scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
+    out = attend(packed_layout, query[0], key[0], value[0], past, scoring)
     return out.transpose(0, 1)[None], None
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from cartridge_distill.model.blocks import filled_prefix
 from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import AttentionCompileError
 
 logger = logging.getLogger(__name__)
@@ -184,9 +185,7 @@ def flex_attention_of(
     key: Tensor,
     value: Tensor,
     past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> Tensor:
     """query ``[Hq, T, D]``, key and value ``[H, T, D]`` -> ``[Hq, T, D]``."""
     if past is not None:
@@ -201,9 +200,9 @@ def flex_attention_of(
         query[None],
         key[None],
         value[None],
-        layout.block_mask(window),
-        scaling,
-        softcap,
+        layout.block_mask(scoring.window),
+        scoring.scaling,
+        scoring.softcap,
     )
     out = compile_and_call(*arguments) if compiles_on(query.device) else fused(*arguments)
     return out[0]

@@ -229,27 +229,33 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
-class CompletionChoice(BaseModel):
+class _Choice(BaseModel):
     model_config = _LENIENT
 
     index: int
-    text: str
     logprobs: Any = None
     finish_reason: str
 
 
-class CompletionResponse(BaseModel):
-    """Answer of both completions paths."""
-
+class _Response(BaseModel):
     model_config = _LENIENT
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str
+
+
+class CompletionChoice(_Choice):
+    text: str
+
+
+class CompletionResponse(_Response):
+    """Answer of both completions paths."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
 
 
 class ChatAnswer(BaseModel):
@@ -259,27 +265,15 @@ class ChatAnswer(BaseModel):
     content: str | None
 
 
-class ChatChoice(BaseModel):
-    model_config = _LENIENT
-
-    index: int
+class ChatChoice(_Choice):
     message: ChatAnswer
-    logprobs: Any = None
-    finish_reason: str
 
 
-class ChatCompletionResponse(BaseModel):
+class ChatCompletionResponse(_Response):
     """Answer of both chat paths."""
 
-    model_config = _LENIENT
-
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
-    usage: Usage | None = None
-    system_fingerprint: str
 
 
 class ModelCard(BaseModel):

@@ -210,12 +210,8 @@ def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     return chunks
 
 
-def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
-    """The routes. The engine's thread starts and stops with the app.
-
-    Args:
-        hosts: names of the server; other requests are refused. The loopback's by default.
-    """
+def app_over(service: Service, title: str) -> FastAPI:
+    """An application without routes; the engine's thread starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -223,7 +219,16 @@ def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(lifespan=lifespan, title="Tokasaurus protocol, embedded server")
+    return FastAPI(lifespan=lifespan, title=title)
+
+
+def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
+    """The routes.
+
+    Args:
+        hosts: names of the server; other requests are refused. The loopback's by default.
+    """
+    app = app_over(service, "Tokasaurus protocol, embedded server")
     app.state.service = service
     protect(app, service.settings.idle_s)
     add_refusals(app)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.server.layout import SCORE_BUDGET, Group, ServingBatch
 from cartridge_distill.util.errors import ConfigError
 
@@ -30,10 +31,10 @@ SERVING_ATTENTION = "cartridge_serving"
 _MASKED = torch.finfo(torch.float32).min
 
 
-def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scoring.scaling)
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     return scores
 
 
@@ -45,13 +46,11 @@ def _exp_in_place(scores: Tensor) -> tuple[Tensor, Tensor]:
     return top, weights.sum(dim=-1, keepdim=True)
 
 
-def _attend_own(
+def _attend_rows(
     batch: ServingBatch,
     layer: int,
     query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query ``[T, Hq, D]`` against each row's own keys.
 
@@ -68,11 +67,11 @@ def _attend_own(
         taken = query[part.start : part.end] if part.places is None else query[part.places]
         # [n, q, H, G, D] -> [n, H, G * q, D]
         shaped = taken.reshape(part.rows, part.queries, heads, -1, size).permute(0, 2, 3, 1, 4)
-        own = slice(part.first, part.first + part.rows)
-        key, value = keys[own, :, : part.keys], values[own, :, : part.keys]
-        scores = _scores(shaped.flatten(2, 3), key, scaling, softcap)
+        slots = slice(part.first, part.first + part.rows)
+        key, value = keys[slots, :, : part.keys], values[slots, :, : part.keys]
+        scores = _scores(shaped.flatten(2, 3), key, scoring)
         split = scores.view(part.rows, heads, -1, part.queries, part.keys)
-        hidden = part.hidden(window)
+        hidden = part.hidden(scoring.window)
         if hidden is not None:
             split.masked_fill_(hidden, _MASKED)
         top, total = _exp_in_place(split)
@@ -94,11 +93,9 @@ def _attend_prefix(
     group: Group,
     layer: int,
     query: Tensor,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
+    scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query ``[t, Hq, D]`` against one shared prefix; as :func:`_attend_own`."""
+    """query ``[t, Hq, D]`` against one shared prefix; as :func:`_attend_rows`."""
     tokens, query_heads, size = query.shape
     key, value = group.prefix.keys[layer][0], group.prefix.values[layer][0]  # [H, P, D]
     heads, prefix_tokens = key.shape[0], key.shape[1]
@@ -111,12 +108,12 @@ def _attend_prefix(
         n = taken.shape[0]
         # [t, H, G, D] -> [H, t * G, D]: one product for every row
         shaped = taken.reshape(n, heads, -1, size).transpose(0, 1).flatten(1, 2)
-        scores = _scores(shaped, key, scaling, softcap)
-        if window is not None:
+        scores = _scores(shaped, key, scoring)
+        if scoring.window is not None:
             index = group.query_index[at : at + step, None]
             distance = prefix_tokens + index - torch.arange(prefix_tokens, device=index.device)
             scores.view(heads, n, -1, prefix_tokens).masked_fill_(
-                (distance >= window)[:, None], _MASKED
+                (distance >= scoring.window)[:, None], _MASKED
             )
         top, total = _exp_in_place(scores)
         out = torch.matmul(scores.to(value.dtype), value).float()
@@ -179,18 +176,18 @@ def serving_attention(
             tokens = tokens[batch.write_sources]
         buffers[layer][batch.write_slots, :, batch.write_index] = tokens
     by_token = query[0].transpose(0, 1)  # [T, Hq, D]
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    own = _attend_own(batch, layer, by_token, scale, softcap, sliding_window)
-    out, total = own[0], own[2]
+    scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
+    of_rows = _attend_rows(batch, layer, by_token, scoring)
+    out, total = of_rows[0], of_rows[2]
     for group in batch.groups:
         taken = by_token if group.places is None else by_token[group.places]
-        shared = _attend_prefix(group, layer, taken, scale, softcap, sliding_window)
+        of_prefix = _attend_prefix(group, layer, taken, scoring)
         if group.places is None:
-            out, total = _merge(own, shared)
+            out, total = _merge(of_rows, of_prefix)
         else:
             # A token has one prefix, so groups do not overlap and order does not matter.
-            part = (own[0][group.places], own[1][group.places], own[2][group.places])
-            merged = _merge(part, shared)
+            part = (of_rows[0][group.places], of_rows[1][group.places], of_rows[2][group.places])
+            merged = _merge(part, of_prefix)
             out[group.places], total[group.places] = merged
     return (out / total).to(query.dtype)[None], None
 

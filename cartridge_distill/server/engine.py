@@ -257,8 +257,8 @@ class Engine:
             self._forward(piece, list(positions), [0], batch)
             self.stats.forwards += 1
             self.stats.prompt_tokens += len(piece)
-        own = (slice(0, 1), slice(None), slice(0, len(ids)))
-        return Prefix([key[own] for key in buffers.keys], [value[own] for value in buffers.values])
+        row = (slice(0, 1), slice(None), slice(0, len(ids)))
+        return Prefix([key[row] for key in buffers.keys], [value[row] for value in buffers.values])
 
     def _admit(self) -> None:
         """Takes rows in, first come first served."""

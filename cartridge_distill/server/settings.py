@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, require_counts
 from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
 
 DEFAULT_PORT = 10210
@@ -52,12 +52,8 @@ class ServerSettings:
     idle_s: float = IDLE_SECONDS
 
     def __post_init__(self) -> None:
-        for name in (
-            *("max_batch", "max_kv_tokens", "prefill_tokens", "prefill_chunk"),
-            "prefix_cache_min_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        require_counts(self, "max_batch", "max_kv_tokens", "prefill_tokens", "prefill_chunk")
+        require_counts(self, "prefix_cache_min_tokens")
         if self.prefix_cache_tokens < 0:
             raise ConfigError(
                 f"prefix_cache_tokens={self.prefix_cache_tokens}: must be 0 (keep none) or more"

@@ -19,6 +19,17 @@ class ConfigError(CartridgeDistillError, ValueError):
     """A setting makes no sense, alone or with another one."""
 
 
+def require_counts(settings: object, *names: str) -> None:
+    """The named fields are at least 1.
+
+    Raises:
+        ConfigError: the first that is not.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name}={getattr(settings, name)}: must be at least 1")
+
+
 class CartridgeFormatError(CartridgeDistillError, ValueError):
     """A cartridge file cannot be read, or does not fit the model."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.bf16_rounding import Outcome, cosine, main, parse
+from benchmarks.bf16_rounding import main, parse
+from benchmarks.planted_servers import Outcome, cosine
 
 
 @pytest.mark.parametrize("name", ["--steps", "--prompts", "--response", "--every"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bf16_rounding import BACK, BASE, CARTRIDGE, Experiment, World
+from benchmarks.planted_servers import BACK, BASE, CARTRIDGE, Experiment, World
 from cartridge_distill.distill.rounding import (
     Rounding,
     StepLevel,

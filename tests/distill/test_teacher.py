@@ -51,7 +51,7 @@ def test_scores_equal_a_plain_forward_over_document_and_sample() -> None:
             rows = len(context) + mask.nonzero()[:, 0] - 1
             expected.append(logits[rows])
     reference = TeacherTopK.from_logits(torch.cat(expected), 7, 1.5)
-    got = teacher().topk(sequences, response_masks, ids, 7, 1.5)
+    got = teacher().score(sequences, response_masks, ids, 7, 1.5)
     assert torch.equal(got.ids, reference.ids)  # in the order of the sequences, not of documents
     torch.testing.assert_close(got.logprobs, reference.logprobs, atol=1e-5, rtol=0)
 
@@ -60,13 +60,13 @@ def test_a_documents_kv_is_computed_once_and_kept_within_bounds() -> None:
     sequences, response_masks, ids = samples()
     kept = teacher(max_cached=2)
     for _ in range(3):
-        kept.topk(sequences, response_masks, ids, 3)
+        kept.score(sequences, response_masks, ids, 3)
     assert kept.prefills == 2
     tight = teacher(max_cached=1)
-    tight.topk(sequences, response_masks, ids, 3)
-    tight.topk(sequences[:1], response_masks[:1], ["a"], 3)  # "a" was used last: still there
+    tight.score(sequences, response_masks, ids, 3)
+    tight.score(sequences[:1], response_masks[:1], ["a"], 3)  # "a" was used last: still there
     assert tight.prefills == 2
-    tight.topk(sequences[:1], response_masks[:1], ["b"], 3)
+    tight.score(sequences[:1], response_masks[:1], ["b"], 3)
     assert tight.prefills == 3
 
 
@@ -81,7 +81,7 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
     logits = packed_forward(
         model, oracle.prefix(), batch, batch.predicts(torch.cat(response_masks))
     )
-    loss = forward_kl_topk(logits, judge.topk(sequences, response_masks, ["b"] * 4, 20))
+    loss = forward_kl_topk(logits, judge.score(sequences, response_masks, ["b"] * 4, 20))
     assert loss.abs().max() < 1e-4
     loss.mean().backward()
     gradients = [p.grad for p in oracle.trainable_parameters() if p.grad is not None]
@@ -91,7 +91,7 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
 def test_a_missing_document_is_named() -> None:
     sequences, response_masks, _ = samples()
     with pytest.raises(DocumentError, match="'zebra' is not in memory .it has: a, b.*bare model"):
-        teacher().topk(sequences, response_masks, ["a", "b", "a", "zebra"], 3)
+        teacher().score(sequences, response_masks, ["a", "b", "a", "zebra"], 3)
 
 
 def test_a_document_longer_than_the_context_is_named() -> None:
@@ -102,7 +102,7 @@ def test_a_document_longer_than_the_context_is_named() -> None:
     judge = Teacher(prepare_model(tiny_model()), DocumentStore({"edge": "x" * 505}), render)
     sequences, response_masks, _ = samples()
     with pytest.raises(DocumentError, match="'edge' .505 tokens. and a sample of 12 tokens exceed"):
-        judge.topk(sequences, response_masks, ["edge"] * 4, 3)
+        judge.score(sequences, response_masks, ["edge"] * 4, 3)
 
 
 def test_document_files(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Iterator
 
 import pytest
 from transformers import PreTrainedModel
@@ -15,31 +13,16 @@ from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import ConfigError
+from tests.server.conftest import EngineOf
 from tests.tiny import ARCHITECTURES, plain_logprobs, random_cartridge, tiny_model
 
 TOLERANCE = 1e-5
-EngineOf = Callable[..., Engine]
+SMALL = {"prefix_cache_min_tokens": 16, "prefill_chunk": 24}
 
 
 def tokens(count: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     return [draw.randrange(256) for _ in range(count)]
-
-
-@pytest.fixture
-def engine_of() -> Iterator[EngineOf]:
-    running: list[Engine] = []
-
-    def start(model: PreTrainedModel, **settings: int) -> Engine:
-        given = {"prefix_cache_min_tokens": 16, "prefill_chunk": 24, **settings}
-        engine = Engine(copy.deepcopy(model), ServerSettings(**given))  # type: ignore[arg-type]
-        engine.start()
-        running.append(engine)
-        return engine
-
-    yield start
-    for engine in running:
-        engine.stop()
 
 
 def answers(engine: Engine, prompts: list[list[int]]) -> list[tuple[list[int], list[float], int]]:
@@ -55,7 +38,7 @@ def test_results_are_those_of_no_sharing(kind: str, engine_of: EngineOf) -> None
     heading = tokens(20, 0)
     documents = [heading + tokens(60, 1), heading + tokens(33, 2)]
     prompts = [documents[n % 2] + tokens(1 + 3 * n, 10 + n) for n in range(8)]
-    sharing, plain = engine_of(model), engine_of(model, prefix_cache_tokens=0)
+    sharing, plain = engine_of(model, **SMALL), engine_of(model, **SMALL, prefix_cache_tokens=0)
     for part in (prompts[:4], prompts[4:], [prompts[0]]):
         for ids, got, wanted in zip(
             part, answers(sharing, part), answers(plain, part), strict=True
@@ -75,7 +58,7 @@ def test_results_are_those_of_no_sharing(kind: str, engine_of: EngineOf) -> None
 def test_a_beginning_that_comes_one_request_at_a_time_is_found(
     llama: PreTrainedModel, engine_of: EngineOf
 ) -> None:
-    engine = engine_of(llama)
+    engine = engine_of(llama, **SMALL)
     document = tokens(50, 3)
     shared = [answers(engine, [[*document, n, n]])[0][2] for n in (1, 2, 3)]
     assert shared == [0, 50, 50]  # alone it is not worth keeping
@@ -83,7 +66,7 @@ def test_a_beginning_that_comes_one_request_at_a_time_is_found(
 
 
 def test_rows_with_a_cartridge_are_left_alone(llama: PreTrainedModel, engine_of: EngineOf) -> None:
-    engine = engine_of(llama)
+    engine = engine_of(llama, **SMALL)
     prefix, document = random_cartridge(llama).prefix(), tokens(50, 4)
     rows = [Row([*document, n], 2, 0.0, random.Random(0), prefix) for n in range(3)]
     for row in rows:
@@ -95,7 +78,7 @@ def test_rows_with_a_cartridge_are_left_alone(llama: PreTrainedModel, engine_of:
 def test_memory_is_bounded_and_the_least_recently_used_goes(
     llama: PreTrainedModel, engine_of: EngineOf
 ) -> None:
-    engine = engine_of(llama, prefix_cache_tokens=100)
+    engine = engine_of(llama, **SMALL, prefix_cache_tokens=100)
     documents = [tokens(40, n) for n in range(3)]
 
     def ask(number: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
+from tests.server.conftest import EngineOf
 from tests.tiny import (
     ARCHITECTURES,
     plain_distributions,
@@ -50,24 +50,6 @@ def check(
         item.temperature if temperature is None else temperature,
     )
     assert result.logprobs == pytest.approx(wanted, abs=TOLERANCE, rel=0)
-
-
-@pytest.fixture
-def engine_of() -> object:
-    running: list[Engine] = []
-
-    def start(model: PreTrainedModel, **settings: int) -> Engine:
-        engine = Engine(copy.deepcopy(model), ServerSettings(**settings))  # type: ignore[arg-type]
-        engine.start()
-        running.append(engine)
-        return engine
-
-    yield start
-    for engine in running:
-        engine.stop()
-
-
-EngineOf = Callable[..., Engine]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -8,19 +8,19 @@ micro-batches; the teacher's forwards follow the documents in them, and are made
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from verl.utils.fsdp_utils import apply_fsdp2
 
-from cartridge_distill.distill.loss import TeacherTopK
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.forward import packed_forward
-from cartridge_distill.model.packing import HostMask, pack
+from cartridge_distill.model.packing import pack
 
 
 def shard(module: Any, device_mesh: Any, engine_config: Any) -> Any:
@@ -70,25 +70,16 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 class RanksTeacher(Teacher):
     """A teacher that runs the model equally often on every rank."""
 
-    @torch.no_grad()
-    def score(
-        self,
-        sequences: Sequence[Tensor],
-        response_masks: Sequence[Tensor | HostMask],
-        document_ids: Sequence[str],
-        k: int,
-        temperature: float = 1.0,
-        chosen_at: float | None = None,
-    ) -> TeacherTopK:
-        """As :meth:`Teacher.score`; all ranks call it together, and wait for each other."""
+    @contextmanager
+    def _forwarding(self, document_ids: Sequence[str]) -> Iterator[None]:
+        """All ranks come here together, and wait for each other."""
         own = self._forwards(document_ids)
         most = torch.tensor(own, device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        result = super().score(sequences, response_masks, document_ids, k, temperature, chosen_at)
+        yield
         for _ in range(int(most) - own):
-            batch = pack([sequences[0][:1]]).to(self.device)
+            batch = pack([torch.zeros(1, dtype=torch.long)]).to(self.device)
             packed_forward(self.model, None, batch, backend=self.backend)
-        return result
 
     def _forwards(self, document_ids: Sequence[str]) -> int:
         """Forwards that a call takes: one a document, and one more where its KV is not kept."""

@@ -10,7 +10,7 @@ format            files                                               module
                   ``adapter_config.json``
 ================  ==================================================  =====================
 
-Each module has ``read(path) -> StoredCartridge`` and ``write(stored, path, overwrite)``. What
+Each module has ``read(path) -> StoredCartridge`` and ``write(cartridge, path, overwrite)``. What
 travels between them is a :class:`~cartridge_distill.cartridge.snapshot.Snapshot` in the dtype of
 the file, so that a conversion keeps every bit, and what the file says about itself. Only ``native``
 holds all of the latter; the others keep the base model at most.

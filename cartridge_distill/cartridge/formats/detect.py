@@ -95,15 +95,15 @@ def read_local(path: Path) -> StoredCartridge:
         return peft.read(place)
     if format == "tokasaurus":
         return tokasaurus.read(place)
-    stored = hazyresearch.read(place)
+    cartridge = hazyresearch.read(place)
     config = place.parent / tokasaurus.TOKASAURUS_CONFIG
     if path.is_dir() and config.is_file():  # upstream's training leaves it beside the file
-        stored = stored.for_model(tokasaurus.base_model_of(tokasaurus.read_config(config)))
-    return stored
+        cartridge = cartridge.for_model(tokasaurus.base_model_of(tokasaurus.read_config(config)))
+    return cartridge
 
 
 def write_local(
-    stored: StoredCartridge, target: Path, format: Format, overwrite: bool = False
+    cartridge: StoredCartridge, target: Path, format: Format, overwrite: bool = False
 ) -> None:
     """Writes a file or a directory in one format.
 
@@ -122,7 +122,7 @@ def write_local(
         raise CartridgeFormatError(f"no format {format!r}; there are {', '.join(FORMATS)}")
     if overwrite:
         check_replaceable(target)
-    writers[format](stored, target, overwrite)
+    writers[format](cartridge, target, overwrite)
 
 
 def check_replaceable(target: Path) -> None:

@@ -94,7 +94,7 @@ def _known(path: Path, mapped: bool) -> tuple[dict[str, object], list[tuple[str,
     return data, spellings
 
 
-def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     """Writes a ``.pt`` file as upstream does.
 
     Raises:
@@ -105,7 +105,7 @@ def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
         raise CartridgeFormatError(f"{path}: the name of a file that ends in .pt is wanted")
     data = {
         name: [tensor.detach() for tensor in tensors]
-        for name, tensors in stored.snapshot.parts.items()
+        for name, tensors in cartridge.snapshot.parts.items()
     }
     for ours, theirs in zip(*_SPELLINGS, strict=True):
         data[theirs] = data[ours]  # the same list: stored once

@@ -1,4 +1,4 @@
-"""Our own directory: ``cartridge.safetensors`` and a ``cartridge.json`` that a person can read.
+"""The native format: a directory with ``cartridge.safetensors`` and a readable ``cartridge.json``.
 
 The only format that keeps all that is known: base model and revision, step, document, recipe,
 metrics. Training writes float32, the dtype of the master weights; a conversion writes the dtype it
@@ -48,19 +48,19 @@ def read(path: Path) -> StoredCartridge:
     parts = {part: [tensors[f"{part}.{layer}"] for layer in range(layers)] for part in PARTS}
     snapshot = checked_snapshot(parts, str(weights))
     try:
-        stored = StoredCartridge(snapshot, CartridgeMeta.from_dict(described))
+        cartridge = StoredCartridge(snapshot, CartridgeMeta.from_dict(described))
     except CartridgeFormatError as error:
         raise CartridgeFormatError(f"{path / META_FILE}: {error}") from None
-    about_tensors = {**stored.shape(), "dtype": stored.dtype_name()}
+    about_tensors = {**cartridge.shape(), "dtype": cartridge.dtype_name()}
     refuse_unknown(
-        described, {"format", *about_tensors, *stored.meta.as_dict()}, str(path / META_FILE)
+        described, {"format", *about_tensors, *cartridge.meta.as_dict()}, str(path / META_FILE)
     )
     for name, found in about_tensors.items():
         if described.get(name) != found:
             raise CartridgeFormatError(
                 f"{path / META_FILE} says {name}={described.get(name)}, {WEIGHTS_FILE} has {found}"
             )
-    return stored
+    return cartridge
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,23 +81,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return described
 
 
-def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     """Writes a directory.
 
     Raises:
         CartridgeFormatError: nobody has said which model it is for.
         FileExistsError: it is there and ``overwrite`` is false.
     """
-    stored.base_model()
+    cartridge.base_model()
     described = {
         "format": _FORMAT,
-        **stored.shape(),
-        "dtype": stored.dtype_name(),
-        **stored.meta.as_dict(),
+        **cartridge.shape(),
+        "dtype": cartridge.dtype_name(),
+        **cartridge.meta.as_dict(),
     }
 
     def fill(scratch: Path) -> None:
-        save_file(dict(stored.snapshot.items()), scratch / WEIGHTS_FILE)
+        save_file(dict(cartridge.snapshot.items()), scratch / WEIGHTS_FILE)
         _write_json(described, scratch / META_FILE)
 
     replace_directory(path, fill, overwrite)

@@ -89,17 +89,17 @@ def read(path: Path) -> StoredCartridge:
     return StoredCartridge(checked_snapshot(parts, str(weights)), meta)
 
 
-def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     """Writes an adapter.
 
     Raises:
         CartridgeFormatError: nobody has said which model it is for.
         FileExistsError: it is there and ``overwrite`` is false.
     """
-    snapshot = stored.snapshot
+    snapshot = cartridge.snapshot
     config = {
         "auto_mapping": None,
-        "base_model_name_or_path": stored.base_model(),
+        "base_model_name_or_path": cartridge.base_model(),
         "inference_mode": True,
         "modules_to_save": None,
         # With prefixes peft means kv heads, and the width of all of them together.
@@ -109,7 +109,7 @@ def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
         "num_transformer_submodules": 1,
         "num_virtual_tokens": snapshot.num_tokens,
         "peft_type": "CARTRIDGE",
-        "revision": stored.meta.base_revision,
+        "revision": cartridge.meta.base_revision,
         "task_type": "CAUSAL_LM",
         "token_dim": snapshot.kv_heads * snapshot.head_dim,
     }

@@ -47,17 +47,17 @@ def read(path: Path) -> StoredCartridge:
         if not (path / name).is_file():
             raise CartridgeFormatError(f"{path / name} is missing")
     config = read_config(path / TOKASAURUS_CONFIG)
-    stored = hazyresearch.read(path / TOKASAURUS_WEIGHTS)
+    cartridge = hazyresearch.read(path / TOKASAURUS_WEIGHTS)
     declared = declared_tokens(config)
-    if declared != stored.snapshot.num_tokens:
+    if declared != cartridge.snapshot.num_tokens:
         raise CartridgeFormatError(
             f"{path / TOKASAURUS_CONFIG}: kv_cache_initializer.max_tokens={declared}, "
-            f"but {TOKASAURUS_WEIGHTS} holds {stored.snapshot.num_tokens} tokens"
+            f"but {TOKASAURUS_WEIGHTS} holds {cartridge.snapshot.num_tokens} tokens"
         )
-    return StoredCartridge(stored.snapshot, CartridgeMeta(base_model_of(config)))
+    return StoredCartridge(cartridge.snapshot, CartridgeMeta(base_model_of(config)))
 
 
-def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
+def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
     """Writes a directory.
 
     Raises:
@@ -65,13 +65,13 @@ def write(stored: StoredCartridge, path: Path, overwrite: bool = False) -> None:
             fill whole pages.
         FileExistsError: it is there and ``overwrite`` is false.
     """
-    tokens = stored.snapshot.num_tokens
+    tokens = cartridge.snapshot.num_tokens
     if tokens % PAGE_TOKENS:
         raise CartridgeFormatError(
             f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus; its "
             "model worker dies of such a cartridge"
         )
-    write_snapshot(stored.snapshot, path, stored.base_model(), overwrite=overwrite)
+    write_snapshot(cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite)
 
 
 def write_snapshot(

@@ -20,7 +20,7 @@ from cartridge_distill.data.self_study.sifting import Sifted, Written, sift
 from cartridge_distill.model.contents import content_ids
 from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.rollout.client import TokasaurusClient
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, require_counts
 from cartridge_distill.util.journal import Journal
 
 Progress = Callable[[int, int], None]
@@ -54,9 +54,8 @@ class StudySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "write_tokens", "prompt_tokens", "attempts", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1.")
+        require_counts(self, "chunk_tokens", "write_tokens", "prompt_tokens")
+        require_counts(self, "attempts", "concurrency")
         if self.prompts < 2:
             raise ConfigError(f"{self.prompts} prompts: at least 2, one to train on and one apart.")
         if self.temperature <= 0:

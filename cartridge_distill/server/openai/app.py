@@ -12,7 +12,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from cartridge_distill.rollout.fingerprint import Completion
-from cartridge_distill.server.app import Admitted, Service
+from cartridge_distill.server.app import Admitted, Service, app_over
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.openai.answers import (
     DONE,
@@ -73,13 +72,7 @@ def create_openai_app(
         hosts: names of the server; other requests are refused. The loopback's by default.
     """
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
-        yield
-        await asyncio.to_thread(service.engine.stop)
-
-    app = FastAPI(lifespan=lifespan, title="Cartridges, OpenAI's chat API")
+    app = app_over(service, "Cartridges, OpenAI's chat API")
     protect(app, service.settings.idle_s, error_body=error_body)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     add_error_handlers(app)
