@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
+from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.data.self_study.sifting import Sifted
@@ -26,6 +27,7 @@ from cartridge_distill.data.self_study.writing import (
     write_prompts,
 )
 from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.reading import read_model_config, read_tokenizer
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
 from cartridge_distill.util.errors import ConfigError, RolloutError
@@ -38,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
     """Reads, cuts, makes prompts and writes."""
     check_options(options)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = read_tokenizer(options.tokenizer)
+    limit = PromptLimit(tokenizer, options.prompt_tokens)
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
@@ -49,7 +52,11 @@ def run(options: argparse.Namespace) -> None:
         train, val = make_rows(
             *(tokenizer, sources, options.prompt_recipe, options.rows, val_rows, options.seed),
             say=say,
+            limit=limit,
         )
+    limit.check(
+        [row["prompt"] for row in [*train, *val]], "the prompts", "allow more with --prompt-tokens"
+    )
     write_dataset(options.out, sources, train, val)
     say(f"Wrote {len(train)} training and {len(val)} validation prompts to {options.out}")
     parts = [part.document.document_id for source in sources for part in source.parts]
@@ -118,8 +125,8 @@ def teacher_context(options: argparse.Namespace) -> int | None:
         limit = options.teacher_context
     else:
         try:
-            config = text_config(AutoConfig.from_pretrained(options.tokenizer))
-        except (OSError, ValueError):
+            config = text_config(read_model_config(options.tokenizer))
+        except ConfigError:
             say(
                 f"{options.tokenizer} has a tokenizer but no model config: whether the documents "
                 "fit the teacher's context is not checked (--teacher-context sets it)"
