@@ -32,6 +32,7 @@ from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
 from cartridge_distill.util.errors import ConfigError, RolloutError
 from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.pasting import pasted_setting
 
 SELF_STUDY = "self_study"
 
@@ -63,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
     if len(parts) > 1:
         say(
             f"{len(parts)} documents for the teacher. To start the cartridge from a text, name "
-            f"one: actor_rollout_ref.actor.cartridge.init_document={parts[0]!r}"
+            "one behind the train command: "
+            + pasted_setting("actor_rollout_ref.actor.cartridge.init_document", parts[0])
         )
 
 

@@ -23,7 +23,7 @@ from tests.training.conftest import (
 from verl_patches import launch
 from verl_patches.config.checks import check_run_config
 from verl_patches.launching import checks
-from verl_patches.launching.command import environment, overrides, python_path, quoted
+from verl_patches.launching.command import environment, overrides, python_path
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
 
@@ -195,14 +195,6 @@ def test_the_environment_overrules_what_is_left_of_another_run(tmp_path: Path) -
     assert "OMP_NUM_THREADS" not in environment(Run(out=tmp_path), {"HOME": "/"})
     first, *rest = python_path({"PYTHONPATH": "/b:/a:/b"})["PYTHONPATH"].split(":")
     assert (Path(first) / "verl_patches").is_dir() and rest == ["/b", "/a"]
-
-
-@pytest.mark.parametrize("value", ["a,b", "[x]", "it's", "a=b", "x y", "{a}", "http://h:1/x?y=1"])
-def test_hydra_reads_back_what_was_quoted(value: str) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER / "platform"), version_base=None):
-        config = compose("cpu", overrides=[f"trainer.device={quoted(value)}"])
-    assert config.trainer.device == value
 
 
 def _failing(run: Run, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cartridge_distill.util.errors import ConfigError
-from verl_patches.launching.command import overrides, quoted
+from cartridge_distill.util.pasting import hydra_value
+from verl_patches.launching.command import overrides
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run
 from verl_patches.manage import find_tree
 
@@ -26,7 +27,7 @@ def configuration(run: Run) -> DictConfig:
         PatchError: no veRL is there.
     """
     theirs = find_tree().root / "verl" / "trainer" / "config"
-    search = f"hydra.searchpath=[{quoted(f'file://{theirs}')}]"
+    search = f"hydra.searchpath=[{hydra_value(f'file://{theirs}')}]"
     before: Any = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
