@@ -40,6 +40,7 @@ PROGRAM = "cartridge-distill demo"
 _CUDA_FLOAT32_BOUND = 1e-2
 # Counted by Ray, not used: TransferQueue's actors take a CPU each, and wait for ever without.
 _CUDA_RAY_CPUS = 16
+_PROMPT_TOKENS = 192
 
 
 def parse(arguments: list[str] | None = None, name: str = PROGRAM) -> argparse.Namespace:
@@ -170,7 +171,7 @@ def training(options: argparse.Namespace, model: str, url: str, out: Path) -> Ru
         lr=options.lr,
         batch=options.prompts,
         steps=options.steps,
-        prompt_tokens=192,
+        prompt_tokens=_PROMPT_TOKENS,
         response_tokens=options.response,
         seed=options.seed,
         device=options.device,
@@ -240,6 +241,7 @@ def prepare_data(
     command += ["--tokenizer", model]
     command += ["--out", str(out / "data"), "--seed", str(options.seed)]
     command += ["--rows", str(options.steps * options.prompts)]
+    command += ["--prompt-tokens", str(_PROMPT_TOKENS), "--response-tokens", str(options.response)]
     stage(command, "data", out, supervisor, settings_of(options, out))
 
 

@@ -2,7 +2,8 @@
 
 A run is a :class:`~verl_patches.launching.settings.Run`. :func:`main` looks whether it can end
 well, writes ``recipe.json``, starts veRL, prints a line a step, names the causes of a failure and
-says how to go on. The demo and the tests call :func:`train`, or take the command alone.
+says how to go on. A run ended well when the cartridge of its last step is there, not before. The
+demo and the tests call :func:`train`, or take the command alone.
 
 Not done here: writing the data, and starting the server.
 """
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cartridge_distill.distill.run_length import RunLength
 from cartridge_distill.report.recipe import seed_of, write_recipe
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
@@ -27,6 +29,7 @@ from cartridge_distill.util.secrecy import clean_arguments, clean_text
 from cartridge_distill.util.tracker import tracked_step
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, overrides
+from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
 
@@ -143,8 +146,11 @@ def dry_run(run: Run) -> int:
 
     What looks like a credential is not printed: put it back before you use the line.
     """
-    for path in checks.missing_data(run):
+    missing = checks.missing_data(run)
+    for path in missing:
         print(f"not there yet: {path}", file=sys.stderr)
+    if not missing:
+        checks.check_length(run)
     for name, value in environment(run).items():
         print(f"export {name}={shlex.quote(value)}")
     print(shlex.join(clean_arguments(command(run))))
@@ -174,8 +180,11 @@ def train(run: Run, supervisor: Supervisor, verbose: bool = False) -> Path | Non
         The folder of the last saved cartridge; None where nothing was to be saved.
 
     Raises:
-        TrainingFailed: it ended with an error; the causes are named.
+        ConfigError: the settings cannot be read.
+        TrainingFailed: it ended with an error; the causes are named. Or it ended without one, and
+            the cartridge of the last step is not there.
     """
+    length = wanted(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = log_file(run.folder)
     say(f"veRL's log: {log} (a minute or so until the first step: Ray and its workers)")
@@ -184,20 +193,42 @@ def train(run: Run, supervisor: Supervisor, verbose: bool = False) -> Path | Non
     if status != 0:
         said = [*(f"cause: {line}" for line in causes(log)), tail(log)]
         raise TrainingFailed("\n".join(said), status if status > 0 else 128 - status)
-    return last_cartridge(run)
+    return last_cartridge(run, length) if length.saves else None
 
 
-def last_cartridge(run: Run) -> Path | None:
-    """The newest cartridge of a run; None when none was saved."""
+def wanted(run: Run) -> RunLength:
+    """How long the run is to be."""
+    from verl_patches.config.checks import run_length  # it imports torch, which takes seconds
+
+    return run_length(configuration(run))
+
+
+def last_cartridge(run: Run, length: RunLength) -> Path:
+    """The cartridge of the last step, after a look whether it is there.
+
+    Raises:
+        TrainingFailed: it is not.
+    """
+    from cartridge_distill.cartridge.formats.native import FILES  # it imports torch
+
     step = saved_step(run)
-    return checkpoints(run) / f"global_step_{step}" / "actor" / "cartridge" if step else None
+    folder = checkpoints(run) / f"global_step_{step}" / "actor" / "cartridge"
+    last = length.last_step
+    if step == 0 or (last is not None and step < last):
+        saved = f"the last that was saved is step {step}" if step else "no step was saved"
+        raise TrainingFailed(
+            f"veRL ended without an error, but the cartridge of step {last or 'N'}, the last one "
+            f"asked for, is not in {checkpoints(run)}: {saved}",
+            1,
+        )
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise TrainingFailed(f"the cartridge of step {step} lacks {missing} in {folder}", 1)
+    return folder
 
 
 def checkpoints(run: Run) -> Path:
     """Where they are saved: below the run's folder, unless an override says otherwise."""
-    name = "trainer.default_local_dir="
-    given = [line[len(name) :] for line in run.overrides if line.startswith(name)]
-    return Path(given[-1].strip("'\"")).absolute() if given else run.folder / "checkpoints"
+    return Path(configuration(run).trainer.default_local_dir).expanduser().absolute()
 
 
 def saved_step(run: Run) -> int:
@@ -236,7 +267,7 @@ def how_to_go_on(run: Run) -> str:
 def print_next(run: Run, cartridge: Path | None) -> None:
     """What was made, and the commands that use it."""
     print(f"\nmetrics:   {run.folder}/metrics.jsonl")
-    print(f"cartridge: {cartridge or 'none saved, for trainer.save_freq is not above 0'}")
+    print(f"cartridge: {cartridge or 'none saved, for trainer.save_freq is -1'}")
     commands = []
     if cartridge is not None and run.data is not None:
         used = ("--model", run.model, "--cartridge", cartridge)

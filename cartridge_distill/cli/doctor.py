@@ -21,6 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import CartridgeDistillError, RolloutError, ServerRefused
 from cartridge_distill.util.extras import ExtraMissing, require
 from cartridge_distill.util.node import missing_settings
@@ -71,6 +72,7 @@ class Subject:
     row_tokens: int | None = None
     tokens: int = 2048
     document_tokens: int = 10_000
+    prompt_tokens: int = PROMPT_TOKENS
 
 
 def examine(subject: Subject) -> Iterator[Finding]:
@@ -83,7 +85,7 @@ def examine(subject: Subject) -> Iterator[Finding]:
     yield _memory(subject)
     yield _server(subject.url)
     yield from _cartridge(subject.cartridge, subject.model)
-    yield from _data(subject.data)
+    yield from _data(subject)
 
 
 def _python() -> Finding:
@@ -200,10 +202,10 @@ def _memory(subject: Subject) -> Finding:
     if subject.model is None or subject.row_tokens is None:
         return Finding("memory", None, "not looked at: name --model and --row-tokens")
     import torch
-    from transformers import AutoConfig
 
     from cartridge_distill.distill.memory_plan import predict_step
     from cartridge_distill.distill.step_shape import StepShape
+    from cartridge_distill.model.reading import read_model_config
     from cartridge_distill.model.shape import ModelShape
 
     try:
@@ -212,7 +214,7 @@ def _memory(subject: Subject) -> Finding:
             row_tokens=subject.row_tokens,
             document_tokens=subject.document_tokens,
         )
-        plan = predict_step(ModelShape.of(AutoConfig.from_pretrained(subject.model)), step)
+        plan = predict_step(ModelShape.of(read_model_config(subject.model)), step)
     except (CartridgeDistillError, OSError, ValueError) as error:
         return Finding("memory", False, str(error).splitlines()[0])
     said = f"{plan.line()}\n{plan.describe()}".replace("\n", "\n      ")
@@ -271,22 +273,20 @@ def _try(what: str, look: Callable[[], str], fix: str) -> Finding:
 
 
 def _describe_model(model: str) -> str:
-    from transformers import AutoConfig
-
     from cartridge_distill.cartridge.kv_shape import text_config
+    from cartridge_distill.model.reading import read_model_config
 
-    config = text_config(AutoConfig.from_pretrained(model))
+    config = text_config(read_model_config(model))
     context = getattr(config, "max_position_embeddings", None)
     return f"{model}: {config.model_type}, {config.num_hidden_layers} layers, context {context}"
 
 
 def _describe_cartridge(source: str, model: str | None) -> str:
-    from transformers import AutoConfig
-
     from cartridge_distill.cartridge.checkpoint import read_cartridge
     from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+    from cartridge_distill.model.reading import read_model_config
 
-    config = None if model is None else AutoConfig.from_pretrained(model)
+    config = None if model is None else read_model_config(model)
     cartridge = read_cartridge(source, config).snapshot
     said = f"{source}: {cartridge.num_tokens} tokens, {cartridge.num_frozen_tokens} frozen"
     if model is not None:
@@ -296,7 +296,8 @@ def _describe_cartridge(source: str, model: str | None) -> str:
     return said
 
 
-def _data(data: Path | None) -> Iterator[Finding]:
+def _data(subject: Subject) -> Iterator[Finding]:
+    data = subject.data
     if data is None:
         yield Finding("data", None, "not looked at: name its folder with --data")
         return
@@ -310,6 +311,22 @@ def _data(data: Path | None) -> Iterator[Finding]:
     documents = rows.parent / "documents.jsonl"
     yield _try("documents", lambda: _describe_documents(documents), fix)
     yield _try("training data", lambda: _describe_rows(rows, documents), fix)
+    if subject.model is None:
+        yield Finding("prompts", None, "their lengths are not looked at: name --model")
+        return
+    model, limit = subject.model, subject.prompt_tokens
+    fix = "train with a larger --prompt-tokens (doctor takes it too), or write the data anew"
+    yield _try("prompts", lambda: _describe_lengths(rows, model, limit), fix)
+
+
+def _describe_lengths(rows: Path, model: str, tokens: int) -> str:
+    """As the training counts them."""
+    from cartridge_distill.data.prompt_length import PromptLimit, prompts_of
+    from cartridge_distill.model.reading import read_tokenizer
+
+    prompts = prompts_of(rows)
+    PromptLimit(read_tokenizer(model), tokens).check(prompts, str(rows), "the longest has")
+    return f"none of {len(prompts)} has more than {tokens} tokens"
 
 
 def _describe_documents(path: Path) -> str:

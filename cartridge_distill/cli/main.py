@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.extras import require
 from cartridge_distill.util.secrecy import clean_text
@@ -112,6 +113,9 @@ def doctor(
     document_tokens: Annotated[
         int, typer.Option(help="Of the longest document, for --row-tokens.")
     ] = 10_000,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Of a prompt at most, as --prompt-tokens of train; with --data.")
+    ] = PROMPT_TOKENS,
 ) -> None:
     """Look at everything a run needs; each line is ok, or says the fix.
 
@@ -121,7 +125,9 @@ def doctor(
     """
     from cartridge_distill.cli.doctor import Subject, examine
 
-    subject = Subject(url, model, cartridge, data, row_tokens, tokens, document_tokens)
+    subject = Subject(
+        url, model, cartridge, data, row_tokens, tokens, document_tokens, prompt_tokens
+    )
     bad = 0
     for finding in examine(subject):
         typer.echo(clean_text(str(finding)))
@@ -200,9 +206,9 @@ def info(
 
     config = None
     if model is not None:
-        from transformers import AutoConfig
+        from cartridge_distill.model.reading import read_model_config
 
-        config = AutoConfig.from_pretrained(model)
+        config = read_model_config(model)
     stored = read_cartridge(cartridge, config)
     for table in described(stored):
         Console().print(table)

@@ -31,6 +31,7 @@ import logging
 import sys
 from pathlib import Path
 
+from cartridge_distill.data.limits import PROMPT_TOKENS, RESPONSE_TOKENS
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, say_next
@@ -103,14 +104,15 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     group.add_argument(
         "--prompt-tokens",
         type=int,
-        default=512,
-        help="data.max_prompt_length of the training (%(default)s)",
+        default=PROMPT_TOKENS,
+        help="of a prompt at most, --prompt-tokens of the training; longer ones are left out "
+        "(%(default)s)",
     )
     group.add_argument(
         "--response-tokens",
         type=int,
-        default=256,
-        help="data.max_response_length of the training (%(default)s)",
+        default=RESPONSE_TOKENS,
+        help="of an answer at most, --response-tokens of the training (%(default)s)",
     )
 
     group = parser.add_argument_group("self_study")
@@ -167,10 +169,13 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     gpu = torch.cuda.is_available()
     model = ("--model", options.tokenizer)
     serve = next_command("serve", *model, *(("--device", "cuda", "--dtype", "bfloat16") * gpu))
-    train = ("--data", options.out, "--server", "http://127.0.0.1:10210")
+    train = [*model, "--data", options.out, "--server", "http://127.0.0.1:10210"]
+    for name, usual in (("prompt_tokens", PROMPT_TOKENS), ("response_tokens", RESPONSE_TOKENS)):
+        if (value := getattr(options, name)) != usual:
+            train += [f"--{name.replace('_', '-')}", value]
     say_next(
         f"{serve}    # the rollout server, in another terminal",
-        next_command("train", *model, *train, *(("--device", "cpu") * (not gpu))),
+        next_command("train", *train, *(("--device", "cpu") * (not gpu))),
     )
     return 0
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
+from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.data.self_study.sifting import Sifted
@@ -26,10 +27,12 @@ from cartridge_distill.data.self_study.writing import (
     write_prompts,
 )
 from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.reading import read_model_config, read_tokenizer
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
 from cartridge_distill.util.errors import ConfigError, RolloutError
 from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.pasting import pasted_setting
 
 SELF_STUDY = "self_study"
 
@@ -38,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
     """Reads, cuts, makes prompts and writes."""
     check_options(options)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = read_tokenizer(options.tokenizer)
+    limit = PromptLimit(tokenizer, options.prompt_tokens)
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
@@ -49,14 +53,19 @@ def run(options: argparse.Namespace) -> None:
         train, val = make_rows(
             *(tokenizer, sources, options.prompt_recipe, options.rows, val_rows, options.seed),
             say=say,
+            limit=limit,
         )
+    limit.check(
+        [row["prompt"] for row in [*train, *val]], "the prompts", "allow more with --prompt-tokens"
+    )
     write_dataset(options.out, sources, train, val)
     say(f"Wrote {len(train)} training and {len(val)} validation prompts to {options.out}")
     parts = [part.document.document_id for source in sources for part in source.parts]
     if len(parts) > 1:
         say(
             f"{len(parts)} documents for the teacher. To start the cartridge from a text, name "
-            f"one: actor_rollout_ref.actor.cartridge.init_document={parts[0]!r}"
+            "one behind the train command: "
+            + pasted_setting("actor_rollout_ref.actor.cartridge.init_document", parts[0])
         )
 
 
@@ -118,8 +127,8 @@ def teacher_context(options: argparse.Namespace) -> int | None:
         limit = options.teacher_context
     else:
         try:
-            config = text_config(AutoConfig.from_pretrained(options.tokenizer))
-        except (OSError, ValueError):
+            config = text_config(read_model_config(options.tokenizer))
+        except ConfigError:
             say(
                 f"{options.tokenizer} has a tokenizer but no model config: whether the documents "
                 "fit the teacher's context is not checked (--teacher-context sets it)"

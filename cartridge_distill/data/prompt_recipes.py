@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -25,8 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from cartridge_distill.data.dataset import Row, alternate, make_row, numbered
 from cartridge_distill.data.decontamination import Guard, words
 from cartridge_distill.data.documents.source import Source
+from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
+
+T = TypeVar("T")
 
 PROMPT_RECIPES = ("started", "open", "mixed")
 _FEWEST_WORDS = 3  # of a sentence in a file, where page numbers and captions stand around
@@ -147,14 +150,51 @@ def shuffled_passes(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
 
 def started_rows(cuts: Sequence[Cut], rng: random.Random, name_it: bool) -> Iterator[Row]:
     for cut in shuffled_passes(cuts, rng):
-        section = _about(cut.section, cut.source, name_it)
-        user = rng.choice(STARTED_TURNS).format(section=section)
-        messages = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": cut.start},
-        ]
+        messages = rng.choice(_started_messages(cut, name_it))
         rest = cut.rest.strip()
         yield make_row(cut.source, cut.document_id, messages, "started", "started", rest)
+
+
+def _started_messages(cut: Cut, name_it: bool) -> list[list[dict[str, str]]]:
+    """The conversation of a cut, in every wording."""
+    section = _about(cut.section, cut.source, name_it)
+    return [
+        [
+            {"role": "user", "content": turn.format(section=section)},
+            {"role": "assistant", "content": cut.start},
+        ]
+        for turn in STARTED_TURNS
+    ]
+
+
+def _open_messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _within(
+    limit: PromptLimit | None,
+    items: Sequence[T],
+    wordings: Callable[[T], list[list[dict[str, str]]]],
+    kind: str,
+    say: Callable[[str], None],
+) -> list[T]:
+    """Those that are within the limit in every wording; says how many are not.
+
+    Raises:
+        ConfigError: all of them are too long.
+    """
+    if limit is None:
+        return list(items)
+    kept = [item for item in items if all(map(limit.fits, wordings(item)))]
+    if len(kept) < len(items):
+        say(f"{len(items) - len(kept)} {kind} prompts dropped: over {limit.tokens} tokens.")
+    if items and not kept:
+        shortest = min(max(map(limit.count, wordings(item))) for item in items)
+        raise ConfigError(
+            f"All {len(items)} {kind} prompts are over --prompt-tokens {limit.tokens}; the "
+            f"shortest has {shortest}. Allow more, and train with the same --prompt-tokens."
+        )
+    return kept
 
 
 def open_prompts(sources: Sequence[Source], name_it: bool) -> list[tuple[Source, str, str]]:
@@ -172,7 +212,7 @@ def open_prompts(sources: Sequence[Source], name_it: bool) -> list[tuple[Source,
 
 def open_rows(prompts: Sequence[tuple[Source, str, str]], rng: random.Random) -> Iterator[Row]:
     for source, document_id, text in shuffled_passes(prompts, rng):
-        yield make_row(source, document_id, [{"role": "user", "content": text}], "open", "open")
+        yield make_row(source, document_id, _open_messages(text), "open", "open")
 
 
 def _topics(source: Source) -> list[tuple[str, str]]:
@@ -206,10 +246,14 @@ def make_rows(
     val_rows: int,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
+    limit: PromptLimit | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """(train, val) rows in veRL's schema; the same arguments give the same rows.
 
     No cut and no open prompt of `val` is in `train`.
+
+    Args:
+        limit: how long a prompt may be; what is longer in any wording is left out, and counted.
 
     Raises:
         ConfigError: unknown prompt recipe, nothing to make prompts of, or a collision with
@@ -230,6 +274,7 @@ def make_rows(
         every = all_cuts(tokenizer, sources, rows + val_rows, seed)
         cuts = [cut for cut in every if guard.collision(cut.start) is None]
         say(f"{len(cuts)} started answers, {len(every) - len(cuts)} dropped: evaluation stems.")
+        cuts = _within(limit, cuts, lambda cut: _started_messages(cut, name_it), "started", say)
         if len(cuts) <= val_rows:
             raise ConfigError(
                 f"Only {len(cuts)} started answers can be made, and {val_rows} are kept for "
@@ -240,6 +285,7 @@ def make_rows(
         makers["train"].append(started_rows(cuts[val_rows:], rng, name_it))
     if prompt_recipe in ("open", "mixed"):
         prompts = [p for p in open_prompts(sources, name_it) if guard.collision(p[2]) is None]
+        prompts = _within(limit, prompts, lambda p: [_open_messages(p[2])], "open", say)
         if len(prompts) < 2:
             raise ConfigError("Every open prompt collides with an evaluation question.")
         rng.shuffle(prompts)

@@ -18,12 +18,13 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.model.attention import ATTENTION_NAME, register
 from cartridge_distill.model.frozen_linear import onednn_is_faster, use_frozen_linear
+from cartridge_distill.model.reading import read_model_config, reading
 from cartridge_distill.util.errors import ConfigError
 
 
@@ -90,11 +91,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Loads a decoder from a folder or a hub id: frozen, eval mode, ready for packed forwards."""
-    config = AutoConfig.from_pretrained(str(name_or_path))
+    """Loads a decoder from a folder or a hub id: frozen, eval mode, ready for packed forwards.
+
+    Raises:
+        ConfigError: it cannot be read, or not be used with a cartridge.
+    """
+    config = read_model_config(name_or_path)
     check_supported(config)
-    with _no_weights_bar():
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype)
+    with _no_weights_bar(), reading(name_or_path, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(Path(name_or_path).expanduser()), dtype=dtype
+        )
     return prepare_model(model.to(device))
 
 

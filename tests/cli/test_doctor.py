@@ -20,6 +20,8 @@ from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.cli import doctor as doctor_module
 from cartridge_distill.cli.doctor import requirements
 from cartridge_distill.cli.main import app
+from cartridge_distill.model.prompts import render_prompt
+from cartridge_distill.model.reading import read_tokenizer
 from cartridge_distill.server.running import BackgroundServer
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
 from tests.tiny import random_cartridge, tiny_model
@@ -176,6 +178,23 @@ def test_data_without_documents(data: Path) -> None:
     status, said = ask("--data", data)
     assert status == 1
     assert "BAD documents" in said and "does not exist" in said
+
+
+def test_prompts_that_the_training_would_refuse(data: Path, model_folder: Path) -> None:
+    """One limit, counted by the rendering that the rollouts use."""
+    status, said = ask("--data", data, "--model", model_folder)
+    assert "ok  prompts: none of 2 has more than 512 tokens" in said
+    tokens = len(render_prompt(read_tokenizer(model_folder), [{"role": "user", "content": "?"}]))
+    assert (
+        "BAD prompts"
+        not in ask("--data", data, "--model", model_folder, "--prompt-tokens", tokens)[1]
+    )
+    status, said = ask("--data", data, "--model", model_folder, "--prompt-tokens", tokens - 1)
+    assert status == 1
+    assert (
+        f"2 prompts are over {tokens - 1} tokens (row 0 has {tokens}, row 1 has {tokens})" in said
+    )
+    assert "--  prompts: their lengths are not looked at" in ask("--data", data)[1]
 
 
 def test_the_memory_of_a_step(model_folder: Path) -> None:

@@ -13,16 +13,21 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from cartridge_distill.data import command as prepare_data
 from cartridge_distill.data.dataset import SCHEMA
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.limits import PROMPT_TOKENS, RESPONSE_TOKENS
+from cartridge_distill.data.prompt_length import prompts_of
 from cartridge_distill.data.records import load_questions
 from cartridge_distill.distill.teacher import Teacher
-from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.prompts import render_document, render_prompt
+from cartridge_distill.model.reading import read_tokenizer
 from tests.data.documents.made import prose, sentence, write_pdf
 from tests.data.writer import CONTEXT, writing_model
 from tests.tiny import byte_tokenizer
+from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME
 
 DATA = prepare_data.EXAMPLE_RECORDS
 
@@ -38,6 +43,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def command(model: str, out: Path, *more: str) -> list[str]:
     return ["--tokenizer", model, "--out", str(out), "--rows", "30", "--val-rows", "4", *more]
+
+
+def test_no_prompt_is_longer_than_the_training_takes(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Long sentences are left out, not written and refused by the training."""
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join(sentence(n) + " and so on" * (n % 30) + "." for n in range(60)))
+    for recipe in ("started", "mixed"):
+        limited = ["--data", str(text), "--recipe", recipe, "--prompt-tokens", "140"]
+        assert prepare_data.main(command(model, tmp_path / recipe, *limited)) == 0
+        said = capsys.readouterr().out
+        assert "prompts dropped: over 140 tokens" in said
+        assert "--prompt-tokens 140" in said.splitlines()[-1]  # the train command that fits
+        prompts = prompts_of(tmp_path / recipe / "train.parquet")
+        prompts += prompts_of(tmp_path / recipe / "val.parquet")
+        lengths = [len(render_prompt(read_tokenizer(model), prompt)) for prompt in prompts]
+        assert 100 < max(lengths) <= 140
+    assert prepare_data.main(command(model, tmp_path / "no", "--prompt-tokens", "9")) == 1
+    assert "over --prompt-tokens 9; the shortest has" in capsys.readouterr().err
+
+
+def test_the_limits_are_those_of_the_training() -> None:
+    config = yaml.safe_load((CONFIG_FOLDER / f"{CONFIG_NAME}.yaml").read_text())
+    assert config["data"]["max_prompt_length"] == PROMPT_TOKENS
+    assert config["data"]["max_response_length"] == RESPONSE_TOKENS
 
 
 def documents_of(out: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from cartridge_distill.cartridge.formats import native
 from cartridge_distill.report.recipe import Recipe
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import Supervisor
-from tests.training.conftest import server  # noqa: F401  (a fixture)
+from tests.training.conftest import (
+    server,  # noqa: F401  (a fixture)
+    write_rows,
+)
 from verl_patches import launch
 from verl_patches.config.checks import check_run_config
 from verl_patches.launching import checks
-from verl_patches.launching.command import environment, overrides, python_path, quoted
+from verl_patches.launching.command import environment, overrides, python_path
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
 
@@ -29,8 +34,7 @@ ACTOR = "actor_rollout_ref.actor"
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "my data, v2"
     folder.mkdir()
-    for name in ("train.parquet", "val.parquet", "documents.jsonl", "eval.json"):
-        (folder / name).write_bytes(b"")
+    write_rows(folder)
     return folder
 
 
@@ -193,14 +197,6 @@ def test_the_environment_overrules_what_is_left_of_another_run(tmp_path: Path) -
     assert (Path(first) / "verl_patches").is_dir() and rest == ["/b", "/a"]
 
 
-@pytest.mark.parametrize("value", ["a,b", "[x]", "it's", "a=b", "x y", "{a}", "http://h:1/x?y=1"])
-def test_hydra_reads_back_what_was_quoted(value: str) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_FOLDER / "platform"), version_base=None):
-        config = compose("cpu", overrides=[f"trainer.device={quoted(value)}"])
-    assert config.trainer.device == value
-
-
 def _failing(run: Run, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """In veRL's place, a shell."""
     monkeypatch.setattr(launch, "command", lambda _: ["bash", "-c", script])
@@ -246,32 +242,109 @@ def test_a_cause_has_what_it_lists(tmp_path: Path) -> None:
     ]
 
 
+def _saving(monkeypatch: pytest.MonkeyPatch, out: Path, step: int, without: str = "") -> None:
+    """In veRL's place, a shell that saves the cartridge of a step, whole or not, and ends well."""
+    saved = f"{shlex.quote(str(out))}/checkpoints"
+    folder = f"{saved}/global_step_{step}/actor/cartridge"
+    files = " ".join(f"{folder}/{name}" for name in native.FILES if name != without)
+    script = f"mkdir -p {folder}; touch {files}; echo {step} > {saved}/{launch.TRACKER}"
+    _failing(Run(), monkeypatch, script if step else "exit 0")
+
+
 def test_a_run_ends_with_the_next_commands(
     server: BackgroundServer,  # noqa: F811
+    model_folder: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "a run"
-    monkeypatch.setattr(checks, "check_verl", lambda: None)
-    saved = f"{shlex.quote(str(out))}/checkpoints"
-    script = f"mkdir {saved}; echo 4 > {saved}/latest_checkpointed_iteration.txt"
-    _failing(Run(), monkeypatch, script)
-    typed = ["--device", "cpu", "--server", server.url, "--model", "m", "--data", str(data)]
+    out, model = tmp_path / "a run", str(model_folder)
+    _saving(monkeypatch, out, 4)
+    typed = ["--device", "cpu", "--server", server.url, "--model", model, "--data", str(data)]
     typed += ["--out", str(out), "--sync-dir", str(tmp_path / "cartridges"), "data.seed=5"]
+    typed += ["--steps", "4", "--tokens", "16", "--response-tokens", "8", "--prompt-tokens", "128"]
+    typed += ["ray_kwargs.ray_init.num_cpus=8"]
     assert launch.main(typed) == 0
     lines = capsys.readouterr().out.splitlines()
     cartridge = str(out / "checkpoints" / "global_step_4" / "actor" / "cartridge")
     assert f"cartridge: {cartridge}" in lines
     evaluation, chat, report = (shlex.split(line) for line in lines[lines.index("next:") + 1 :])
-    assert chat[chat.index("chat") :] == ["chat", "--model", "m", "--cartridge", cartridge]
+    assert chat[chat.index("chat") :] == ["chat", "--model", model, "--cartridge", cartridge]
     assert report[-2:] == ["report", str(out)]
     assert evaluation[-2:] == ["--out", str(out / "evaluation")]
     assert str(data) in evaluation and cartridge in evaluation
     recipe = Recipe.model_validate_json((out / "recipe.json").read_text())
-    assert recipe.seed == 5 and recipe.name == "my-data-v2" and recipe.model == "m"
+    assert recipe.seed == 5 and recipe.name == "my-data-v2" and recipe.model == model
     assert recipe.command[-len(typed) - 1 :] == ["train", *typed]
+
+
+@pytest.mark.parametrize(
+    ("saved", "without", "said"),
+    [
+        (2, "", "cartridge of step 4, the last one asked for, is not in .*saved is step 2"),
+        (0, "", "is not in .*: no step was saved"),
+        (4, "cartridge.safetensors", "step 4 lacks .'cartridge.safetensors'. in"),
+    ],
+)
+def test_a_run_that_ended_early_is_no_success(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int, without: str, said: str
+) -> None:
+    """veRL ends with 0 in each of them."""
+    run = Run(device="cpu", data=data, out=tmp_path / "run", steps=4)
+    _saving(monkeypatch, run.folder, saved, without)
+    with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed, match=said) as failed:
+        launch.train(run, supervisor)
+    assert failed.value.status == 1
+
+
+def test_a_run_that_saves_nothing_says_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(device="cpu", data=data, out=tmp_path / "run", steps=2, save_every=-1)
+    _saving(monkeypatch, run.folder, 0)
+    with Supervisor() as supervisor:
+        assert launch.train(run, supervisor) is None
+    launch.print_next(run, None)
+    assert "none saved, for trainer.save_freq is -1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            ["--steps", "6", "trainer.total_epochs=1"],
+            "run would end after 2.*trainer.total_epochs=3",
+        ),
+        (["--batch", "17"], "16 rows, data.train_batch_size=17: that is not one step"),
+        (["--save-every", "0"], "trainer.save_freq=0: steps between"),
+        (["data.filter_overlong_prompts=True"], "filter_overlong_prompts=True: it counts with"),
+        (["data.train_max_samples=4"], "4 rows, data.train_batch_size=8"),
+        (["trainer.val_only=True"], "nothing would be trained"),
+        (["--prompt-tokens", "20"], "16 prompts are over 20 tokens .row 0 has 58"),
+        (["data.no_such_setting=1"], "veRL's settings cannot be read.*no_such_setting"),
+        (["--model", "no/such/folder"], "no/such/folder: there is no such folder"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_anything_starts(
+    server: BackgroundServer,  # noqa: F811
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    typed: list[str],
+    said: str,
+) -> None:
+    write_rows(data, train=16, words=10)
+    _failing(Run(), monkeypatch, "exit 0")
+    known = ["--device", "cpu", "--server", server.url, "--data", str(data), "--batch", "8"]
+    known += ["--sync-dir", str(tmp_path / "cartridges"), "--tokens", "16", "--steps", "2"]
+    known += ["--prompt-tokens", "128", "--response-tokens", "8", "--out", str(tmp_path / "run")]
+    known += ["--model", str(model_folder), "ray_kwargs.ray_init.num_cpus=8"]
+    assert launch.main([*known, *typed]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_line_of_the_log_is_shown_when_it_is_of_the_run() -> None:

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from cartridge_distill.server.running import BackgroundServer
 from tests.gateway.rig import TOKEN, Rig
-from tests.training.conftest import ROOT, child_environment
+from tests.training.conftest import ROOT, child_environment, write_rows
 from verl_patches.config.checks import check_run_config
 from verl_patches.trainer.run_folder import TRACKER
 
@@ -46,8 +46,7 @@ def closed_port() -> int:
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    for name in ("train.parquet", "val.parquet", "documents.jsonl"):
-        (folder / name).write_bytes(b"")  # their contents are the workers' business
+    write_rows(folder)
     return folder
 
 
@@ -113,6 +112,15 @@ def test_a_gateway_needs_its_token_and_no_directory(patched: Path, rig: Rig, dat
     assert "cartridge.transport=http" in command and "sync_base_model=tiny" in command
     assert "sync_dir" not in command
     assert TOKEN not in done.stdout + done.stderr
+    write_rows(data, train=8)
+    done = run_script(
+        verl=patched,
+        TOKASAURUS_URL=rig.url,
+        TOKASAURUS_API_KEY=TOKEN,
+        DRY_RUN="1",
+        DATA=str(data),
+    )
+    assert done.returncode == 2 and "8 rows, data.train_batch_size=32" in done.stderr
 
 
 def test_its_command_is_a_configuration_that_can_train(
@@ -149,7 +157,7 @@ def test_its_command_is_a_configuration_that_can_train(
 
 
 def test_a_run_that_was_killed_says_how_it_goes_on(
-    patched: Path, server: BackgroundServer, data: Path, tmp_path: Path
+    patched: Path, model_folder: Path, server: BackgroundServer, data: Path, tmp_path: Path
 ) -> None:
     # The training alone dies, as it does without memory.
     (tmp_path / "sitecustomize.py").write_text(
@@ -162,7 +170,11 @@ def test_a_run_that_was_killed_says_how_it_goes_on(
     saved.parent.mkdir(parents=True)
     saved.write_text("12")
     done = run_script(
+        *("data.max_prompt_length=128", "data.max_response_length=8"),
+        "ray_kwargs.ray_init.num_cpus=8",
         verl=patched,
+        MODEL=str(model_folder),
+        TOKENS="16",
         TOKASAURUS_URL=server.url,
         SYNC_DIR=str(tmp_path / "cartridges"),
         DATA=str(data),

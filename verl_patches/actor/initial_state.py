@@ -18,6 +18,7 @@ from cartridge_distill.evaluation.validation import Validation
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.pasting import pasted_setting
 
 
 def load_base(model_config: Any, engine_config: Any) -> Any:
@@ -85,8 +86,8 @@ def initial_document(settings: Any, known: list[str]) -> str:
         return str(settings.init_document)
     if len(known) > 1:
         raise ConfigError(
-            f"{settings.documents} holds {len(known)} documents; set "
-            f"actor.cartridge.init_document to the one to start from, e.g. {known[0]!r}"
+            f"{settings.documents} holds {len(known)} documents; set the one to start from, e.g. "
+            + pasted_setting("actor_rollout_ref.actor.cartridge.init_document", known[0])
         )
     return known[0]
 

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pyarrow import ArrowException, parquet
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
+from cartridge_distill.distill.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.lfs import about, pointer_in
+from cartridge_distill.util.pasting import pasted_setting
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.platform.cluster import joins_a_cluster
@@ -120,7 +124,18 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "data.truncation",
         ("error",),
-        "a prompt over the limit must be an error; data.filter_overlong_prompts=True leaves it out",
+        "a prompt over the limit must be an error, never cut",
+    ),
+    (
+        "data.filter_overlong_prompts",
+        (False, None),
+        "it counts with another rendering, of a template's own system prompt, and drops rows that "
+        "fit; `prepare --prompt-tokens` writes none that is too long",
+    ),
+    (
+        "trainer.val_only",
+        (False, None),
+        "nothing would be trained; `cartridge-distill eval` evaluates a cartridge",
     ),
 )
 
@@ -183,6 +198,51 @@ def _mini_batch_problems(batch: Any, mini: Any, staleness: Any) -> Iterator[str]
         )
 
 
+def run_length(config: DictConfig) -> RunLength:
+    """How long the run is to be.
+
+    Raises:
+        ConfigError: a file of the data cannot be read.
+    """
+    return RunLength(
+        rows=_rows(config, "train"),
+        val_rows=_rows(config, "val"),
+        batch=_get(config, BATCH),
+        epochs=_get(config, EPOCHS),
+        steps=_get(config, STEPS),
+        save_every=_get(config, SAVE),
+    )
+
+
+def _rows(config: DictConfig, split: str) -> int | None:
+    """Rows of a split, as veRL will read them; None where a file is not there, or no parquet."""
+    named = _get(config, f"data.{split}_files")
+    total = 0
+    for name in [named] if isinstance(named, str) else named or ():
+        file = Path(str(name)).expanduser()
+        if file.suffix != ".parquet" or not file.is_file():
+            return None
+        try:
+            total += parquet.read_metadata(file).num_rows
+        except (ArrowException, OSError) as error:
+            reason = about(file) if pointer_in(file) else f"{file} is no parquet file: {error}"
+            raise ConfigError(f"data.{split}_files: {reason}") from error
+    most = _get(config, f"data.{split}_max_samples")
+    return min(total, most) if isinstance(most, int) and most > 0 else total
+
+
+def _run_length_problems(config: DictConfig) -> Iterator[str]:
+    try:
+        yield from run_length(config).problems()
+    except ConfigError as error:
+        yield str(error)
+    generated, batch = _get(config, "data.gen_batch_size"), _get(config, BATCH)
+    if generated not in (None, batch):
+        yield (
+            f"data.gen_batch_size={generated!r}: a step takes {BATCH}={batch!r} prompts; remove it"
+        )
+
+
 def _saving_problems(config: DictConfig) -> Iterator[str]:
     key = "trainer.max_actor_ckpt_to_keep"
     keep = _get(config, key)
@@ -196,7 +256,7 @@ def _cluster_problems(config: DictConfig) -> Iterator[str]:
     if joins_a_cluster(config) and not Path(folder).expanduser().is_absolute():
         yield (
             f"{key}={folder!r}: a cluster's workers run in other folders than this process; set "
-            f"{key}={Path(folder).absolute()}, on a disk that all nodes share"
+            f"{pasted_setting(key, Path(folder).absolute())}, on a disk that all nodes share"
         )
 
 
@@ -345,6 +405,7 @@ def check_run_config(config: DictConfig) -> None:
         *cartridge_problems(_get(config, KEY), KEY),
         *_fixed_problems(config),
         *_batch_problems(config),
+        *_run_length_problems(config),
         *_saving_problems(config),
         *_length_problems(config),
         *_server_problems(config),

@@ -33,12 +33,14 @@ def check(run: Run) -> None:
 
 
 def check_here(run: Run) -> None:
-    """The machine that trains: data, device, and the run's folder.
+    """The machine that trains: data, settings, device, and the run's folder.
 
     Raises:
-        NotReady: with the fix.
+        ConfigError, NotReady: with the fix.
     """
     check_data(run)
+    check_settings(run)
+    check_prompts(run)
     check_device(run)
     check_folder(run)
 
@@ -147,6 +149,58 @@ def check_data(run: Run) -> None:
             f"the data are not whole: {', '.join(map(str, missing))} not found. Write them:\n"
             f"    {write} --out {shlex.quote(str(missing[0].parent))}"
         )
+
+
+def check_settings(run: Run) -> None:
+    """Can veRL's settings, as the run has them, train a cartridge and end with its last step?
+
+    veRL's driver asks the same, half a minute later.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    from verl_patches.config.checks import check_run_config  # it imports torch, which takes seconds
+    from verl_patches.launching.configured import configuration
+
+    check_run_config(configuration(run))
+
+
+def check_length(run: Run) -> None:
+    """Of the settings, what is true on every machine: does the run reach its last step?
+
+    Raises:
+        ConfigError: rows, batch, epochs, steps and saving do not go together.
+    """
+    from verl_patches.config.checks import run_length
+    from verl_patches.launching.configured import configuration
+
+    if problems := run_length(configuration(run)).problems():
+        raise ConfigError("\n- ".join(["the run would not end as asked:", *problems]))
+
+
+def check_prompts(run: Run) -> None:
+    """Is every prompt within ``data.max_prompt_length``, as the rollouts will count it?
+
+    Raises:
+        ConfigError: some are not, or the model's tokenizer cannot be read.
+    """
+    from cartridge_distill.data.prompt_length import PromptLimit, prompts_of
+    from cartridge_distill.model.reading import read_tokenizer
+    from verl_patches.launching.configured import configuration
+    from verl_patches.platform.cluster import joins_a_cluster
+
+    config = configuration(run)
+    try:
+        tokenizer = read_tokenizer(config.actor_rollout_ref.model.path)
+    except ConfigError:
+        if joins_a_cluster(config):
+            return  # its machines may have the model, and this one not
+        raise
+    limit = PromptLimit(tokenizer, config.data.max_prompt_length)
+    fix = "write the data with this `prepare --prompt-tokens`, or train with --prompt-tokens"
+    files = config.data.train_files
+    for file in [files] if isinstance(files, str) else files:
+        limit.check(prompts_of(Path(file), config.data.prompt_key), str(file), fix)
 
 
 def check_folder(run: Run) -> None:

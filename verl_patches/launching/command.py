@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import site
 import sys
 import sysconfig
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from cartridge_distill.util.node import missing_settings
 from cartridge_distill.util.openmp import spinning
+from cartridge_distill.util.pasting import hydra_value
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run
 
 _HOME = Path(__file__).resolve().parents[2]  # what `import verl_patches` needs on the path
@@ -25,21 +25,21 @@ def overrides(run: Run) -> list[str]:
     custom = "actor_rollout_ref.rollout.custom"
     found = [
         f"platform={run.device}",
-        f"data.train_files={quoted(data / 'train.parquet')}",
-        f"data.val_files={quoted(data / 'val.parquet')}",
+        f"data.train_files={hydra_value(data / 'train.parquet')}",
+        f"data.val_files={hydra_value(data / 'val.parquet')}",
     ]
     for about in fields(run):
         key, value = about.metadata["key"], getattr(run, about.name)
         if key is not None and value is not None:
-            text = model_path(value) if about.name == "model" else str(value)
-            found.append(f"{key}={quoted(text)}")
+            given = model_path(value) if about.name == "model" else value
+            found.append(f"{key}={hydra_value(given)}")
     if run.steps is not None:
         # veRL stops at whichever comes first, and an epoch has at least one step.
         found.append(f"trainer.total_epochs={run.steps}")
-    found.append(f"{cartridge}.documents={quoted(data / 'documents.jsonl')}")
+    found.append(f"{cartridge}.documents={hydra_value(data / 'documents.jsonl')}")
     if run.test_every:
         found += [
-            f"{cartridge}.eval_questions={quoted(data / 'eval.json')}",
+            f"{cartridge}.eval_questions={hydra_value(data / 'eval.json')}",
             f"trainer.test_freq={run.test_every}",
             "trainer.val_before_train=True",
         ]
@@ -47,26 +47,21 @@ def overrides(run: Run) -> list[str]:
         found.append(f"{cartridge}.transport=http")
     else:
         folder = run.sync_dir.expanduser().absolute()
-        found += [f"{cartridge}.transport=shared_dir", f"{cartridge}.sync_dir={quoted(folder)}"]
-    urls = [quoted(url) for url in run.server]
+        found += [
+            f"{cartridge}.transport=shared_dir",
+            f"{cartridge}.sync_dir={hydra_value(folder)}",
+        ]
+    urls = [hydra_value(url) for url in run.server]
     url = f"[{','.join(urls)}]" if len(urls) > 1 else (urls or ["null"])[0]
     return [
         *found,
-        f"{cartridge}.sync_base_model={run.served_model or 'null'}",
+        f"{cartridge}.sync_base_model={hydra_value(run.served_model or None)}",
         f"{custom}.tokasaurus_url={url}",
-        f"trainer.experiment_name={run.label}",
-        f"trainer.default_local_dir={quoted(run.folder / 'checkpoints')}",
+        f"trainer.experiment_name={hydra_value(run.label)}",
+        f"trainer.default_local_dir={hydra_value(run.folder / 'checkpoints')}",
         "trainer.logger=[console,file]",
         *run.overrides,
     ]
-
-
-def quoted(value: str | Path) -> str:
-    """A value as Hydra's grammar takes it: a comma or a bracket in a path would mean something."""
-    text = str(value)
-    if re.fullmatch(r"[\w./:@+-]+", text):
-        return text
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
 
 
 def model_path(model: str) -> str:
