@@ -39,7 +39,12 @@ from cartridge_distill.cartridge.formats.detect import (
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.model_card import CARD_FILE, card
-from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, HubError
+from cartridge_distill.util.errors import (
+    CartridgeDistillError,
+    CartridgeFormatError,
+    ConfigError,
+    HubError,
+)
 from cartridge_distill.util.files import replace_directory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -196,11 +201,13 @@ def _hub_errors(what: str, repo: str) -> Iterator[None]:
     session.event_hooks = {**hooks, "response": [*hooks["response"], _keep_what_is_sent]}
     try:
         yield
-    except (HubError, CartridgeFormatError):
+    except CartridgeDistillError:
         raise
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # what is no Hub may answer anything
         # The Hub's own messages name the fix (log in, ask for access).
-        raise HubError(f"cannot {what} {repo}: {error}") from error
+        said = str(error) if isinstance(error, (httpx.HTTPError, OSError, ValueError)) else ""
+        said = said or f"the answer is none of the Hub's ({type(error).__name__}: {error})"
+        raise HubError(f"cannot {what} {repo}: {said}") from error
     finally:
         session.event_hooks = hooks
 

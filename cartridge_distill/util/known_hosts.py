@@ -106,7 +106,9 @@ class OnlyKnownHosts:
 
 
 async def _refuse(send: Send, problem: str) -> None:
-    body = json.dumps({"detail": problem}).encode()
+    # In the words of both: this project's servers, and OpenAI's API.
+    error = {"message": problem, "type": "invalid_request_error", "param": None, "code": 403}
+    body = json.dumps({"detail": problem, "error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -64,7 +64,9 @@ _VALUE = re.compile(
     r"|(?:[^\s,;&}\])\"'|\\]|,(?!\s|[\w.-]+[=:]|$))+",
     re.IGNORECASE,
 )
-_FLAG = re.compile(r"(?<!\S)(--?[A-Za-z][\w-]*)(\s+)(?!-)(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
+_FLAG = re.compile(
+    r"(?<!\S)(--?[A-Za-z][\w-]*)(\s+)(?!-|\(not recorded\))(\"[^\"]*\"|'[^']*'|[^\s\"']+)"
+)
 # Nothing is lost by showing these: switches, places for a value, what is hidden already.
 _HARMLESS = re.compile(
     r"(?:none|null|true|false|yes|no|on|off|\$\{?\w+\}?|<[^>]*>|\*+|\.{2,}|%[sr]|\{\w*\}|"

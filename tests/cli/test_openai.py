@@ -155,3 +155,20 @@ def test_a_cartridge_of_another_model_is_refused(model_folder: Path, tmp_path: P
     options = ["--model", str(model_folder), "--cartridge", f"c={tmp_path / 'c'}", "--port", "0"]
     done = CliRunner().invoke(app, ["serve", *options])
     assert done.exit_code == 1 and "3 layers" in done.output
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}], ids=str
+)
+def test_a_page_of_another_name_reads_nothing(
+    client: openai.OpenAI, headers: dict[str, str]
+) -> None:
+    """DNS rebinding: its name points here, and the cartridge would be its to read."""
+    with pytest.raises(openai.PermissionDeniedError, match="--allow-host"):
+        client.models.list(extra_headers=headers)
+    with pytest.raises(openai.PermissionDeniedError, match="--allow-host"):
+        client.chat.completions.create(
+            model="anna",
+            messages=[{"role": "user", "content": "What is it?"}],
+            extra_headers=headers,
+        )

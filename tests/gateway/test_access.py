@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.gateway.rig import COMPLETIONS, TOKEN, Rig, completion, upload_bytes
+from tests.gateway.rig import COMPLETIONS, TOKEN, Rig, completion, until, upload_bytes
 
 pytestmark = pytest.mark.integration
 
@@ -171,3 +171,30 @@ def test_nonsense_settings_are_refused_with_their_names(model_folder: Path) -> N
     assert "--keep-versions:" in done.stderr and "--max-disk-gb:" in done.stderr
     done = start("--model", "/nowhere/at-all", TOKASAURUS_API_KEY=TOKEN)
     assert done.returncode == 2 and "/nowhere/at-all" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}],
+    ids=str,
+)
+def test_on_the_loopback_other_names_are_refused_with_the_token_too(
+    rig: Rig, headers: dict[str, str]
+) -> None:
+    for path in ("/ping", "/v1/models", "/cartridges"):
+        answer = rig.http.get(path, headers=headers)
+        assert answer.status_code == 403 and "--allow-host" in answer.json()["detail"]
+    assert rig.http.get("/cartridges", headers={"Origin": rig.url}).status_code == 200
+
+
+def test_names_can_be_allowed(start_rig: Any) -> None:
+    one = start_rig("--allow-host", "gateway.example", wait=False)
+
+    def asked(name: str) -> int:
+        try:
+            return one.http.get("/cartridges", headers={"Host": name}).status_code
+        except httpx.HTTPError:
+            return 0  # not yet
+
+    until(lambda: asked("gateway.example") == 200, "the gateway")
+    assert asked("other.example") == 403

@@ -225,7 +225,6 @@ def test_a_body_that_is_not_json(script: Script, body: bytes) -> None:
         (answer(logprobs=[-0.5, float("nan")]), "nan"),
         (answer(logprobs=[float("-inf"), -1.0]), "-inf"),
         (answer(logprobs=[0.5, -1.0]), "log-prob 0.5"),
-        (answer(logprobs=[-0.5]), "1 log-probs for 2 tokens"),
         (answer(ids=[[5, 100]]), "outside the vocabulary of 100"),
         (answer(ids=[[]]), "not a filled list"),
         (answer(ids=[[5, 6], [7, 8]]), "2 entries for 1 choices"),
@@ -246,6 +245,50 @@ def test_nonsense_is_an_error_at_once(script: Script, body: bytes, says: str) ->
     assert len(script.requests) == 1
 
 
+SHORT = [
+    ({"logprobs": [-0.5]}, "stop", "1 log-probs for 2 tokens"),
+    ({"logprobs": [-0.5, -1.5, -2.0]}, "stop", "3 log-probs for 2 tokens"),
+    ({}, "length", r"2 tokens and finish_reason 'length', which would be 4 tokens"),
+    ({"ids": [[5, 6, 7]], "logprobs": [-1.0] * 3}, "length", "3 tokens and finish_reason 'length'"),
+    ({}, "stop", r"ends with token 6, which ends no answer of this model \(\[7, 8\] do\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason", "says"), SHORT)
+def test_a_shortened_answer_is_asked_for_again_and_then_refused(
+    script: Script, change: dict[str, Any], reason: str, says: str
+) -> None:
+    """The reason, the tokens and the log-probs must agree; nothing else would tell."""
+    choices = [{"index": 0, "text": "a", "finish_reason": reason, "logprobs": None}]
+    short = answer(**change, choices=choices)
+    whole = answer([[5, 6, 7]], [-0.5, -1.5, -2.5])
+
+    async def ask_knowing_ends() -> list[Completion]:
+        async with TokasaurusClient(script.url, FAST, 100, frozenset({7, 8})) as client:
+            return await client.complete([1, 2], 4, 0.7)
+
+    script.steps = [script.ok(short), script.ok(whole)]
+    good = Completion([5, 6, 7], [-0.5, -1.5, -2.5], "stop")
+    assert asyncio.run(ask_knowing_ends()) == [good]
+    script.requests.clear()
+    script.steps = [script.ok(short)]
+    with pytest.raises(RolloutError, match=f"failed 3 times.*{says}"):
+        asyncio.run(ask_knowing_ends())
+    assert len(script.requests) == 3
+
+
+@pytest.mark.parametrize("last", [7, 6])
+def test_an_answer_of_full_length_may_end_with_any_token(script: Script, last: int) -> None:
+    choices = [{"index": 0, "text": "a", "finish_reason": "length", "logprobs": None}]
+    script.steps = [script.ok(answer([[5, 6, 5, last]], [-1.0] * 4, choices=choices))]
+
+    async def run() -> list[Completion]:
+        async with TokasaurusClient(script.url, FAST, 100, frozenset({7})) as client:
+            return await client.complete([1, 2], 4, 0.7)
+
+    assert asyncio.run(run())[0].token_ids == [5, 6, 5, last]
+
+
 def test_retry_after_is_honoured(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     script.steps = [script.status(429, Retry_After="1"), script.ok()]
     with caplog.at_level(logging.WARNING):
@@ -256,7 +299,13 @@ def test_retry_after_is_honoured(script: Script, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [(None, None), ("2.5", 2.5), ("-3", 0.0), ("99999", 60.0), ("soon", None), ("nan", None)],
+    [
+        *((None, None), ("2.5", 2.5), ("-3", 0.0), ("99999", 60.0), ("soon", None), ("nan", None)),
+        *(("1e400", 60.0), ("9" * 5000, 60.0), ("-inf", 0.0), ("", None)),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 60.0),
+        ("Wed, 21 Oct 2015 07:28:00 +9999999999", None),
+        ("Wed, 99 Oct 99999 07:28:00 GMT", None),
+    ],
 )
 def test_retry_after_values(value: str | None, wanted: float | None) -> None:
     headers = {} if value is None else {"Retry-After": value}
