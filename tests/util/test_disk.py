@@ -94,5 +94,3 @@ def test_a_quota_and_a_limit_of_files_are_no_room() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with pytest.raises(DiskFull, match=os.strerror(number)), named_disk(Path("/")):
             raise OSError(number, "whatever")
-
-
