@@ -170,7 +170,7 @@ class Closing:
 
     def __init__(self, answers: int) -> None:
         self.answers = answers  # of a connection before it ends
-        self.connections = 0
+        self.connections = 0  # that brought a POST; the process is also looked at with GET /ping
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -181,26 +181,20 @@ class Closing:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            self.connections += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
-            for _ in range(self.answers):
-                if not self._request(connection):
-                    return
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            self._request(connection)
-
-    @staticmethod
-    def _request(connection: socket.socket) -> bool:
-        came = b""
-        while not came.endswith(b"{}"):
-            chunk = connection.recv(2**16)
-            if not chunk:
-                return False
-            came += chunk
-        return True
+            for number in range(self.answers + 1):
+                came = b""
+                while not came.endswith(b"{}"):
+                    chunk = connection.recv(2**16)
+                    if not chunk:
+                        return
+                    came += chunk
+                self.connections += number == 0 and came.startswith(b"POST ")
+                if number < self.answers:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
     def close(self) -> None:
         self._listener.close()
