@@ -97,7 +97,6 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, fatal: Callable[[str], None]) -> None:
         self.settings = settings
-        self.lock = DirectoryLock(settings.cartridge_dir)
         self.metrics = Metrics()
         self.shape = ModelShape.of(settings.model, settings.base_model)
         self.store = VersionStore(
@@ -119,6 +118,7 @@ class Gateway:
         self.uploads = Uploads(
             settings, self.shape, self.store, self.process, self.pages, self.metrics
         )
+        self.lock = DirectoryLock(settings.cartridge_dir)  # last: nothing fails after it
 
     def body_limit(self, method: str, path: str) -> int:
         """Bytes that a request may bring."""

@@ -127,7 +127,7 @@ class Completions:
         await self._process.wait_up(self._settings.hold_s)
         stack.enter_context(self._process.serving())
         try:
-            upstream = await stack.enter_async_context(self._process.post(http.url.path, body))
+            upstream = await stack.enter_async_context(self._process.post(http.scope["path"], body))
             refuse_redirect(upstream)
             self._process.heard()
             media_type = upstream.headers.get("Content-Type")

@@ -92,6 +92,11 @@ class Service:
         config = text_config(model.config)
         self.settings = settings
         self.tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # A call would take these off itself, and must not while another thread tokenizes.
+            backend.no_truncation()
+            backend.no_padding()
         self.engine = Engine(model, settings, threads)
         memory = int(settings.cartridge_memory_gb * 1024**3)
         self.store = CartridgeStore(settings.cartridge_dir, model, memory)

@@ -49,6 +49,11 @@ from cartridge_distill.util.errors import ConfigError
 AnyRequest = CompletionRequest | ChatCompletionRequest
 
 _LEAST_TEMPERATURE = 1e-6
+# A template is the model's own program; it fails over messages that it does not expect.
+_TEMPLATE_FAILS = (
+    *(TemplateError, ConfigError, ValueError, TypeError),
+    *(LookupError, AttributeError, ArithmeticError),
+)
 
 
 class Refused(Exception):
@@ -265,7 +270,7 @@ def _chat_ids(
         text = str(tokenizer.apply_chat_template(messages, **arguments))
         _check_length(len(text), limits)
         return contents.ids(text)
-    except (TemplateError, ConfigError, ValueError, TypeError, LookupError) as error:
+    except _TEMPLATE_FAILS as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
 
 

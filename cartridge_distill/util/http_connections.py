@@ -74,6 +74,9 @@ class PatientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
+        if self.parser.should_upgrade():
+            # To another protocol, which nobody speaks here; the parser reads no further request.
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

@@ -65,6 +65,8 @@ def protect(
         error_body: the form of what is refused before a route sees it.
     """
     app.router.route_class = StrictRoute
+    # A redirect would go where the client's Host header says, with whatever its query holds.
+    app.router.redirect_slashes = False
     app.add_middleware(
         Front, body_limit=body_limit or no_more_than(), idle_s=idle_s, error_body=error_body
     )
@@ -94,12 +96,12 @@ def add_refusals(
 
     async def malformed(http: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        body = error_body(http.url.path, malformed_status, first_problem(error))
+        body = error_body(http.scope["path"], malformed_status, first_problem(error))
         return JSONResponse(body, malformed_status)
 
     async def refused(http: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
-        body = error_body(http.url.path, error.status_code, shortened(str(error.detail)))
+        body = error_body(http.scope["path"], error.status_code, shortened(str(error.detail)))
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     app.add_exception_handler(RequestValidationError, malformed)

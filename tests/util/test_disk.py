@@ -1,0 +1,96 @@
+"""A full disk is an error with the disk's name, whatever library was writing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cartridge_distill.util.disk import DiskFull, named_disk
+
+# In a process of its own, whose files may not be larger than some kilobytes: the system's error is
+# another one than that of a full disk, the libraries' ways of telling it are the same.
+_WRITE = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+import torch
+from tests.tiny import random_cartridge, tiny_model
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.checkpoint import write_cartridge
+from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
+from cartridge_distill.util.disk import DiskFull
+from cartridge_distill.util.errors import SyncError
+snapshot = Snapshot.take(random_cartridge(tiny_model(), 64).state_dict(), torch.float32)
+stored = StoredCartridge(snapshot, CartridgeMeta("tiny"))
+where = Path(sys.argv[1])
+for kind, name in (("native", "n"), ("hazyresearch", "h.pt"), ("tokasaurus", "t")):
+    try:
+        write_cartridge(stored, where / name, kind)
+    except DiskFull as error:
+        print(kind, error)
+try:
+    SharedDirectoryPublisher(where, "tiny").publish("run-step-000001", snapshot)
+except SyncError as error:
+    print("sync", error)
+print(sorted(path.name for path in where.iterdir()))
+"""
+
+
+@pytest.mark.integration
+def test_every_writer_names_the_disk_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITE, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    *lines, left = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("native", "hazyresearch", "tokasaurus", "sync"),
+    ], done.stdout + done.stderr
+    assert all(f"the disk of {tmp_path} does not take" in line for line in lines)
+    assert left == "[]"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    with pytest.raises(DiskFull, match=f"the disk of {small_disk} .*0.[01] MB are free"):
+        with named_disk(small_disk):
+            torch.save(torch.zeros(100_000), small_disk / "file.pt")
+    with pytest.raises(DiskFull, match="No space left on device"):
+        with named_disk(small_disk), (small_disk / "other").open("wb") as file:
+            file.write(bytes(10**6))
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    for error in (
+        PermissionError(errno.EACCES, "no"),
+        RuntimeError("shapes differ"),
+        ValueError("x (os error 2)"),
+    ):
+        with pytest.raises(type(error)) as caught, named_disk(Path("/")):
+            raise error
+        assert caught.value is error and not isinstance(caught.value, DiskFull)
+
+
+def test_a_quota_and_a_limit_of_files_are_no_room() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(DiskFull, match=os.strerror(number)), named_disk(Path("/")):
+            raise OSError(number, "whatever")
