@@ -172,7 +172,7 @@ def test_common_beginnings_are_computed_once(kind: str, engine_of: EngineOf) -> 
 
 
 def test_segments_keep_padding_small(llama: PreTrainedModel) -> None:
-    buffers = RowBuffers(1, 2, 16, torch.float32, torch.device("cpu"))
+    buffers = RowBuffers([(2, 16)], torch.float32, torch.device("cpu"))
     buffers.reserve(4, 4096, 0)
     lengths = [1, 1, 500, 4000]
     parts = [RowPart(slot, 0, length, None) for slot, length in enumerate(lengths)]
