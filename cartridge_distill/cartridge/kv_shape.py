@@ -62,9 +62,15 @@ class KvShape:
         """Of a model, by its transformers config; of the decoder, where there is more.
 
         Raises:
-            ConfigError: the keys and values of a layer differ in size.
+            ConfigError: the keys and values of a layer differ in size, or it has none.
         """
         text = text_config(config)
+        for name in ("num_hidden_layers", "num_attention_heads"):
+            if not isinstance(getattr(text, name, None), int):
+                raise ConfigError(
+                    f"{text.model_type}: {name}={getattr(text, name, None)}; a cartridge needs a "
+                    "decoder with keys and values in every layer"
+                )
         if getattr(text, "kv_lora_rank", None):
             raise ConfigError(
                 f"{text.model_type}: kv_lora_rank={text.kv_lora_rank}, so that keys and values of "

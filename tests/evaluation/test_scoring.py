@@ -39,7 +39,7 @@ def test_the_document_itself_has_no_kl_and_other_prefixes_have(
     packed: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     document, noise = document_prefix(packed, tokenizer, "two"), random_cartridge(packed).prefix()
-    conditions = [no_document(), Fixed("same", document), Fixed("noise", noise)]
+    conditions = [no_document(packed, tokenizer), Fixed("same", document), Fixed("noise", noise)]
     results = evaluate(packed, tokenizer, tmp_path, conditions, QUESTIONS[1:], answer_tokens=6)
     rows = {name: results.of(name)[0] for name in results.conditions}
     assert list(rows) == ["no document", "same", "noise", FULL_DOCUMENT]

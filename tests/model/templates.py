@@ -62,6 +62,39 @@ NEEDS_USER = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+# Begins with two tokens that are no bos.
+GLM4 = (
+    "{{ '[gMASK]<sop>' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Two tokens open a turn.
+COHERE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|START|><|' + message['role'] + '|>' + message['content'] + '<|END|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START|><|assistant|>' }}{% endif %}"
+)
+# Each turn of the user begins with bos; no system role.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# Its bos ends the assistant's turns, too.
+OLMO2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ bos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# A default system prompt, whose turn is opened by a token of its own.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\nYou help.<|end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +113,7 @@ _CHATML_DOCUMENT = "<|im_start|>system\nDOC<|im_end|>\n"
 _CHATML_PROMPT = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _GEMMA_PROMPT = "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
 
 SHAPES = {
@@ -96,6 +130,42 @@ SHAPES = {
     "gemma3": Shape(GEMMA3, "<bos>", _GEMMA, "<bos>DOC\n\n", _GEMMA_PROMPT),
     "mistral": Shape(MISTRAL, "<s>", ("[INST]", "[/INST]"), "<s>DOC\n\n", "[INST] Who?[/INST]"),
     "needs_user": Shape(NEEDS_USER, "<s>", (), "<s><system>DOC", "<user>Who?<assistant>"),
+    "glm4": Shape(
+        GLM4,
+        None,
+        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
+        "[gMASK]<sop><|system|>\nDOC",
+        "<|user|>\nWho?<|assistant|>\n",
+    ),
+    "cohere": Shape(
+        COHERE,
+        "<BOS_TOKEN>",
+        ("<|START|>", "<|END|>", "<|system|>", "<|user|>", "<|assistant|>"),
+        "<BOS_TOKEN><|START|><|system|>DOC<|END|>",
+        "<|START|><|user|>Who?<|END|><|START|><|assistant|>",
+    ),
+    "llama2": Shape(LLAMA2, "<s>", (), "<s>DOC\n\n", "<s>[INST] Who? [/INST]"),
+    "olmo2": Shape(
+        OLMO2,
+        "<|endoftext|>",
+        (),
+        "<|endoftext|><|system|>\nDOC\n",
+        "<|user|>\nWho?\n<|assistant|>\n",
+    ),
+    "default_system": Shape(
+        DEFAULT_SYSTEM,
+        None,
+        _ROLES,
+        "<|system|>\nDOC<|end|>\n",
+        "<|user|>\nWho?<|end|>\n<|assistant|>\n",
+    ),
+    "default_system_after_bos": Shape(
+        "{{ bos_token }}" + DEFAULT_SYSTEM,
+        "<s>",
+        _ROLES,
+        "<s><|system|>\nDOC<|end|>\n",
+        "<|user|>\nWho?<|end|>\n<|assistant|>\n",
+    ),
     "none": Shape(None, "<s>", (), "<s>DOC\n\n", "User:\nWho?\n\nAssistant:\n"),
 }
 
