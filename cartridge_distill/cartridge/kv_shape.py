@@ -171,4 +171,3 @@ def check_fits(prefix: KvShape, config: Any) -> None:
 def described(numbers: PerLayer) -> int | list[int]:
     """As JSON holds it."""
     return numbers if isinstance(numbers, int) else list(numbers)
-

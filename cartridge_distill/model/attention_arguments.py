@@ -1,9 +1,9 @@
 """What a decoder may hand to an attention function of ours beside queries, keys and values.
 
 transformers passes on whatever a model's forward was called with, and some models add arguments of
-their own: a mask, indices of the keys that count, sinks. One that is not looked at is computed as if
-it were not there. Each argument is therefore known by name, with the values at which it changes
-nothing; any other argument or value is refused.
+their own: a mask, indices of the keys that count, sinks. With one that is not looked at, attention
+is computed as if it were not there. Each argument is therefore known by name, with the values at
+which it changes nothing; any other argument or value is refused.
 """
 
 from __future__ import annotations

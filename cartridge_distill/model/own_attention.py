@@ -130,10 +130,14 @@ def _read(model: PreTrainedModel, document: Tensor) -> tuple[Tensor, Prefix]:
     """Logits ``[T, V]`` of a document, packed, and its keys and values."""
     cache = DynamicCache()
     logits = run_packed(model, None, pack([document]), backend="grouped", cache=cache)
-    prefix = Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+    prefix = Prefix(
+        [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    )
     expected = KvShape.of(model.config)
     if prefix.kv_shape != expected:
-        raise ConfigError(f"it makes keys and values of {prefix.kv_shape}; by its config {expected}")
+        raise ConfigError(
+            f"it makes keys and values of {prefix.kv_shape}; by its config {expected}"
+        )
     return logits.float(), prefix
 
 

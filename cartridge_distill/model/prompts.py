@@ -90,9 +90,7 @@ def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return begin[:-1]
 
 
-def render_alone(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> list[int]:
+def render_alone(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids [T] of a prompt with no document and no cartridge before it.
 
     As :func:`render_prompt`, after what the model always begins with.
