@@ -6,11 +6,11 @@ alone. `render_document` gives the ids of the document prefix, `render_prompt` t
 any prefix: without a begin-of-text token and without the default system prompt that some chat
 templates put in (SmolLM2, Qwen2).
 
-`begin_of_text` is what the model always begins with, whatever follows. A document begins with it, and
-so does a cartridge made of a document's first tokens: there it is the attention sink that the first,
-frozen token holds. Where neither stands before a prompt ("no document", a chat without a cartridge),
-it stands there alone; `render_alone` gives such a prompt. The default system prompt of a template is
-no part of it: the document takes its place.
+`begin_of_text` is what the model always begins with, whatever follows. A document begins with it,
+and so does a cartridge made of a document's first tokens: there it is the attention sink that the
+first, frozen token holds. Where neither stands before a prompt ("no document", a chat without a
+cartridge), it stands there alone; `render_alone` gives such a prompt. The default system prompt of
+a template is no part of it: the document takes its place.
 
 A conversation that ends with an assistant message is a *started answer*: the turn is left open and
 the model goes on in the middle of the sentence.

@@ -95,9 +95,7 @@ def test_files_keep_it_or_refuse_it(format: Any, tmp_path: Path) -> None:
 def test_a_layer_whose_values_have_another_size_is_no_cartridge() -> None:
     parts = {name: [*snapshot().parts[name]] for name in PARTS}
     parts["trainable_values"][1] = parts["trainable_values"][1][..., :8]
-    with pytest.raises(
-        CartridgeFormatError, match=r"layer 1 of trainable_values .* \(1, 1, 15, 32"
-    ):
+    with pytest.raises(CartridgeFormatError, match=r"layer 1 of trainable_values .* \(1, 1, 15,"):
         Snapshot(parts)
 
 

@@ -1,4 +1,4 @@
-"""At load the packed forward is compared with the model's own attention; what differs is refused."""
+"""At load the packed forward is compared with the model's own attention."""
 
 from __future__ import annotations
 
