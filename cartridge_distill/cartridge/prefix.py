@@ -21,8 +21,9 @@ class Prefix:
     """Keys and values of P tokens, per layer, visible to every token of a packed batch.
 
     Attributes:
-        keys: L tensors ``[1, H, P, D]``, after RoPE at positions 0..P-1.
-        values: L tensors ``[1, H, P, D]``.
+        keys: L tensors ``[1, H, P, D]``, after RoPE at positions 0..P-1; H and D may differ from
+            layer to layer.
+        values: L tensors of the same shapes.
 
     Raises:
         CartridgeFormatError: the layers disagree in number or shape.
@@ -57,8 +58,8 @@ class Prefix:
 
     @property
     def kv_shape(self) -> KvShape:
-        key = self.keys[0]
-        return KvShape(len(self.keys), key.shape[1], key.shape[3])
+        heads = tuple(key.shape[1] for key in self.keys)
+        return KvShape(len(self.keys), heads, tuple(key.shape[3] for key in self.keys))
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

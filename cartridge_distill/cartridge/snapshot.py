@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cartridge_distill.cartridge.kv_shape import KvShape
+from cartridge_distill.cartridge.kv_shape import KvShape, PerLayer
 from cartridge_distill.util.errors import CartridgeFormatError
 
 PARTS = ("frozen_keys", "frozen_values", "trainable_keys", "trainable_values")
@@ -26,8 +26,9 @@ class Snapshot:
     """Keys and values of one version, on the CPU.
 
     Attributes:
-        parts: for each name of :data:`PARTS`, L tensors ``[1, H, tokens, D]``; keys and values
-            have the same shapes, frozen parts hold at least one token.
+        parts: for each name of :data:`PARTS`, L tensors ``[1, H, tokens, D]``. Keys and values of
+            a layer have the same shapes, layers may differ in H and D, and frozen parts hold at
+            least one token.
     """
 
     parts: dict[str, list[Tensor]]
@@ -65,18 +66,19 @@ class Snapshot:
             )
         frozen, trained = self.parts["frozen_keys"][0], self.parts["trainable_keys"][0]
         for name, tensors in self.parts.items():
-            want = frozen if name.startswith("frozen") else trained
+            tokens = (frozen if name.startswith("frozen") else trained).shape[2:3]
             for layer, tensor in enumerate(tensors):
-                if tensor.dim() != 4 or tensor.shape[0] != 1 or tensor.shape != want.shape:
+                # Heads and head size are a layer's own, the tokens are those of all.
+                like = self.parts["frozen_keys"][layer].shape
+                want = (1, *like[1:2], *tokens, *like[3:])
+                if tensor.dim() != 4 or tuple(tensor.shape) != want:
                     raise CartridgeFormatError(
                         f"layer {layer} of {name} is {tuple(tensor.shape)}; expected "
-                        f"[1, kv_heads, tokens, head_dim] as in layer 0, {tuple(want.shape)}"
+                        f"[1, kv_heads, tokens, head_dim], {want}: the tokens of layer 0, heads "
+                        "and head size of the layer's frozen keys"
                     )
-        if frozen.shape[1::2] != trained.shape[1::2] or not frozen.shape[2]:
-            raise CartridgeFormatError(
-                f"frozen {tuple(frozen.shape)} and trainable {tuple(trained.shape)} tokens must "
-                "have the same heads and head size, and at least one token must be frozen"
-            )
+        if not frozen.shape[2]:
+            raise CartridgeFormatError("at least one token must be frozen")
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """``("frozen_keys.0", tensor)``, ... in one fixed order."""
@@ -107,15 +109,17 @@ class Snapshot:
 
     @property
     def kv_shape(self) -> KvShape:
-        return KvShape(self.num_layers, self.kv_heads, self.head_dim)
+        keys = self.parts["frozen_keys"]
+        heads, sizes = (tuple(key.shape[axis] for key in keys) for axis in (1, 3))
+        return KvShape(len(keys), heads, sizes)
 
     @property
-    def kv_heads(self) -> int:
-        return self.parts["frozen_keys"][0].shape[1]
+    def kv_heads(self) -> PerLayer:
+        return self.kv_shape.kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.parts["frozen_keys"][0].shape[3]
+    def head_dim(self) -> PerLayer:
+        return self.kv_shape.head_dim
 
     @property
     def dtype(self) -> torch.dtype:

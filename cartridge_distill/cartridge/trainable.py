@@ -83,10 +83,12 @@ class TrainableCache(nn.Module):
         """
         kv = KvShape.of(config)
         generator = torch.Generator().manual_seed(seed)
-        shape = (1, kv.kv_heads, num_tokens, kv.head_dim)
 
         def noise() -> list[Tensor]:
-            return [torch.randn(shape, generator=generator) * std for _ in range(kv.num_layers)]
+            return [
+                torch.randn((1, heads, num_tokens, size), generator=generator) * std
+                for heads, size in kv.layers
+            ]
 
         return cls(Prefix(noise(), noise()), num_frozen_tokens)
 

@@ -21,7 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from cartridge_distill.cartridge.checkpoint import load_cartridge
 from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.trainable import TrainableCache
-from cartridge_distill.model.prompts import Message, render_document, render_prompt
+from cartridge_distill.model.prompts import (
+    Message,
+    render_alone,
+    render_document,
+    render_prompt,
+)
 from cartridge_distill.util.errors import ConfigError
 
 
@@ -39,15 +44,18 @@ def reply(
 
     Args:
         model: an ordinary transformers model (its own attention, not the packed one).
-        cartridge: what stands in for the document, on any device; None for the bare model.
+        cartridge: what stands in for the document, on any device; None for the bare model, which
+            begins as it always does (:func:`cartridge_distill.model.prompts.begin_of_text`).
         messages: the conversation; a last assistant message is a started answer.
         temperature: 0 takes the most likely token.
         streamer: gets the ids as they come.
     """
-    prompt = render_prompt(tokenizer, messages)
     length = 0
     cache = None
-    if cartridge is not None:
+    if cartridge is None:
+        prompt = render_alone(tokenizer, messages)
+    else:
+        prompt = render_prompt(tokenizer, messages)
         check_fits(cartridge.prefix().kv_shape, model.config)
         length = cartridge.num_tokens
         cache = cartridge.to(model.device).as_cache(model.dtype)

@@ -1,7 +1,7 @@
 """What the model has read before a question: the lines of the table.
 
 ===================  ================================================================
-no document          nothing
+no document          what the model always begins with: the begin-of-text, or nothing
 full document        the whole document; the teacher
 best chunk           the chunk of the document that BM25 finds for the question, with at
                      most as many KV tokens as the cartridge
@@ -24,6 +24,7 @@ from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, NO_DOC
 from cartridge_distill.evaluation.retrieval import ChunkIndex
 from cartridge_distill.evaluation.scoring import device_of
 from cartridge_distill.model.prefill import prefix_from_tokens
+from cartridge_distill.model.prompts import begin_of_text
 from cartridge_distill.util.errors import ConfigError
 
 
@@ -59,7 +60,7 @@ class Condition(Protocol):
 
 
 class Fixed:
-    """One prefix whatever is asked: nothing, or a cartridge."""
+    """One prefix whatever is asked: a begin-of-text, a cartridge, or nothing."""
 
     def __init__(self, name: str, prefix: Prefix | None, ids: Sequence[int] | None = None) -> None:
         self.name = name
@@ -69,8 +70,10 @@ class Fixed:
         return self._view
 
 
-def no_document() -> Fixed:
-    return Fixed(NO_DOCUMENT, None, ())
+def no_document(model: Any, tokenizer: Any) -> Fixed:
+    """The bare model. A model that never saw text without its begin-of-text is lost without it."""
+    begin = begin_of_text(tokenizer)
+    return Fixed(NO_DOCUMENT, _prefix(model, begin) if begin else None, begin)
 
 
 class FullDocument:

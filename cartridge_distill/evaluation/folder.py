@@ -159,7 +159,7 @@ def _conditions(
         return first_tokens(teacher, str(began_with), tokens)
 
     made: dict[str, Callable[[], Condition]] = {
-        NO_DOCUMENT: no_document,
+        NO_DOCUMENT: lambda: no_document(model, loaded.tokenizer),
         BEST_CHUNK: lambda: BestChunk(teacher, tokens),
         UNTRAINED: untrained,
         TRAINED: lambda: cartridge(TRAINED, loaded.trained),

@@ -37,8 +37,7 @@ class ModelShape:
 
     def max_upload_bytes(self, max_tokens: int) -> int:
         """Bytes of the largest upload that can be right: float32, and a header."""
-        kv = self.kv
-        return max_tokens * 2 * kv.num_layers * kv.kv_heads * kv.head_dim * 4 + 2**21
+        return max_tokens * self.kv.numbers * 4 + 2**21
 
     def check(self, header: UploadHeader, max_tokens: int) -> None:
         """Refuses what this model, or the real server, could not use.
@@ -46,11 +45,12 @@ class ModelShape:
         Raises:
             CartridgeFormatError: naming the number that differs.
         """
+        found = header.kv
         for what, got, want in (
             ("base_model", header.base_model, self.base_model),
-            ("num_layers", header.num_layers, self.kv.num_layers),
-            ("kv_heads", header.kv_heads, self.kv.kv_heads),
-            ("head_dim", header.head_dim, self.kv.head_dim),
+            ("num_layers", found.num_layers, self.kv.num_layers),
+            ("kv_heads", found.kv_heads, self.kv.kv_heads),
+            ("head_dim", found.head_dim, self.kv.head_dim),
         ):
             if got != want:
                 raise CartridgeFormatError(

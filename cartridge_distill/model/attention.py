@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.flex import flex_attention_of
 from cartridge_distill.model.layout import PackedLayout
 from cartridge_distill.model.scoring import Scoring
@@ -164,17 +165,18 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_layout: PackedLayout | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer.
 
     Args:
         query: ``[1, Hq, T, D]``; key, value: ``[1, H, T, D]``, after RoPE.
         packed_layout: handed through from :func:`cartridge_distill.model.forward.packed_forward`.
+        others: what changes nothing, see :mod:`cartridge_distill.model.attention_arguments`.
 
     Returns:
-        ``[1, T, Hq, D]`` and None (no attention weights).
+        ``[1, T, Hq, D]``, contiguous (some models take views of it), and None (no attention
+        weights).
 
     Raises:
         ConfigError: called without a layout, or with what it cannot compute exactly.
@@ -185,21 +187,27 @@ def packed_attention(
             "through cartridge_distill.model.forward.packed_forward, or load it with another "
             "attn_implementation"
         )
-    if s_aux is not None:
-        raise ConfigError("attention sinks (s_aux) are not supported by the packed attention")
     layer = cast(int, module.layer_idx)
+    check_arguments(layer, attention_mask, key, value, others)
     packed_layout.note_layer(layer)
     past = None
     if packed_layout.prefix is not None:
+        own = packed_layout.kv_sources[layer]
         # The cast is part of the graph: an fp32 master cartridge gets its gradient through it.
         past = (
-            packed_layout.prefix.keys[layer][0].to(query.dtype),
-            packed_layout.prefix.values[layer][0].to(query.dtype),
+            packed_layout.prefix.keys[own][0].to(query.dtype),
+            packed_layout.prefix.values[own][0].to(query.dtype),
         )
+        if past[0].shape[::2] != key.shape[1::2]:
+            raise ConfigError(
+                f"layer {layer} attends to {key.shape[1]} kv heads of {key.shape[3]} numbers, the "
+                f"prefix has {past[0].shape[0]} of {past[0].shape[2]}; use a model that attends to "
+                "what its cache holds"
+            )
     attend = _IMPLEMENTATIONS[packed_layout.backend]
     scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
     out = attend(packed_layout, query[0], key[0], value[0], past, scoring)
-    return out.transpose(0, 1)[None], None
+    return out.transpose(0, 1).contiguous()[None], None
 
 
 def register() -> None:

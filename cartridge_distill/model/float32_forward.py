@@ -29,8 +29,12 @@ COUNTED_TOKENS = 64
 """Tokens that a check wants to compare."""
 
 
-class _InFloat32(TorchFunctionMode):
-    """Embeddings come out in float32, and linear layers take their weights in it.
+# Of torch versions that have them.
+_GROUPED = ((torch, "_grouped_mm"), (functional, "grouped_mm"))
+
+
+class InFloat32(TorchFunctionMode):
+    """Embeddings come out in float32, and products take their weights in it.
 
     What lies between (norms, attention, activations) goes on in the dtype it is given.
     """
@@ -43,11 +47,20 @@ class _InFloat32(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.linear:
+        if func in _PRODUCTS:
             args = tuple(_widened(value) for value in args)
             kwargs = {name: _widened(value) for name, value in kwargs.items()}
         found = func(*args, **kwargs)
         return _widened(found) if func is functional.embedding else found
+
+
+# Of linear layers, convolutions (GPT-2's, short ones), and experts, which have one for all.
+_PRODUCTS = {
+    *(functional.linear, functional.conv1d, torch.conv1d),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
+    *(torch.addmm, torch.baddbmm, torch.einsum),
+    *(getattr(where, name) for where, name in _GROUPED if hasattr(where, name)),
+}
 
 
 def _widened(value: Any) -> Any:
@@ -95,7 +108,7 @@ def float32_logprobs(
     batch = pack(sequences).to(prefix.keys[0].device)
     mask = np.concatenate([host_mask(some) for some in response_masks])
     rounded = prefix.to(dtype=served).to(dtype=torch.float32)
-    with _InFloat32():
+    with InFloat32():
         # Plain products on every device: another kernel would be compiled for another dtype.
         logits = packed_forward(model, rounded, batch, batch.predicts(mask), backend="grouped")
     return chosen_logprobs(logits, batch.tokens(mask), temperature)

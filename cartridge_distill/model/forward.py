@@ -7,7 +7,7 @@ Student (prefix = cartridge) and teacher (prefix = document KV) both call
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cartridge_distill.cartridge.kv_shape import check_fits, text_config
+from cartridge_distill.cartridge.kv_shape import check_fits, kv_sources, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
@@ -32,8 +32,13 @@ def run_packed(
     logit_mask: Tensor | HostMask | None = None,
     backend: str = "auto",
     cache: Any = None,
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
-    """As :func:`packed_forward`, with a transformers cache that collects the row's own KV."""
+    """As :func:`packed_forward`, with a transformers cache that collects the row's own KV.
+
+    Args:
+        starts: B positions at which the sequences begin; right after the prefix by default.
+    """
     config = text_config(model.config)
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
@@ -65,12 +70,18 @@ def run_packed(
     backend = resolve_backend(backend, batch.device)
     if backend == "flex":
         batch = batch.filled_up(BLOCK, LEAST_ROW)
-    layout = PackedLayout(batch, prefix, backend, share_beginnings=cache is None)
+    # Tokens with one past are computed once; at other positions they have another.
+    share = cache is None and starts is None
+    layout = PackedLayout(batch, prefix, backend, share, kv_sources(config))
     rows = layout.of_token[np.flatnonzero(mask)]
     ids = batch.input_ids
     if len(layout.computed) < batch.num_tokens:
         ids = ids[on_device(layout.computed, batch.device, torch.long)]
-    positions = prefix_tokens + batch.index[layout.computed]
+    positions = batch.index[layout.computed]
+    if starts is None:
+        positions = prefix_tokens + positions
+    else:
+        positions = np.array(starts)[batch.seq_ids[layout.computed]] + positions
     output = model(
         input_ids=ids[None],
         position_ids=on_device(positions, batch.device, torch.long)[None],

@@ -17,7 +17,7 @@ import functools
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        found = _product(x, weight, bias)
+        # oneDNN hands out a view of what it made. Models write into a linear layer's output
+        # (Gemma 3n scales it in place), which autograd forbids for a view from in here.
+        return cast(Tensor, torch.ops.aten._unsafe_view(found, found.shape))
 
     @staticmethod
     @once_differentiable

@@ -7,6 +7,7 @@ shared by all layers. Nothing here computes attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,6 +50,7 @@ class PackedLayout:
     token's result is found. Only the grouped backend can do this.
 
     Attributes:
+        kv_sources: for each decoder layer the layer of the prefix that it sees; by default its own.
         computed: ``[U]`` places in the row, on the host.
         of_token: ``[T]`` for each token its place among the computed ones, on the host.
     """
@@ -59,11 +61,14 @@ class PackedLayout:
         prefix: Prefix | None,
         backend: str,
         share_beginnings: bool = False,
+        kv_sources: Sequence[int] | None = None,
     ) -> None:
         self.batch = batch
         self.prefix = prefix
         self.backend = backend
         self.prefix_tokens = prefix.num_tokens if prefix is not None else 0
+        layers = range(len(prefix.keys)) if prefix is not None else ()
+        self.kv_sources = tuple(layers if kv_sources is None else kv_sources)
         self._layers_seen: set[int] = set()
         self._masks: dict[tuple[str, int | None], Any] = {}
         self._groups: list[Group] | None = None

@@ -21,9 +21,10 @@ from huggingface_hub.utils.tqdm import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from cartridge_distill.cartridge.kv_shape import text_config
+from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.model.attention import ATTENTION_NAME, register
 from cartridge_distill.model.frozen_linear import onednn_is_faster, use_frozen_linear
+from cartridge_distill.model.own_attention import check_own_attention
 from cartridge_distill.model.reading import read_model_config, reading
 from cartridge_distill.util.errors import ConfigError
 
@@ -32,8 +33,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     """Refuses architectures on which a packed forward with a prefix would be wrong.
 
     Raises:
-        ConfigError: the architecture keeps state other than per-layer KV, shares KV, or scales
-            its positions by the longest one of a forward.
+        ConfigError: the architecture keeps state other than keys and values of one size in each
+            layer, or scales its positions by the longest one of a forward.
     """
     text = text_config(config)
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -42,11 +43,7 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"{text.model_type}: layers of kind {sorted(kinds)} keep more than keys and values; "
             "use a model with full or sliding-window attention only"
         )
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise ConfigError(
-            f"{text.model_type}: num_kv_shared_layers={text.num_kv_shared_layers}; "
-            "a cartridge needs one KV per layer"
-        )
+    KvShape.of(config)
     if moving := sorted(_rope_types(getattr(text, "rope_parameters", None)) & _BY_LONGEST):
         raise ConfigError(
             f"{text.model_type}: rope_type={moving} scales positions by the longest one of a "
@@ -69,7 +66,8 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     """Freezes a model in place and sets the packed attention.
 
     Raises:
-        ConfigError: the model class cannot take a custom attention function.
+        ConfigError: the model class cannot take a custom attention function, or computes something
+            else with it than with its own, see :mod:`cartridge_distill.model.own_attention`.
     """
     check_supported(model.config)
     register()
@@ -81,6 +79,7 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)
     model.eval()
+    check_own_attention(model)
     if onednn_is_faster():
         use_frozen_linear(model)
     return model

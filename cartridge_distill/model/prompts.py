@@ -6,6 +6,12 @@ alone. `render_document` gives the ids of the document prefix, `render_prompt` t
 any prefix: without a begin-of-text token and without the default system prompt that some chat
 templates put in (SmolLM2, Qwen2).
 
+`begin_of_text` is what the model always begins with, whatever follows. A document begins with it,
+and so does a cartridge made of a document's first tokens: there it is the attention sink that the
+first, frozen token holds. Where neither stands before a prompt ("no document", a chat without a
+cartridge), it stands there alone; `render_alone` gives such a prompt. The default system prompt of
+a template is no part of it: the document takes its place.
+
 A conversation that ends with an assistant message is a *started answer*: the turn is left open and
 the model goes on in the middle of the sentence. It begins where the template writes an answer,
 which is not always the end of the generation prompt: that may open a thought (`<think>`), or leave
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,12 +65,51 @@ def render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     marked = contents.mark(text)
     rendered = _system_rendering(tokenizer, marked)
     if rendered is None:
-        return _begin_of_text(tokenizer) + contents.ids(marked + "\n\n")
+        begin = begin_of_text(tokenizer) or _bos(tokenizer)
+        return begin + contents.ids(marked + "\n\n")
     ids = contents.ids(rendered)
     # A tokenizer that adds begin-of-text by itself means it to be there, also under a template
     # that leaves it out: it is the attention sink that the first, frozen cartridge slot carries.
     own = _own_begin_of_text(tokenizer)
     return ids if ids[: len(own)] == own else own + ids
+
+
+def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the model always begins with: the ids before any conversation, mostly one or none.
+
+    Empty where the prompt itself opens with it: SmolLM2 calls ``<|im_start|>`` its bos, which
+    opens every message, and Llama 2 writes ``<s>`` at each turn. It need not be the bos: GLM-4's
+    ``[gMASK]<sop>`` is no token that a tokenizer adds.
+
+    Without a chat template it is the bos. With one, it is the special tokens with which the whole
+    rendering begins and which the prompt, as :func:`render_prompt` has it, does not hold; the last
+    of them opens the system's turn, where text follows, unless it is the bos. A bos that the
+    tokenizer adds to any text by itself belongs there, too, when the template leaves it out.
+    """
+    bos = _bos(tokenizer)
+    if tokenizer.chat_template is None:
+        return bos
+    user = {"role": "user", "content": _PROBE}
+    prompt = render_prompt(tokenizer, [user])
+    rendered = _apply_template(tokenizer, [user], add_generation_prompt=True)
+    whole = Contents(tokenizer, [_PROBE]).ids(rendered)
+    own = _own_begin_of_text(tokenizer)
+    if whole[: len(own)] != own:
+        whole = own + whole
+    special = _special_ids(tokenizer)
+    begin = list(takewhile(lambda token: token in special and token not in prompt, whole))
+    rest = whole[len(begin) :]
+    if rest == prompt or rest[0] in special or begin[-1:] == bos:
+        return begin
+    return begin[:-1]
+
+
+def render_alone(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids [T] of a prompt with no document and no cartridge before it.
+
+    As :func:`render_prompt`, after what the model always begins with.
+    """
+    return begin_of_text(tokenizer) + render_prompt(tokenizer, messages)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -289,12 +335,17 @@ def _plain_chat(turns: list[dict[str, str]]) -> str:
     return "".join(lines) + "Assistant:\n"
 
 
-def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     return [] if bos is None else [bos]
 
 
 def _own_begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token that the tokenizer puts before any text by itself, if it does."""
-    bos = _begin_of_text(tokenizer)
+    bos = _bos(tokenizer)
     return bos if bos and list(tokenizer("a").input_ids)[:1] == bos else []
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}

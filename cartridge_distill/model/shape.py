@@ -60,7 +60,11 @@ class ModelShape:
         text = text_config(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        kv = KvShape.of(config)
+        kv, decoder_layers = KvShape.of(config), text.num_hidden_layers
+        if not (isinstance(kv.kv_heads, int) and isinstance(kv.head_dim, int)):
+            raise _unknown(text, "its layers differ in kv heads or head size")
+        if kv.num_layers != decoder_layers:
+            raise _unknown(text, "some of its layers read the keys and values of others")
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if len(layers) != kv.num_layers:
             raise _unknown(text, f"{len(layers)} decoder layers found of {kv.num_layers}")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.server.layout import SCORE_BUDGET, Group, ServingBatch
 from cartridge_distill.util.errors import ConfigError
@@ -144,8 +145,7 @@ def serving_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     serving_batch: ServingBatch | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer.
 
@@ -153,22 +153,22 @@ def serving_attention(
         query: ``[1, Hq, T, D]``; key, value: ``[1, H, T, D]`` of the T new tokens, after RoPE. They
             are written into the row buffers here.
         serving_batch: handed through from the engine's model call.
+        others: what changes nothing, see :mod:`cartridge_distill.model.attention_arguments`.
 
     Returns:
         ``[1, T, Hq, D]`` and None (no attention weights).
 
     Raises:
-        ConfigError: called without a batch, or with attention sinks.
+        ConfigError: called without a batch, or with what it cannot compute exactly.
     """
     if serving_batch is None:
         raise ConfigError(
             f"attention {SERVING_ATTENTION!r} was called outside the serving engine; a model that "
             "serves cannot be used for anything else at the same time"
         )
-    if s_aux is not None:
-        raise ConfigError("attention sinks (s_aux) are not supported by the embedded server")
     batch = serving_batch
     layer = cast(int, module.layer_idx)
+    check_arguments(layer, attention_mask, key, value, others)
     batch.layers_seen.add(layer)
     for buffers, new in ((batch.buffers.keys, key), (batch.buffers.values, value)):
         tokens = new[0].transpose(0, 1)  # [T, H, D]
@@ -181,7 +181,8 @@ def serving_attention(
     out, total = of_rows[0], of_rows[2]
     for group in batch.groups:
         taken = by_token if group.places is None else by_token[group.places]
-        of_prefix = _attend_prefix(group, layer, taken, scoring)
+        source = batch.kv_sources[layer]
+        of_prefix = _attend_prefix(group, source, taken, scoring)
         if group.places is None:
             out, total = _merge(of_rows, of_prefix)
         else:

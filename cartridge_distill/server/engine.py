@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.cartridge.kv_shape import KvShape, text_config
+from cartridge_distill.cartridge.kv_shape import KvShape, kv_sources, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.token_trie import ROOT, TokenTrie
 from cartridge_distill.rollout.fingerprint import Completion
@@ -83,14 +83,13 @@ class Engine:
         if config._attn_implementation != SERVING_ATTENTION:
             raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
         self._query_heads: int = config.num_attention_heads
-        kv = KvShape.of(config)
-        self._layers = kv.num_layers
+        kv, self._kv_sources = KvShape.of(config), kv_sources(config)
+        self._own_layers = kv.num_layers  # the others read the KV of one of these
         parameter = next(model.parameters())
         self._device = parameter.device
-        self._buffer_shape = (
-            *(kv.num_layers, kv.kv_heads, kv.head_dim),
-            *(parameter.dtype, parameter.device),
-        )
+        # A layer without KV of its own is handed that of another, and keeps a copy here.
+        shapes = [kv.layer(source) for source in self._kv_sources]
+        self._buffer_shape = (shapes, parameter.dtype, parameter.device)
         self._buffers = RowBuffers(*self._buffer_shape)
         self._beginnings = Beginnings(
             self._prefill, settings.prefix_cache_tokens, settings.prefix_cache_min_tokens
@@ -111,11 +110,14 @@ class Engine:
             ConfigError: some layer does not come through the serving attention.
         """
         self._buffers.reserve(1, 1, 0)
-        batch = ServingBatch([RowPart(0, 0, 1, None)], self._buffers, self._query_heads)
+        batch = self._batch([RowPart(0, 0, 1, None)], self._buffers)
         with torch.no_grad():
             self._forward([0], [0], [0], batch)
-        batch.check_used_by_all(self._layers)
+        batch.check_used_by_all(len(self._kv_sources))
         self._buffers.release()
+
+    def _batch(self, parts: Sequence[RowPart], buffers: RowBuffers) -> ServingBatch:
+        return ServingBatch(parts, buffers, self._query_heads, self._kv_sources)
 
     def _forward(
         self, ids: list[int], positions: list[int], wanted: list[int], batch: ServingBatch
@@ -252,13 +254,14 @@ class Engine:
         first = before.num_tokens if before is not None else 0
         for done in range(0, len(ids), self._settings.prefill_chunk):
             piece = ids[done : done + self._settings.prefill_chunk]
-            batch = ServingBatch([RowPart(0, done, len(piece), before)], buffers, self._query_heads)
+            batch = self._batch([RowPart(0, done, len(piece), before)], buffers)
             positions = range(first + done, first + done + len(piece))
             self._forward(piece, list(positions), [0], batch)
             self.stats.forwards += 1
             self.stats.prompt_tokens += len(piece)
         row = (slice(0, 1), slice(None), slice(0, len(ids)))
-        return Prefix([key[row] for key in buffers.keys], [value[row] for value in buffers.values])
+        keys, values = (kind[: self._own_layers] for kind in (buffers.keys, buffers.values))
+        return Prefix([key[row] for key in keys], [value[row] for value in values])
 
     def _admit(self) -> None:
         """Takes rows in, first come first served."""
@@ -315,7 +318,7 @@ class Engine:
                 sampled.append(row)
                 last_places.append(len(ids) - 1)
             row.done += length
-        batch = ServingBatch(parts, self._buffers, self._query_heads)
+        batch = self._batch(parts, self._buffers)
         logits = self._forward(ids, positions, last_places or [0], batch)
         self.stats.forwards += 1
         if not sampled:

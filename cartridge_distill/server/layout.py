@@ -28,12 +28,15 @@ class RowBuffers:
     """Own keys and values of the rows in flight, per layer ``[S, H, C, D]``; row i lies in slot i.
 
     Slots in use are always 0..n-1, so that any run of neighbours is a view.
+
+    Args:
+        layers: H and D of each decoder layer.
     """
 
     def __init__(
-        self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self, layers: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._layers, self._heads, self._head_dim = layers, heads, head_dim
+        self._layers = list(layers)
         self._dtype, self._device = dtype, device
         self.slots = 0
         self.capacity = 0
@@ -51,22 +54,23 @@ class RowBuffers:
         # for many short rows must not widen the buffers of one long one.
         new_slots, new_capacity = -(-slots // 8) * 8, -(-capacity // 64) * 64
         kept = min(self.capacity, new_capacity)
-        shape = (new_slots, self._heads, new_capacity, self._head_dim)
 
-        def grown(old: Tensor | None) -> Tensor:
+        def grown(layer: int, old: Tensor | None) -> Tensor:
+            heads, size = self._layers[layer]
+            shape = (new_slots, heads, new_capacity, size)
             # Zeros, not empty: masked places enter products with weight 0, and 0 * NaN is NaN.
             new = torch.zeros(shape, dtype=self._dtype, device=self._device)
             if old is not None and used:
                 new[:used, :, :kept] = old[:used, :, :kept]
             return new
 
-        for layer in range(self._layers):
+        for layer in range(len(self._layers)):
             if self.slots == 0:
-                self.keys.append(grown(None))
-                self.values.append(grown(None))
+                self.keys.append(grown(layer, None))
+                self.values.append(grown(layer, None))
             else:
-                self.keys[layer] = grown(self.keys[layer])
-                self.values[layer] = grown(self.values[layer])
+                self.keys[layer] = grown(layer, self.keys[layer])
+                self.values[layer] = grown(layer, self.values[layer])
         self.slots, self.capacity = new_slots, new_capacity
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -135,9 +139,16 @@ class Group:
 class ServingBatch:
     """One forward's layout; travels with the model call and is shared by all layers."""
 
-    def __init__(self, parts: Sequence[RowPart], buffers: RowBuffers, query_heads: int) -> None:
-        """``parts`` in slot order."""
+    def __init__(
+        self,
+        parts: Sequence[RowPart],
+        buffers: RowBuffers,
+        query_heads: int,
+        kv_sources: Sequence[int] | None = None,
+    ) -> None:
+        """``parts`` in slot order; ``kv_sources`` as :class:`PackedLayout` has them."""
         self.buffers = buffers
+        self.kv_sources = range(len(buffers.keys)) if kv_sources is None else kv_sources
         device = buffers.keys[0].device
         self.query_heads = query_heads
         slots: list[int] = []

@@ -20,11 +20,19 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from cartridge_distill.cartridge.kv_shape import KvShape
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.lfs import about, is_pointer
@@ -37,13 +45,24 @@ _OF_A_TENSOR = {"dtype", "shape", "data_offsets"}
 _COUNT = Field(ge=1, le=2**24)
 
 
+def _split(value: object) -> object:
+    """``"2,2,1"``, one number a layer, as a tuple; anything else as it is."""
+    return tuple(value.split(",")) if isinstance(value, str) and "," in value else value
+
+
+_PerLayer = Annotated[
+    Annotated[int, _COUNT] | tuple[Annotated[int, _COUNT], ...], BeforeValidator(_split)
+]
+
+
 class UploadHeader(BaseModel):
     """What an upload says of itself (safetensors metadata, so every value is a string there).
 
     Attributes:
         base_model: the model the cartridge was trained on, as the server calls it.
         step: optimizer steps behind it.
-        num_tokens, num_frozen_tokens, num_layers, kv_heads, head_dim, dtype: its shape.
+        num_tokens, num_frozen_tokens, num_layers, dtype: its shape.
+        kv_heads, head_dim: one number, or one a layer with commas between them.
         sha256: of all tensor bytes, in the order of their offsets. What the gateway keeps and shows
             is in the order of :meth:`tensors`, which is the order in which :func:`encode` sends
             them.
@@ -57,24 +76,37 @@ class UploadHeader(BaseModel):
     num_tokens: int = _COUNT
     num_frozen_tokens: int = _COUNT
     num_layers: int = _COUNT
-    kv_heads: int = _COUNT
-    head_dim: int = _COUNT
+    kv_heads: _PerLayer
+    head_dim: _PerLayer
     dtype: Literal["bfloat16", "float32", "float16"]
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
+    @model_validator(mode="after")
+    def _numbers_of_all_layers(self) -> UploadHeader:
+        for name in ("kv_heads", "head_dim"):
+            numbers = getattr(self, name)
+            if isinstance(numbers, tuple) and len(numbers) != self.num_layers:
+                raise ValueError(f"{name} has {len(numbers)} numbers, num_layers={self.num_layers}")
+        return self
+
+    @property
+    def kv(self) -> KvShape:
+        """What it must have in common with a model."""
+        return KvShape(self.num_layers, self.kv_heads, self.head_dim)
+
     def tensors(self) -> Iterator[tuple[str, list[int]]]:
         """Names and shapes, in the order in which :func:`encode` sends them."""
-        trained = self.num_tokens - self.num_frozen_tokens
+        trained, kv = self.num_tokens - self.num_frozen_tokens, self.kv
         for part, tokens in (("frozen", self.num_frozen_tokens), ("trainable", trained)):
             for kind in ("keys", "values"):
                 for layer in range(self.num_layers):
-                    yield f"{part}_{kind}.{layer}", [1, self.kv_heads, tokens, self.head_dim]
+                    heads, size = kv.layer(layer)
+                    yield f"{part}_{kind}.{layer}", [1, heads, tokens, size]
 
     @property
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
-        per_token = 2 * self.num_layers * self.kv_heads * self.head_dim * _BYTES[self.dtype]
-        return self.num_tokens * per_token
+        return self.num_tokens * self.kv.numbers * _BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -116,7 +148,7 @@ def encode(snapshot: Snapshot, base_model: str, step: int) -> Upload:
         "sha256": digest.hexdigest(),
     }
     header = UploadHeader.model_validate(described)
-    entries: dict[str, Any] = {"__metadata__": {k: str(v) for k, v in header}}
+    entries: dict[str, Any] = {"__metadata__": {name: _text(value) for name, value in header}}
     offset = 0
     for (name, tensor), buffer in zip(snapshot.items(), buffers, strict=True):
         entries[name] = {
@@ -128,6 +160,10 @@ def encode(snapshot: Snapshot, base_model: str, step: int) -> Upload:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin aligned
     return Upload(header, struct.pack("<Q", len(text)) + text, buffers)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cartridge_distill.evaluation.scoring import greedy_answers
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.util.errors import CartridgeFormatError
-from tests.tiny import byte_tokenizer, random_cartridge, tiny_model
+from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, random_cartridge, tiny_model
 
 QUESTION = [{"role": "user", "content": "Who?"}]
 
@@ -36,6 +36,20 @@ def test_a_reply_equals_greedy_decoding_behind_the_prefix(
         assert (
             conversation.reply(model, tokenizer, cartridge, messages, max_new_tokens=8) == expected
         )
+
+
+def test_without_a_cartridge_the_model_begins_as_it_always_does(llama: PreTrainedModel) -> None:
+    """With one, the cartridge stands there, and no second begin-of-text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    packed, bos = prepare_model(copy.deepcopy(llama)), [tokenizer.bos_token_id]
+    assert render_prompt(tokenizer, QUESTION)[:1] != bos
+    cartridge, end = random_cartridge(llama), frozenset([llama.generation_config.eos_token_id])
+    for given, prefix, before in ((None, None, bos), (cartridge, cartridge.prefix(), [])):
+        prompt = before + render_prompt(tokenizer, QUESTION)
+        (expected,) = greedy_answers(packed, [prefix], [prompt], 8, end)
+        got = conversation.reply(llama, tokenizer, given, QUESTION, max_new_tokens=8)
+        assert got == expected
 
 
 def test_a_cartridge_of_another_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

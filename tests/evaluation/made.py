@@ -83,7 +83,7 @@ def evaluate_text(
     """No document and the full one, of a document that is called "demo"."""
     documents = DocumentStore({"demo": text})
     document = FullDocument(Teacher(model, documents, partial(render_document, tokenizer)))
-    evaluation = Evaluation(model, tokenizer, document, [no_document(), document])
+    evaluation = Evaluation(model, tokenizer, document, [no_document(model, tokenizer), document])
     with Journal(folder, {}, print) as journal:
         evaluation.run(questions, [], journal)
         return journal.results()

@@ -23,10 +23,17 @@ from cartridge_distill.evaluation.scoring import (
 )
 from cartridge_distill.model.attention import ATTENTION_NAME
 from cartridge_distill.model.prefill import prefix_from_tokens
-from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, DocumentError
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, evaluate, teacher
-from tests.tiny import plain_distributions, plain_logprobs, random_cartridge
+from tests.tiny import (
+    CHAT_TEMPLATE,
+    byte_tokenizer,
+    plain_distributions,
+    plain_logprobs,
+    random_cartridge,
+    tiny_model,
+)
 
 
 def document_prefix(
@@ -39,7 +46,7 @@ def test_the_document_itself_has_no_kl_and_other_prefixes_have(
     packed: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     document, noise = document_prefix(packed, tokenizer, "two"), random_cartridge(packed).prefix()
-    conditions = [no_document(), Fixed("same", document), Fixed("noise", noise)]
+    conditions = [no_document(packed, tokenizer), Fixed("same", document), Fixed("noise", noise)]
     results = evaluate(packed, tokenizer, tmp_path, conditions, QUESTIONS[1:], answer_tokens=6)
     rows = {name: results.of(name)[0] for name in results.conditions}
     assert list(rows) == ["no document", "same", "noise", FULL_DOCUMENT]
@@ -160,3 +167,23 @@ def test_the_full_document_is_read_once_for_all_its_questions(
     first = document.view("two")
     assert document.view("two") is first and reader.prefills == 1
     assert document.view("one") is not first and reader.prefills == 2
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_no_document_is_the_model_as_it_always_begins(
+    packed: PreTrainedModel, begins: bool
+) -> None:
+    """Scores of a prompt behind it are those of one plain sequence with the begin-of-text."""
+    tokenizer = byte_tokenizer()
+    if begins:
+        tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    bos = [tokenizer.bos_token_id] if begins else []
+    view = no_document(packed, tokenizer).view("two", "")
+    assert list(view.ids or []) == bos and view.kv_tokens == len(bos)
+    prompt, new = render_prompt(tokenizer, [{"role": "user", "content": "Who?"}]), [40, 41, 42]
+    (found,) = continuation_logprobs(packed, view.prefix, [prompt], [new])
+    model = tiny_model()
+    expected = plain_logprobs(model, None, bos + prompt, new)
+    assert found == pytest.approx(sum(expected) / 3, abs=1e-4)
+    without = plain_logprobs(model, None, prompt, new)
+    assert begins == (abs(found - sum(without) / 3) > 1e-3)

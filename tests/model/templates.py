@@ -106,6 +106,39 @@ CHANNELS = (
     "{{ '<|message|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+# Begins with two tokens that are no bos.
+GLM4 = (
+    "{{ '[gMASK]<sop>' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# Two tokens open a turn.
+COHERE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|START|><|' + message['role'] + '|>' + message['content'] + '<|END|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START|><|assistant|>' }}{% endif %}"
+)
+# Each turn of the user begins with bos; no system role.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# Its bos ends the assistant's turns, too.
+OLMO2 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ bos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# A default system prompt, whose turn is opened by a token of its own.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\nYou help.<|end|>\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +167,7 @@ _PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _PHI3_PROMPT = "<|user|>\nWho?<|end|>\n<|assistant|>\n"
 _THOUGHTS = ("<think>", "</think>")
 _CHANNELS = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>")
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
 
 SHAPES = {
@@ -181,6 +215,42 @@ SHAPES = {
         *(None, _CHANNELS, "<|start|>system<|message|>DOC<|end|>"),
         prompt="<|start|>user<|message|>Who?<|end|><|start|>assistant",
         answer="<|start|>user<|message|>Who?<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
+    "glm4": Shape(
+        GLM4,
+        None,
+        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
+        "[gMASK]<sop><|system|>\nDOC",
+        "<|user|>\nWho?<|assistant|>\n",
+    ),
+    "cohere": Shape(
+        COHERE,
+        "<BOS_TOKEN>",
+        ("<|START|>", "<|END|>", "<|system|>", "<|user|>", "<|assistant|>"),
+        "<BOS_TOKEN><|START|><|system|>DOC<|END|>",
+        "<|START|><|user|>Who?<|END|><|START|><|assistant|>",
+    ),
+    "llama2": Shape(LLAMA2, "<s>", (), "<s>DOC\n\n", "<s>[INST] Who? [/INST]"),
+    "olmo2": Shape(
+        OLMO2,
+        "<|endoftext|>",
+        (),
+        "<|endoftext|><|system|>\nDOC\n",
+        "<|user|>\nWho?\n<|assistant|>\n",
+    ),
+    "default_system": Shape(
+        DEFAULT_SYSTEM,
+        None,
+        _ROLES,
+        "<|system|>\nDOC<|end|>\n",
+        "<|user|>\nWho?<|end|>\n<|assistant|>\n",
+    ),
+    "default_system_after_bos": Shape(
+        "{{ bos_token }}" + DEFAULT_SYSTEM,
+        "<s>",
+        _ROLES,
+        "<s><|system|>\nDOC<|end|>\n",
+        "<|user|>\nWho?<|end|>\n<|assistant|>\n",
     ),
     "none": Shape(None, "<s>", (), "<s>DOC\n\n", "User:\nWho?\n\nAssistant:\n"),
 }

@@ -10,7 +10,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cartridge_distill.model.demo_model import FOLDER, cache_dir, verify
-from cartridge_distill.model.prompts import render_document, render_prompt
+from cartridge_distill.model.prompts import (
+    begin_of_text,
+    render_alone,
+    render_document,
+    render_prompt,
+)
 from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.model.templates import SHAPES, tokenizer_of
 
@@ -55,7 +60,8 @@ def test_earlier_turns_stay(shape_name: str) -> None:
     ids = render_prompt(tokenizer, [*WHO, {"role": "assistant", "content": "Me."}, *WHO])
     rendered = text(tokenizer, ids)
     assert rendered.count("Who?") == 2 and rendered.count("Me.") == 1
-    if shape_name not in ("smollm2", "qwen2"):  # There bos is a role header, or there is none.
+    # There bos opens or ends turns, or there is none.
+    if shape_name not in ("smollm2", "qwen2", "llama2", "olmo2"):
         assert tokenizer.bos_token_id not in ids
 
 
@@ -158,3 +164,46 @@ def test_the_demo_model_itself() -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
     assert text(tokenizer, render_document(tokenizer, "DOC")) == SHAPES["smollm2"].document
     assert text(tokenizer, render_prompt(tokenizer, WHO)) == SHAPES["smollm2"].prompt
+
+
+BEGINS = {
+    "smollm2": "",  # its bos opens every message, and the prompt has it
+    "qwen2": "",
+    "llama3": "<|begin_of_text|>",
+    "gemma2": "<bos>",
+    "gemma3": "<bos>",
+    "mistral": "<s>",
+    "needs_user": "<s>",
+    "none": "<s>",
+    "glm4": "[gMASK]<sop>",
+    "cohere": "<BOS_TOKEN>",
+    "llama2": "",  # each turn begins with its bos, and the prompt has it
+    "olmo2": "<|endoftext|>",  # also ends the assistant's turns
+    "default_system": "",
+    "default_system_after_bos": "<s>",
+}
+
+
+def test_what_the_model_always_begins_with(shape_name: str) -> None:
+    """It is what a document begins with, and what no prompt does."""
+    tokenizer = tokenizer_of(SHAPES[shape_name])
+    begin, prompt = begin_of_text(tokenizer), render_prompt(tokenizer, WHO)
+    assert text(tokenizer, begin) == BEGINS[shape_name]
+    assert render_document(tokenizer, "DOC")[: len(begin)] == begin
+    assert render_alone(tokenizer, WHO) == begin + prompt
+    assert not set(begin) & set(prompt)
+
+
+def test_a_begin_of_text_that_only_the_tokenizer_adds_stands_before_a_prompt_alone() -> None:
+    """As before a document; and not where the template opens each turn with it."""
+    for name, begins in (("qwen2", True), ("llama2", False)):
+        tokenizer = tokenizer_of(SHAPES[name])
+        if tokenizer.bos_token is None:
+            tokenizer.add_special_tokens({"bos_token": "<s>"})
+        bos = tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", bos)]
+        )
+        assert begin_of_text(tokenizer) == ([bos] if begins else [])
+        alone = render_alone(tokenizer, WHO)
+        assert alone[0] == bos and alone.count(bos) == 1

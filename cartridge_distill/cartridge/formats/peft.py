@@ -93,17 +93,23 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
     """Writes an adapter.
 
     Raises:
-        CartridgeFormatError: nobody has said which model it is for.
+        CartridgeFormatError: nobody has said which model it is for, or its layers differ in shape.
         FileExistsError: it is there and ``overwrite`` is false.
     """
     snapshot = cartridge.snapshot
+    heads, size = snapshot.kv_heads, snapshot.head_dim
+    if not (isinstance(heads, int) and isinstance(size, int)):
+        raise CartridgeFormatError(
+            f"its layers differ in heads or head size (kv_heads={heads}, head_dim={size}), and "
+            "this format has one shape for all; write it as native, hazyresearch or tokasaurus"
+        )
     config = {
         "auto_mapping": None,
         "base_model_name_or_path": cartridge.base_model(),
         "inference_mode": True,
         "modules_to_save": None,
         # With prefixes peft means kv heads, and the width of all of them together.
-        "num_attention_heads": snapshot.kv_heads,
+        "num_attention_heads": heads,
         "num_frozen_tokens": snapshot.num_frozen_tokens,
         "num_layers": snapshot.num_layers,
         "num_transformer_submodules": 1,
@@ -111,7 +117,7 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
         "peft_type": "CARTRIDGE",
         "revision": cartridge.meta.base_revision,
         "task_type": "CAUSAL_LM",
-        "token_dim": snapshot.kv_heads * snapshot.head_dim,
+        "token_dim": heads * size,
     }
 
     def fill(scratch: Path) -> None:

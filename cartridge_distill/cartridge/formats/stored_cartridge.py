@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cartridge_distill.cartridge.kv_shape import described
 from cartridge_distill.cartridge.snapshot import PARTS, Snapshot
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.secrecy import clean_settings
@@ -88,15 +89,18 @@ class StoredCartridge:
     snapshot: Snapshot
     meta: CartridgeMeta
 
-    def shape(self) -> dict[str, int]:
-        """The numbers that must agree with a model, and the token counts."""
+    def shape(self) -> dict[str, int | list[int]]:
+        """The numbers that must agree with a model, and the token counts.
+
+        Heads and head size are lists, one number a layer, where layers differ.
+        """
         snapshot = self.snapshot
         return {
             "num_tokens": snapshot.num_tokens,
             "num_frozen_tokens": snapshot.num_frozen_tokens,
             "num_layers": snapshot.num_layers,
-            "kv_heads": snapshot.kv_heads,
-            "head_dim": snapshot.head_dim,
+            "kv_heads": described(snapshot.kv_heads),
+            "head_dim": described(snapshot.head_dim),
         }
 
     def dtype_name(self) -> str:
