@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cartridge_distill.gateway.chat import is_openai
 from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.server.openai.errors import ApiError
 
 OPEN_PATHS = frozenset({"/ping"})
 
@@ -54,6 +56,7 @@ class Guard:
             if not hmac.compare_digest(given, self._expected):
                 words = "missing" if not given else "wrong"
                 await self._refuse(
+                    scope,
                     send,
                     401,
                     f"the bearer token is {words}: send the header 'Authorization: Bearer TOKEN'",
@@ -63,11 +66,11 @@ class Guard:
         limit = self._body_limit(scope["method"], scope["path"])
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit():
-            await self._refuse(send, 400, "Content-Length is no number")
+            await self._refuse(scope, send, 400, "Content-Length is no number")
             return
         if int(announced) > limit:
             await self._refuse(
-                send, 413, f"{int(announced)} bytes announced, the limit here is {limit}"
+                scope, send, 413, f"{int(announced)} bytes announced, the limit here is {limit}"
             )
             return
         came, status, too_large = 0, 500, False
@@ -95,7 +98,9 @@ class Guard:
             pass
         finally:
             if too_large and status == 500:
-                await self._refuse(send, 413, f"the body is over the limit of {limit} bytes here")
+                await self._refuse(
+                    scope, send, 413, f"the body is over the limit of {limit} bytes here"
+                )
             else:
                 # Starlette leaves the matched route in the scope; unknown paths must not each
                 # make a time series.
@@ -104,13 +109,15 @@ class Guard:
 
     async def _refuse(
         self,
+        scope: Scope,
         send: Send,
         status: int,
         detail: str,
         headers: list[tuple[bytes, bytes]] | None = None,
     ) -> None:
         self._metrics.requests.labels("refused", str(status)).inc()
-        body = json.dumps({"detail": detail}).encode()
+        error = ApiError(status, detail).body if is_openai(scope["path"]) else {"detail": detail}
+        body = json.dumps(error).encode()
         start = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

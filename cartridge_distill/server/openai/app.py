@@ -14,7 +14,6 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,12 +22,13 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.app import Admitted, Service
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.openai.answers import (
+    CHAT_RESPONSES,
     DONE,
+    ERRORS,
     AnswerMessage,
     ChatCompletion,
     Choice,
     Chunks,
-    ErrorAnswer,
     Logprobs,
     ModelCard,
     ModelCards,
@@ -44,16 +44,6 @@ from cartridge_distill.server.openai.translate import DEFAULT_MAX_TOKENS, to_pro
 from cartridge_distill.server.protocol import Refused, TooLong
 from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.disconnect import unless_disconnected
-
-# What every route may answer besides its own; with it FastAPI describes no status 422.
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer},
-    "5XX": {"model": ErrorAnswer},
-}
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {}}}},
-    **ERRORS,
-}
 
 
 def create_openai_app(service: Service, cartridges: Mapping[str, str]) -> FastAPI:
