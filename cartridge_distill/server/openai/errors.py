@@ -162,7 +162,7 @@ def _kind(value: Any) -> str:
     for kind, name in (
         (bool, "a boolean"),
         (int, "an integer"),
-        (float, "a decimal"),
+        (float, "a decimal number"),
         (str, "a string"),
         (list, "an array"),
         (dict, "an object"),
