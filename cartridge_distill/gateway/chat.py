@@ -98,7 +98,8 @@ class Chat:
             return came  # nobody reads it
         if came.status_code != 200:
             raise ApiError(came.status_code, _detail(bytes(came.body)))
-        done = self._translated(request, ChatCompletionResponse.model_validate_json(came.body))
+        answer = ChatCompletionResponse.model_validate_json(bytes(came.body))
+        done = self._translated(request, answer)
         if request.stream:
             return StreamingResponse(
                 iter(_events(done, request.wants_usage)),
@@ -113,7 +114,7 @@ class Chat:
                 index=choice.index,
                 message=AnswerMessage(content=choice.message.content or ""),
                 logprobs=None,
-                finish_reason="stop" if choice.finish_reason == "stop" else "length",
+                finish_reason="length" if choice.finish_reason == "length" else "stop",
             )
             for choice in sorted(came.choices, key=lambda choice: choice.index)
         ]

@@ -84,12 +84,12 @@ class AnswerText:
         end = len(self._text) - self._held_back() if self._cut is None else self._cut
         return self._release(end) if end > self._sent else None
 
-    def finish(self, reason: Finish) -> tuple[Piece, Finish]:
+    def finish(self, reason: str) -> tuple[Piece, Finish]:
         """What is left when no more tokens come, and why the answer ends.
 
         Args:
-            reason: the engine's. It calls an answer that ends with the very last token allowed too
-                long; one that ended by itself there has stopped.
+            reason: the engine's, "stop" or "length". It calls an answer too long that ends with the
+                very last token allowed; one that ended by itself there has stopped.
         """
         if self._cut is None:
             self._text += self._fresh()
@@ -98,7 +98,7 @@ class AnswerText:
             return self._release(self._cut), "stop"
         piece = self._release(len(self._text))
         piece.logprobs.extend(entry for _, entry in self._pending)
-        return piece, "stop" if self._ended else reason
+        return piece, "length" if reason == "length" and not self._ended else "stop"
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(
