@@ -2,8 +2,9 @@
 
 ==========================  ======================================================================
 ``GET /ping``               200 while the server process answers, 503 while it does not; no token
-``GET /v1/models``          the server's own answer
-``POST /v1/...``            ``completions``, ``chat/completions``, also under
+``GET /v1/models``          the base model; ``/{id}``: it, or a version that is here
+``POST /v1/chat/...``       OpenAI's chat API, see ``chat``
+``POST /v1/completions``    and ``completions``, ``chat/completions`` under
                             ``/custom/cartridge/``: passed through
 ``PUT /cartridges/{id}``    a new version, see ``transfer`` for the format
 ``GET /cartridges``         the versions that are here; ``/{id}``: one of them
@@ -24,13 +25,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-import aiohttp
 from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from cartridge_distill.gateway.chat import Chat, error_body, is_openai
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
 from cartridge_distill.gateway.guard import Guard
@@ -38,19 +40,26 @@ from cartridge_distill.gateway.lock import DirectoryLock
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
-from cartridge_distill.gateway.process import ServerDown, ServerProcess, refuse_redirect
+from cartridge_distill.gateway.process import ServerDown, ServerProcess
 from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import Conflict, NoRoom, Unknown, VersionInfo, VersionStore
 from cartridge_distill.gateway.uploads import Busy, Uploads
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
-    ChatCompletionRequest,
     CompletionRequest,
 )
+from cartridge_distill.server.openai.answers import (
+    CHAT_RESPONSES,
+    ERRORS,
+    ModelCard,
+    ModelCards,
+)
+from cartridge_distill.server.openai.errors import ApiError, from_validation
+from cartridge_distill.server.openai.requests import ChatRequest
 from cartridge_distill.util.disk import DiskFull
 from cartridge_distill.util.errors import CartridgeFormatError
-from cartridge_distill.util.http_errors import add_refusals, protect, shortened
+from cartridge_distill.util.http_errors import add_refusals, first_problem, protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 logger = logging.getLogger(__name__)
@@ -115,6 +124,7 @@ class Gateway:
         budget = settings.pages_before_restart if settings.defence == "restart" else None
         self.pages = PageBudget(self.process, budget)
         self.completions = Completions(settings, self.store, self.process, self.pages, self.metrics)
+        self.chat = Chat(settings, self.store, self.completions)
         self.uploads = Uploads(
             settings, self.shape, self.store, self.process, self.pages, self.metrics
         )
@@ -164,12 +174,12 @@ def create_app(
 
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway
-    protect(app, settings.idle_s, gateway.body_limit)
+    protect(app, settings.idle_s, gateway.body_limit, error_body)
     app.add_middleware(Guard, token=token, metrics=gateway.metrics)
     # The last one is outermost.
     if hosts is not None or token is None:
         app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
-    add_refusals(app)
+    add_refusals(app, error_body=error_body)
     _add_errors(app)
 
     @app.get("/ping", responses={503: {"model": Problem}})
@@ -182,12 +192,16 @@ def create_app(
     async def metrics() -> Response:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", responses=_problems(503))
-    async def models() -> dict[str, Any]:
-        answer = await _get(gateway, "/v1/models")
-        for card in answer.get("data", []):
-            card["id"] = settings.base_model  # not the folder it was loaded from
-        return answer
+    @app.get("/v1/models", responses=ERRORS)
+    async def models() -> ModelCards:
+        await process.wait_up(settings.hold_s)
+        # Named as uploads name it, not by the folder it was loaded from. Versions come and go by
+        # the minute, and are no part of what a run writes down about its server.
+        return ModelCards(data=[gateway.chat.card(settings.base_model)])
+
+    @app.get("/v1/models/{model:path}", responses=ERRORS)  # names of models hold slashes
+    async def one_model(model: str) -> ModelCard:
+        return gateway.chat.card(model)
 
     passed: dict[str, Any] = {"responses": _problems(404, 422, 429, 503)}
 
@@ -195,9 +209,9 @@ def create_app(
     async def completions(request: CompletionRequest, http: Request) -> Response:
         return await gateway.completions.answer(request, http)
 
-    @app.post("/v1/chat/completions", **passed)
-    async def chat_completions(request: ChatCompletionRequest, http: Request) -> Response:
-        return await gateway.completions.answer(request, http)
+    @app.post("/v1/chat/completions", responses=CHAT_RESPONSES, response_class=JSONResponse)
+    async def chat_completions(request: ChatRequest, http: Request) -> Response:
+        return await gateway.chat.answer(request, http)
 
     @app.post("/custom/cartridge/completions", **passed)
     async def cartridge_completions(request: CartridgeCompletionRequest, http: Request) -> Response:
@@ -237,25 +251,12 @@ def create_app(
     return app
 
 
-async def _get(gateway: Gateway, path: str) -> dict[str, Any]:
-    await gateway.process.wait_up(gateway.settings.hold_s)
-    try:
-        async with gateway.process.session.get(
-            gateway.process.url + path, allow_redirects=False
-        ) as response:
-            refuse_redirect(response)
-            answer: dict[str, Any] = await response.json()
-            return answer
-    except aiohttp.ClientError as error:
-        raise ServerDown(f"the server process broke off ({type(error).__name__})") from error
-
-
 def _add_errors(app: FastAPI) -> None:
     """What goes wrong behind the routes, as HTTP."""
 
     def add(kind: type[Exception], status: int, headers: dict[str, str] | None = None) -> None:
-        async def answer(_: Request, error: Exception) -> JSONResponse:
-            return JSONResponse({"detail": shortened(str(error))}, status, headers)
+        async def answer(http: Request, error: Exception) -> JSONResponse:
+            return JSONResponse(error_body(http.url.path, status, str(error)), status, headers)
 
         app.add_exception_handler(kind, answer)
 
@@ -267,3 +268,13 @@ def _add_errors(app: FastAPI) -> None:
     add(NoRoom, 507)
     add(DiskFull, 507)
     add(ClientDisconnect, 499)  # in the middle of its own body; nobody reads the answer
+
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(http: Request, error: RequestValidationError) -> Response:
+        if is_openai(http.url.path):
+            return from_validation(error).response()
+        return JSONResponse({"detail": first_problem(error)}, 422)

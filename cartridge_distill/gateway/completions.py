@@ -55,7 +55,29 @@ class Completions:
     async def answer(
         self, request: CompletionRequest | ChatCompletionRequest, http: Request
     ) -> Response:
-        """Checks a request and passes it through.
+        """Checks a request and passes it through as it came.
+
+        Raises: as :meth:`ask`.
+        """
+        return await self.ask(request, http, http.url.path, await http.body())
+
+    async def ask(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        http: Request,
+        path: str,
+        body: bytes,
+        whole: bool = False,
+    ) -> Response:
+        """Checks a request and asks the server.
+
+        Args:
+            request: what ``body`` says.
+            http: the client's request; when the client goes away, the server's ends.
+            path: where the server is asked.
+            body: what it is sent.
+            whole: read the answer to its end, whatever its size. Else one without an announced
+                size is passed on as it comes.
 
         Raises:
             Busy: more requests at once than allowed.
@@ -67,12 +89,11 @@ class Completions:
             raise Busy(f"{self._admitted} completions are in flight, which is the limit")
         self._check_size(request)
         ids = self._local_ids(getattr(request, "cartridges", None) or [])
-        body = await http.body()
         async with AsyncExitStack() as stack:
             # From here on the request counts, and its versions stay, until the last byte is sent.
             self._admit(stack)
             stack.enter_context(self._store.using(ids))
-            done = await unless_disconnected(http, self._pass(ids, http, body, stack))
+            done = await unless_disconnected(http, self._pass(ids, path, body, whole, stack))
             if done is None:
                 return Response(status_code=_CLIENT_WENT_AWAY)  # nobody reads it
             if isinstance(done, StreamingResponse):
@@ -120,18 +141,18 @@ class Completions:
         return [ref.id for ref in refs if ref.source == "local"]
 
     async def _pass(
-        self, ids: Sequence[str], http: Request, body: bytes, stack: AsyncExitStack
+        self, ids: Sequence[str], path: str, body: bytes, whole: bool, stack: AsyncExitStack
     ) -> Response:
         tokens = {name: self._store.info(name).header.num_tokens for name in ids}
         await self._pages.admit(tokens)
         await self._process.wait_up(self._settings.hold_s)
         stack.enter_context(self._process.serving())
         try:
-            upstream = await stack.enter_async_context(self._process.post(http.scope["path"], body))
+            upstream = await stack.enter_async_context(self._process.post(path, body))
             refuse_redirect(upstream)
             self._process.heard()
             media_type = upstream.headers.get("Content-Type")
-            if upstream.content_length is None:
+            if upstream.content_length is None and not whole:
                 return _Stream(self._chunks(upstream), stack, upstream.status, media_type)
             answer = await upstream.read()
         except aiohttp.ClientError as error:

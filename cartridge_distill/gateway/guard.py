@@ -10,8 +10,9 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cartridge_distill.gateway.chat import error_body
 from cartridge_distill.gateway.metrics import Metrics
-from cartridge_distill.util.http_front import plain_detail, send_error
+from cartridge_distill.util.http_front import send_error
 
 OPEN_PATHS = frozenset({"/ping"})
 
@@ -41,7 +42,7 @@ class Guard:
                 self._metrics.requests.labels("refused", "401").inc()
                 words = f"the bearer token is {wrong}: send 'Authorization: Bearer TOKEN' once"
                 header = (b"www-authenticate", b"Bearer")
-                await send_error(send, 401, plain_detail(scope["path"], 401, words), [header])
+                await send_error(send, 401, error_body(scope["path"], 401, words), [header])
                 return
         status = 500
 

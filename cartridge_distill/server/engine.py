@@ -330,8 +330,8 @@ class Engine:
         self._leave(
             [
                 row
-                for row, *new in zip(sampled, tokens, logprobs, tops, strict=True)
-                if self._append(row, NewToken(*new))
+                for row, token, logprob, top in zip(sampled, tokens, logprobs, tops, strict=True)
+                if self._append(row, NewToken(token, logprob, top))
             ]
         )
 

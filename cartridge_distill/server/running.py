@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import uvicorn
+from fastapi import FastAPI
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -21,11 +23,21 @@ _GRACE_SECONDS = 3
 
 
 def uvicorn_server(
-    service: Service, host: str, port: int, log_level: str, hosts: KnownHosts | None = None
+    service: Service,
+    host: str,
+    port: int,
+    log_level: str,
+    hosts: KnownHosts | None = None,
+    create: Callable[[Service, KnownHosts], FastAPI] = create_app,
 ) -> uvicorn.Server:
-    """A configured server, not yet running; it answers to ``hosts``, by default to ``host``."""
+    """A configured server, not yet running.
+
+    Args:
+        hosts: names that it answers to, by default to ``host``.
+        create: makes the routes over the service.
+    """
     config = uvicorn.Config(
-        create_app(service, hosts or KnownHosts(host)),
+        create(service, hosts or KnownHosts(host)),
         host=host,
         port=port,
         log_level=log_level,
@@ -51,9 +63,10 @@ class BackgroundServer:
         tokenizer: PreTrainedTokenizerBase,
         settings: ServerSettings,
         threads: int | None = None,
+        create: Callable[[Service, KnownHosts], FastAPI] = create_app,
     ) -> None:
         self.service = Service(model, tokenizer, settings, threads)
-        self._server = uvicorn_server(self.service, "127.0.0.1", 0, "warning")
+        self._server = uvicorn_server(self.service, "127.0.0.1", 0, "warning", create=create)
         # With the protocol named, asyncio turns Nagle's algorithm off; uvicorn's two writes per
         # answer would otherwise wait 40 ms for the client's acknowledgement.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

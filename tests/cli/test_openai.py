@@ -1,7 +1,11 @@
-"""Cartridges behind OpenAI's chat API; the client is OpenAI's own."""
+"""`cartridge-distill serve --cartridge` as a process; the client is OpenAI's own.
+
+What the API takes and answers is tested in tests/server/openai.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -18,17 +22,25 @@ from typer.testing import CliRunner
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.cli.main import app
 from cartridge_distill.model.prompts import render_prompt
+from tests.docs.pages import marked_blocks, text_of
 from tests.gateway.rig import until
+from tests.server.openai import strict
 from tests.tiny import byte_tokenizer, plain_distributions, random_cartridge, tiny_model
-from tests.training.conftest import child_environment
+from tests.training.conftest import ROOT, child_environment
 
 pytestmark = pytest.mark.integration
 QUESTION = [{"role": "user", "content": "What is it?"}]
+PAGE = ROOT / "docs" / "serving.md"
 
 
 @pytest.fixture(scope="module")
-def client(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("serve")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server's cartridges and its log lie."""
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Path, folder: Path) -> Iterator[openai.OpenAI]:
     options: list[str] = []
     for seed, name in enumerate(("anna", "ben.v2")):
         source = save_cartridge(
@@ -144,6 +156,41 @@ def test_sampled_answers_differ_and_can_be_several(client: openai.OpenAI) -> Non
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in answer.choices}) > 1
+
+
+def bash(script: str) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_of_the_page_work_as_they_are_written(client: openai.OpenAI) -> None:
+    """But for the port."""
+    base = str(client.base_url).rstrip("/")
+    [curls] = marked_blocks(PAGE, "chat-api")
+    assert curls.count("curl http://127.0.0.1:8000/v1") == 2
+    models, answer = bash(curls.replace("http://127.0.0.1:8000/v1", base)).split("}{", 1)
+    assert "anna" in models
+    assert json.loads("{" + answer)["choices"][0]["message"]["role"] == "assistant"
+    [script] = re.findall(r"^```python\n(.*?)^```$", text_of(PAGE), re.M | re.S)
+    assert 'base_url="http://127.0.0.1:8000/v1"' in script
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("http://127.0.0.1:8000/v1", base)],
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout
+
+
+def test_the_command_that_serve_prints_works_when_pasted(
+    client: openai.OpenAI, folder: Path
+) -> None:
+    [printed] = re.findall(r"^  (curl .*)$", (folder / "log").read_text(), re.M)
+    answer = httpx.Response(200, content=bash(f"{printed} --silent").encode())
+    assert strict.completion(answer).model == "anna"
 
 
 def test_a_cartridge_of_another_model_is_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.integration
 
 ROUTES = [
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/tiny"),
     ("GET", "/metrics"),
     ("GET", "/docs"),
     ("GET", "/openapi.json"),
@@ -64,7 +65,7 @@ def test_the_servers_endpoints_are_passed_through(rig: Rig) -> None:
     assert [card["id"] for card in models] == ["tiny"]
     plain = {"model": "m", "prompt": "Hello", "max_tokens": 3}
     assert rig.http.post("/v1/completions", json=plain).json()["usage"]["completion_tokens"] > 0
-    chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
     answer = rig.http.post("/v1/chat/completions", json=chat).json()
     assert answer["object"] == "chat.completion"
     with rig.http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as stream:

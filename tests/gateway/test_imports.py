@@ -26,6 +26,12 @@ LIGHT = {
     "cartridge_distill.sync.versions",
     "cartridge_distill.rollout.limits",
     "cartridge_distill.rollout.protocol",
+    "cartridge_distill.server",
+    "cartridge_distill.server.openai",
+    "cartridge_distill.server.openai.answers",
+    "cartridge_distill.server.openai.errors",
+    "cartridge_distill.server.openai.requests",
+    "cartridge_distill.server.openai.translate",
 }
 FOLDERS = ("cartridge_distill.gateway", "cartridge_distill.cartridge.formats")
 HEAVY = {"verl", "ray", "peft", "modal", "pandas", "transformers.modeling_utils"}

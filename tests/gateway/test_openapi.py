@@ -18,6 +18,7 @@ OPERATIONS = {
     ("GET", "/ping"),
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/custom/cartridge/completions"),

@@ -204,3 +204,14 @@ class ErrorAnswer(BaseModel):
     """Every answer that is an error."""
 
     error: ErrorContent
+
+
+# What a route may answer, for its description. With 4XX among it FastAPI adds no status 422.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer},
+    "5XX": {"model": ErrorAnswer},
+}
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {}}}},
+    **ERRORS,
+}

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,12 +21,13 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.app import Admitted, Service, app_over
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.openai.answers import (
+    CHAT_RESPONSES,
     DONE,
+    ERRORS,
     AnswerMessage,
     ChatCompletion,
     Choice,
     Chunks,
-    ErrorAnswer,
     Logprobs,
     ModelCard,
     ModelCards,
@@ -50,16 +50,6 @@ from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.disconnect import unless_disconnected
 from cartridge_distill.util.http_errors import protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
-
-# What every route may answer besides its own; with it FastAPI describes no status 422.
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer},
-    "5XX": {"model": ErrorAnswer},
-}
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"model": ChatCompletion, "content": {"text/event-stream": {"schema": {}}}},
-    **ERRORS,
-}
 
 
 def create_openai_app(

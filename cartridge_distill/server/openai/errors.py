@@ -90,9 +90,11 @@ def from_validation(error: RequestValidationError) -> ApiError:
     # The path of each error within the body; names of the alternatives of a union fall out.
     problems = [(_path(one, error.body), one) for one in error.errors()]
     first = problems[0][0][:1]
-    # Of a union every alternative complains: that which got furthest meant this value.
+    # Of a union every alternative complains: that which got furthest meant this value, and one to
+    # which the value's type is no trouble before others.
     path, problem = max(
-        (one for one in problems if one[0][:1] == first), key=lambda one: len(one[0])
+        (one for one in problems if one[0][:1] == first),
+        key=lambda one: (len(one[0]), one[1]["type"] not in _TYPES),
     )
     kind, context = problem["type"], problem.get("ctx") or {}
     name, value = _shown(path), problem.get("input")
@@ -118,7 +120,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
         code = "invalid_value"
     elif kind in _LIMITS:
         code, bound = _LIMITS[kind]
-        number = "integer" if isinstance(value, int) else "decimal"
+        limit = next(context[key] for key in ("ge", "gt", "le", "lt") if key in context)
+        number = "decimal" if isinstance(limit, float) else "integer"
         message = (
             f"Invalid '{name}': {number} {code.replace('_', ' ')}. "
             f"Expected a value {bound.format(**context)}, but got {value} instead."
@@ -135,7 +138,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
         if kind in _OWN_CODES:
             code = kind
         elif "at" in context:
-            name, code = context["at"], "invalid_parameters"
+            name, code = context["at"], "invalid_parameter_combination"
         elif name:
             message = f"Invalid '{name}': {message}."
     return ApiError(400, message, name or None, code)
@@ -167,7 +170,7 @@ def _kind(value: Any) -> str:
     for kind, name in (
         (bool, "a boolean"),
         (int, "an integer"),
-        (float, "a decimal"),
+        (float, "a decimal number"),
         (str, "a string"),
         (list, "an array"),
         (dict, "an object"),

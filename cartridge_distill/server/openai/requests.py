@@ -142,7 +142,7 @@ class ChatRequest(_Body):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stream: bool | None = None
@@ -236,8 +236,7 @@ class ChatRequest(_Body):
 
 
 def _apart(param: str, message: str) -> PydanticCustomError:
-    # The braces of a message would be read as places for values.
-    return PydanticCustomError("invalid_parameters", "{message}", {"message": message, "at": param})
+    return PydanticCustomError("apart", "{message}", {"message": message, "at": param})
 
 
 def text_of(message: InstructionMessage | UserMessage | AssistantMessage) -> str:

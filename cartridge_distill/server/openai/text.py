@@ -7,6 +7,7 @@ equal.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class AnswerText:
         # have become text already.
         self._context = self._read = 0
         self._text = ""
+        self._unread = ""
         self._sent = 0
         self._searched = 0
         self._cut: int | None = None
@@ -69,23 +71,25 @@ class AnswerText:
             self._ended = True
             return None
         self._ids.append(new.id)
+        before, fresh = self._unread, self._fresh()
         if self._strings is not None and not self._strings.is_special(new.id):
-            self._pending.append((len(self._text), self._logprob(new)))
-        fresh = self._fresh()
+            self._note(self._logprob(new), before, fresh)
+        self._unread = fresh
         if not fresh or fresh.endswith(_HALF):
             return None
         self._context, self._read = self._read, len(self._ids)
         self._text += fresh
+        self._unread = ""
         self._search()
         end = len(self._text) - self._held_back() if self._cut is None else self._cut
         return self._release(end) if end > self._sent else None
 
-    def finish(self, reason: Finish) -> tuple[Piece, Finish]:
+    def finish(self, reason: str) -> tuple[Piece, Finish]:
         """What is left when no more tokens come, and why the answer ends.
 
         Args:
-            reason: the engine's. It calls an answer that ends with the very last token allowed too
-                long; one that ended by itself there has stopped.
+            reason: the engine's, "stop" or "length". It calls an answer too long that ends with the
+                very last token allowed; one that ended by itself there has stopped.
         """
         if self._cut is None:
             self._text += self._fresh()
@@ -94,7 +98,7 @@ class AnswerText:
             return self._release(self._cut), "stop"
         piece = self._release(len(self._text))
         piece.logprobs.extend(entry for _, entry in self._pending)
-        return piece, "stop" if self._ended else reason
+        return piece, "length" if reason == "length" and not self._ended else "stop"
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -107,6 +111,21 @@ class AnswerText:
         """The text of what has come since the last piece."""
         known = self._decode(self._ids[self._context : self._read])
         return self._decode(self._ids[self._context :])[len(known) :]
+
+    def _note(self, entry: TokenLogprob, before: str, fresh: str) -> None:
+        """Keeps a token's log-probs with the place in the text at which it begins.
+
+        Args:
+            before, fresh: the text behind that of the pieces, without and with the token.
+        """
+        # A token that completes a character begins where that character does.
+        same = min(len(os.path.commonprefix([before, fresh])), max(0, len(fresh) - 1))
+        place = len(self._text) + same
+        for number in range(len(self._pending) - 1, -1, -1):
+            if self._pending[number][0] <= place:
+                break
+            self._pending[number] = (place, self._pending[number][1])
+        self._pending.append((place, entry))
 
     def _search(self) -> None:
         """Looks for the first place of a stop string."""

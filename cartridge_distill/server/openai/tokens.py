@@ -41,7 +41,9 @@ class TokenStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        # Decoding leaves out what is marked so, whether or not the tokenizer has a use for it.
+        marked = (id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._special = frozenset([*tokenizer.all_special_ids, *marked])
 
     def is_special(self, token: int) -> bool:
         """Whether the token is left out of texts."""
