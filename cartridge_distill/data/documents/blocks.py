@@ -55,7 +55,7 @@ _TITLE_LIKE = re.compile(r"[\W\d]*[^\W\d_].*[^.!?:;,\s]$")
 _COMMAND = re.compile(r"\s*[#$>%]")
 _COLUMNS = re.compile(r"\S {3,}\S|\||\t")
 _LONGEST_TITLE = 80
-_SHORTEST_RULE = 0.75  # of the title above it
+_SHORTEST_RULE, _LONGEST_RULE = 0.75, 1.2  # of the title above it
 _DEEPEST = 5  # of an underlined heading
 
 
@@ -231,10 +231,13 @@ def _underlined(lines: list[tuple[int, str]], number: int) -> str | None:
     rule = _RULE.match(lines[number + 1][1])
     if rule is None or len(title) > _LONGEST_TITLE or _COLUMNS.search(title):
         return None
-    if not any(char.isalnum() for char in title):
+    if not any(char.isalnum() for char in title) or _COMMAND.match(title) or title[-1] in "{;,(":
         return None
-    long_enough = len(lines[number + 1][1].strip()) >= _SHORTEST_RULE * len(title)
-    return rule.group(1) if long_enough else None
+    # A rule over the whole width stands over and under a block of code as well; over a title only
+    # where the title is in its middle.
+    width = len(lines[number + 1][1].strip())
+    longest = 200 if lines[number][1][0].isspace() else _LONGEST_RULE * len(title) + 4
+    return rule.group(1) if _SHORTEST_RULE * len(title) <= width <= longest else None
 
 
 def _capitals_over_indented(lines: list[tuple[int, str]]) -> bool:

@@ -193,7 +193,8 @@ def _is_layout(table: Tag) -> bool:
         return True
     rows = table.find_all("tr")
     cells = table.find_all(["td", "th"])
-    if len(cells) <= 1 or all(len(row.find_all(["td", "th"])) <= 1 for row in rows):
+    filled = [sum(bool(c.get_text().strip()) for c in row.find_all(["td", "th"])) for row in rows]
+    if len(cells) <= 1 or all(count <= 1 for count in filled):
         return True
     if table.find("th") is not None:
         return False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cartridge_distill.data.words import is_unspaced
 
 _LETTERS = re.compile(r"[^\W\d_]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # names in code are no words
 _STRANGE = re.compile(r"[\ufffd\ue000-\uf8ff]|\(cid:\d+\)")
 _LONG = 20  # letters; German's longest are seldom more
 _ENOUGH = 50  # words; fewer tell nothing
@@ -70,7 +71,7 @@ def measure(text: str) -> Quality:
     characters = sum(not char.isspace() for char in text)
     letters = sum(char.isalnum() for char in text)
     # Letters with marks (Hindi's vowels) are longer than runs of letters say, but not glued.
-    lengths = [len(word) for word in _LETTERS.findall(text)]
+    lengths = [len(word) for word in _LETTERS.findall(_CAMEL.sub(" ", text))]
     total = sum(lengths)
     unspaced = sum(is_unspaced(char) for char in text if char.isalpha())
     spaced = unspaced <= _UNSPACED * max(1, total)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from cartridge_distill.data.documents.chunking import Chunk, chunk_text
+from cartridge_distill.data.documents.fitting import Fitting
 from cartridge_distill.data.documents.structure import (
     Strength,
     boundaries,
@@ -196,6 +197,44 @@ def test_a_long_text_is_tokenised_a_few_times_only() -> None:
     chunks = chunk_text(text, 700, counting, "markdown")
     assert len(chunks) > 80
     assert measured < 20 * len(text)
+
+
+@pytest.mark.parametrize(
+    "unit", ["plain words and more ", "abcdefgh", "世界和平发展人民", "a" + " " * 99]
+)
+def test_a_long_line_without_a_full_stop_is_cut_in_linear_work(unit: str) -> None:
+    """The work: characters measured, in multiples of the text; the same for any length of it."""
+    ratios = []
+    for size in (40_000, 160_000):
+        text = unit * (size // len(unit))
+        measured = 0
+
+        def counting(piece: str) -> int:
+            nonlocal measured
+            measured += len(piece)
+            return len(piece) // 3
+
+        chunks = chunk_text(text, 500, counting, "plain")
+        assert max(counting(chunk.text) for chunk in chunks) <= 500
+        assert "".join("".join(chunk.text for chunk in chunks).split()) == "".join(text.split())
+        ratios.append(measured / len(text))
+    assert max(ratios) < 20 and ratios[1] < 1.2 * ratios[0]
+
+
+def test_a_piece_is_as_large_as_the_budget_allows() -> None:
+    """Against every place, tried one by one."""
+    rng = random.Random(2)
+    for _ in range(60):
+        text = " ".join("x" * rng.randrange(1, 30) for _ in range(rng.randrange(1, 200)))
+        ends = [at + 1 for at, char in enumerate(text) if char == " "] + [len(text)]
+        budget = rng.randrange(1, 80)
+        fitting = Fitting(lambda start, end, text=text: len(text[start:end].split()), budget)
+        first = 0
+        while first < len(ends):
+            start = ends[first - 1] if first else 0
+            best = max(n for n in range(first, len(ends)) if n - first < budget)
+            assert fitting.furthest(start, ends, first) == best
+            first = best + 1
 
 
 def test_refusals() -> None:
