@@ -1,7 +1,6 @@
 """Texts that must not meet: training prompts and evaluation questions, and one prompt twice.
 
-Three rules, all on *words*: runs of letters and digits, in lower case; in scripts without spaces
-(Chinese, Japanese, Thai) single characters.
+Three rules, all on words (words.py):
 
 - A prompt **holds** an evaluation text when the text's words stand in it one after the other.
 - A prompt is **near** an evaluation question when their content words (less those of `_FUNCTION`,
@@ -17,18 +16,16 @@ about what the evaluation asks about, too; only the question itself is kept from
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from cartridge_distill.data.records import Question
+from cartridge_distill.data.words import normalised, words
 from cartridge_distill.util.errors import ConfigError
 
 NEAR_EVALUATION = 0.75
 NEAR_DUPLICATE = 0.8
-_NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(f"[{_NO_SPACES}]|[^\\W_{_NO_SPACES}]+")
 _STRETCH = 4  # content words from which on a stretch of the prompt is enough
 _FUNCTION = frozenset(
     "a an and any are as at be been but by can did do does for from had has have he her hers him "
@@ -36,16 +33,6 @@ _FUNCTION = frozenset(
     "them then there these they this those to us was we were what when where which who whom whose "
     "why will with would you your".split()
 )
-
-
-def words(text: str) -> list[str]:
-    """Runs of letters and digits, in lower case; single characters of scripts without spaces."""
-    return _WORD.findall(text.lower())
-
-
-def normalised(text: str) -> str:
-    """The words with single spaces between, and one at each end."""
-    return f" {' '.join(words(text))} "
 
 
 def jaccard(one: Set[str], other: Set[str]) -> float:

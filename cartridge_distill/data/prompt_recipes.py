@@ -23,16 +23,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.data.dataset import Row, alternate, make_row, numbered
-from cartridge_distill.data.decontamination import Guard, words
+from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source
+from cartridge_distill.data.documents.usable import FEWEST_WORDS
 from cartridge_distill.data.prompt_length import PromptLimit
+from cartridge_distill.data.words import words
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 
 T = TypeVar("T")
 
 PROMPT_RECIPES = ("started", "open", "mixed")
-_FEWEST_WORDS = 3  # of a sentence in a file, where page numbers and captions stand around
 
 # Short, because every token of the user's turn is paid for in each of the three forwards.
 STARTED_TURNS = (
@@ -126,7 +127,7 @@ def all_cuts(
         for section in source.sections
         if section.start < part.end and part.start < section.end
         for sentence in source.sentences(section, part)
-        if source.kind == "record" or len(words(sentence)) >= _FEWEST_WORDS
+        if source.kind == "record" or len(words(sentence)) >= FEWEST_WORDS
     ]
     if len(found) > most:
         chosen = sorted(random.Random(seed).sample(range(len(found)), most))

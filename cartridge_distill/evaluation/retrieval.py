@@ -3,7 +3,8 @@
 The rival of a cartridge is not the whole document but what one can read in the same memory. A
 document is cut at sentence ends into chunks that, rendered as a document of their own, have at most
 the budget's tokens; BM25 (Robertson and Zaragoza 2009, in `bm25s`' default variant) ranks them by
-the question's words, and the first is taken. The question alone is the query, as the user asked it;
+the question's words (data/words.py; less English function words), and the first is taken. The
+question alone is the query, as the user asked it;
 the stem of a started answer is not part of it.
 """
 
@@ -11,15 +12,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import bm25s
 import numpy as np
+from bm25s.stopwords import STOPWORDS_EN
 
+from cartridge_distill.data.documents.fitting import Fitting
 from cartridge_distill.data.documents.structure import line_sentences
+from cartridge_distill.data.words import is_unspaced, terms
 from cartridge_distill.util.errors import ConfigError
 
 # It reports every token it indexes, at DEBUG.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
+
+_FUNCTION = frozenset(STOPWORDS_EN)
+_LONGEST_WORD = 40  # letters; what is longer may be cut inside
 
 Render = Callable[[str], list[int]]
 
@@ -49,22 +57,23 @@ class ChunkIndex:
 
     def best(self, question: str) -> int:
         """The place of the chunk that answers best; the first one where no word is shared."""
-        scores = self._bm25.get_scores(_words([question])[0])
+        query = [word for word in _words([question])[0] if word in self._bm25.vocab_dict]
+        if not query:
+            return 0
+        scores = self._bm25.get_scores(query)
         return int(np.argmax(scores))
 
 
 def _words(texts: list[str]) -> list[list[str]]:
-    words: list[list[str]] = bm25s.tokenize(
-        texts, stopwords="en", return_ids=False, show_progress=False
-    )
-    return words
+    return [[word for word in terms(text) if word not in _FUNCTION] for text in texts]
 
 
 def _chunks(text: str, render: Render, budget: int) -> Iterator[tuple[str, list[int]]]:
     """Whole sentences, as many as fit; a sentence that is too long by itself is cut at a word."""
     taken, taken_ids = "", list[int]()
     for piece in _pieces(text, render, budget):
-        joined = f"{taken} {piece}".strip()
+        space = "" if taken and is_unspaced(taken[-1]) and is_unspaced(piece[0]) else " "
+        joined = f"{taken}{space}{piece}".strip()
         ids = render(joined)
         if taken and len(ids) > budget:
             yield taken, taken_ids
@@ -77,25 +86,32 @@ def _chunks(text: str, render: Render, budget: int) -> Iterator[tuple[str, list[
 def _pieces(text: str, render: Render, budget: int) -> Iterator[str]:
     """Sentences, and the parts of those that are over the budget by themselves."""
     for sentence in line_sentences(text):
-        words = sentence.split()
-        while words:
-            fits = _most(words, lambda some: len(render(" ".join(some))) <= budget)
-            if fits == 0:
+        sentence = " ".join(sentence.split())
+        ends = _word_ends(sentence)
+        fitting = Fitting(partial(_rendered_size, render, sentence), budget)
+        start, first = 0, 0
+        while first < len(ends):
+            last = fitting.furthest(start, ends, first)
+            if last is None:
+                word = sentence[start : ends[first]].strip()
                 raise ConfigError(
-                    f"retrieval has {budget} KV tokens, and the word {words[0]!r} with the chat "
-                    f"template around it takes {len(render(words[0]))}; use a larger cartridge, or "
+                    f"retrieval has {budget} KV tokens, and the word {word!r} with the chat "
+                    f"template around it takes {len(render(word))}; use a larger cartridge, or "
                     "leave 'best chunk' out of --conditions"
                 )
-            yield " ".join(words[:fits])
-            words = words[fits:]
+            yield sentence[start : ends[last]].strip()
+            start, first = ends[last], last + 1
 
 
-def _most(words: list[str], fits: Callable[[list[str]], bool]) -> int:
-    """How many of the first words fit; more words never fit better."""
-    if fits(words):
-        return len(words)
-    low, high = 0, len(words)  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(words[:middle]) else (low, middle)
-    return low
+def _rendered_size(render: Render, sentence: str, start: int, end: int) -> int:
+    return len(render(sentence[start:end].strip()))
+
+
+def _word_ends(sentence: str) -> list[int]:
+    """Where it may be cut: at spaces, behind unspaced characters, inside what is no real word."""
+    ends, begin = [], 0
+    for at, character in enumerate(sentence):
+        if character == " " or is_unspaced(character) or at + 1 - begin >= _LONGEST_WORD:
+            ends.append(at + 1)
+            begin = at + 1
+    return ends if begin == len(sentence) else [*ends, len(sentence)]

@@ -184,7 +184,7 @@ def test_what_is_kept_aside_is_not_trained_on(
 
 def files() -> Source:
     text = "\n\n".join(f"# District {n}\n\n{prose(20, 20 * n)}" for n in range(6))
-    return Source.of_file(ReadFile("town/guide.md", "Guide", text))
+    return Source.of_file(ReadFile("town/guide.md", "Guide", text, "markdown"))
 
 
 @pytest.mark.parametrize("prompt_recipe", ["started", "open"])
@@ -216,7 +216,7 @@ def test_a_prompt_from_a_long_document_names_the_part_it_came_from(
 def test_a_document_without_headings_is_asked_about_part_by_part(
     bpe: PreTrainedTokenizerFast,
 ) -> None:
-    source = Source.of_file(ReadFile("a.txt", "Town plan", prose(60)))
+    source = Source.of_file(ReadFile("a.txt", "Town plan", prose(60), "plain"))
     train, _ = make_rows(bpe, [source], "open", rows=4, val_rows=1, seed=0)
     assert all("Town plan" in prompt for prompt in prompts(train))
     parts = source.split(200, lambda text: len(text.split()))

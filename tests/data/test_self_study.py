@@ -53,7 +53,7 @@ def length(text: str) -> int:
 
 def source(name: str = "town.md", sentences: int = 40, first: int = 0) -> Source:
     text = f"# {name}\n\n{prose(sentences, first)}"
-    return Source.of_file(ReadFile(name, name.removesuffix(".md"), text))
+    return Source.of_file(ReadFile(name, name.removesuffix(".md"), text, "markdown"))
 
 
 def plan_of(

@@ -47,6 +47,40 @@ def test_the_chunk_that_answers_is_found(tokenizer: PreTrainedTokenizerFast) -> 
     assert index.best("zyx qwv") == 0  # no word in common
 
 
+@pytest.mark.parametrize(
+    ("facts", "question", "right"),
+    [
+        (
+            ("港口在一八七一年开放。", "博物馆收藏了许多旧船的模型。", "图书馆每天早上九点开门。"),
+            "博物馆收藏了什么？",
+            1,
+        ),
+        (("港は古い。", "図書館は九時に開く。", "市場は川の近くにある。"), "市場はどこですか。", 2),
+        (("ท่าเรือเก่ามาก", "หอสมุดเปิดเก้าโมง", "ตลาดอยู่ใกล้แม่น้ำ"), "หอสมุดเปิดกี่โมง", 1),
+        (("Порт старый.", "Музей открыт.", "Рынок у реки."), "Где рынок?", 2),
+        (("The harbour is old.", "Room 5 is the museum.", "Room 7 is shut."), "What is in 5?", 1),
+    ],
+)
+def test_the_right_chunk_is_found_in_every_script(
+    tokenizer: PreTrainedTokenizerFast, facts: tuple[str, ...], question: str, right: int
+) -> None:
+    render = partial(render_document, tokenizer)
+    budget = max(len(render(fact)) for fact in facts)
+    index = ChunkIndex("\n".join(facts), render, budget)
+    assert index.chunks == list(facts)
+    assert index.best(question) == right
+
+
+def test_a_sentence_without_spaces_is_cut_where_it_must_be(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    render = partial(render_document, tokenizer)
+    for text in ("图书馆每天早上九点开门" * 40, "x" * 900):
+        index = ChunkIndex(text, render, 150)
+        assert "".join(index.chunks) == text and len(index.chunks) > 3
+        assert all(len(ids) <= 150 for ids in index.ids)
+
+
 def test_views_are_shared_and_cost_no_more_than_the_budget(
     packed: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -10,6 +10,9 @@ words, else between letters. Such a piece says so (`torn`).
 
 The pieces in order, with the white space between them, are the text again: nothing is left out,
 nothing stands in two of them.
+
+The work grows with the text, not faster, also where it is one line without a full stop: for each
+piece only a stretch of a few budgets is looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cartridge_distill.data.documents.blocks import Form
+from cartridge_distill.data.documents.fitting import Fitting
 from cartridge_distill.data.documents.structure import Boundary, Strength, boundaries
 from cartridge_distill.util.errors import DocumentError
 
@@ -37,13 +42,19 @@ class Chunk:
     torn: bool = False
 
 
-def chunk_text(text: str, budget: int, length: Callable[[str], int]) -> list[Chunk]:
+_LOOKED_AT = 64  # characters for each token of the budget: more are looked at in no sentence
+_INSIDE = (re.compile(r"\n\s*"), re.compile(r"\s+"), re.compile(r"(?<=.)(?=.)"))
+_SOMETHING = re.compile(r"\S")
+
+
+def chunk_text(text: str, budget: int, length: Callable[[str], int], form: Form) -> list[Chunk]:
     """Cuts a text into pieces.
 
     Args:
         text: the text.
         budget: tokens of a piece at most.
         length: tokens of a text, with whatever comes around it when it is read.
+        form: which rules its structure is read by.
 
     Returns:
         At least one piece; none is empty.
@@ -53,25 +64,20 @@ def chunk_text(text: str, budget: int, length: Callable[[str], int]) -> list[Chu
     """
     if not text.strip():
         raise DocumentError("The text is empty: there is nothing to cut into pieces.")
-    places = [*boundaries(text), Boundary(len(text), Strength.CHAPTER)]
+    places = [*boundaries(text, form), Boundary(len(text), Strength.CHAPTER)]
+    offsets = [place.offset for place in places]
+    fitting = Fitting(lambda start, end: length(text[start:end].strip()), budget)
     chunks: list[Chunk] = []
     start, passed = 0, 0
-    while start < len(text):
-        if not text[start:].strip():
-            break
-
-        def fits(offset: int, start: int = start) -> bool:
-            return length(text[start:offset].strip()) <= budget
-
-        ahead = places[passed:]
-        reach = _furthest([place.offset for place in ahead], fits)
+    while _SOMETHING.search(text, start):
+        reach = fitting.furthest(start, offsets, passed)
         if reach is not None:
-            cut = _strongest(ahead[: reach + 1], start).offset
+            cut = _strongest(places[passed : reach + 1], start).offset
         else:
-            cut = _inside_sentence(text, start, ahead[0].offset, budget, fits)
+            cut = _inside_sentence(text, start, offsets[passed], budget, fitting)
         chunks.append(_stripped(text, start, cut, torn=reach is None))
         start = cut
-        passed = bisect_right(places, start, key=lambda place: place.offset)
+        passed = bisect_right(offsets, start, lo=passed)
     return chunks
 
 
@@ -82,41 +88,21 @@ def _strongest(places: Sequence[Boundary], start: int) -> Boundary:
     return min(candidates, key=lambda place: (place.strength, -place.offset))
 
 
-def _inside_sentence(
-    text: str, start: int, end: int, budget: int, fits: Callable[[int], bool]
-) -> int:
+def _inside_sentence(text: str, start: int, end: int, budget: int, fitting: Fitting) -> int:
     """Where to cut a sentence that does not fit; the cut lies before `end`."""
-    for pattern in (r"\n\s*", r"\s+", r"(?<=.)(?=.)"):
-        offsets = [start + m.end() for m in re.finditer(pattern, text[start:end]) if m.end()]
-        offsets = [offset for offset in offsets if text[start:offset].strip() and offset < end]
-        reach = _furthest(offsets, fits)
+    first = _SOMETHING.search(text, start)
+    begin = first.start() if first else start
+    end = min(end, begin + _LOOKED_AT * budget)
+    for pattern in _INSIDE:
+        found = (match.end() for match in pattern.finditer(text, begin, end))
+        offsets = [offset for offset in found if begin < offset < end]
+        reach = fitting.furthest(start, offsets)
         if reach is not None:
             return offsets[reach]
     raise DocumentError(
         f"A budget of {budget} tokens is too small for any text: the tokens around a document "
         "alone are as many. Allow more."
     )
-
-
-def _furthest(offsets: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Index of the last offset that fits, None when the first does not.
-
-    Steps that double, then bisection: only a few multiples of the budget are ever tokenised.
-    """
-    good, step, bad = -1, 1, len(offsets)
-    while good + step < bad:
-        if not fits(offsets[good + step]):
-            bad = good + step
-            break
-        good += step
-        step *= 2
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if fits(offsets[middle]):
-            good = middle
-        else:
-            bad = middle
-    return good if good >= 0 else None
 
 
 def _stripped(text: str, start: int, end: int, torn: bool) -> Chunk:

@@ -1,35 +1,30 @@
 """Files to documents: which files of a folder, and the text out of each kind.
 
-    .txt            as it is
-    .md, .markdown  as it is
-    .html, .htm     the page's `main`, `article` or body as Markdown, less scripts and navigation
-    .pdf            the text of its pages; a page without any is named, a scan is refused
+    .txt            as it is, less page heads where it has form feeds
+    .md, .markdown  less front matter, comments, images and addresses (markdown.py)
+    .html, .htm     the page's main part as Markdown, less navigation (page.py)
+    .pdf            the text of its pages, less running heads (pdf.py, page_lines.py)
 
 Nothing is lost in silence: a file of another kind is named among the skipped ones, and a file of
 these kinds that gives no text is an error that says how to fix it.
 
-Not done here: OCR, office formats, and undoing a PDF's line ends (structure.py reads over them).
+Not done here: OCR, office formats, and undoing line ends (structure.py reads over them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from bs4 import BeautifulSoup
-from bs4.dammit import EncodingDetector
-from markdownify import MarkdownConverter
-from pypdf import PasswordType, PdfReader
-from tqdm import tqdm
-
-from cartridge_distill.data.documents.decoding import Decoded, decode
+from cartridge_distill.data.documents.blocks import Form
+from cartridge_distill.data.documents.decoding import decode
+from cartridge_distill.data.documents.markdown import clean_markdown
+from cartridge_distill.data.documents.page import read_page
+from cartridge_distill.data.documents.page_lines import joined_words, plain_letters, text_of_pages
+from cartridge_distill.data.documents.pdf import read_pdf
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
-
-_NO_PROSE = ("head", "script", "style", "template", "noscript", "svg", "nav", "form", "iframe")
-_PAGES_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -40,12 +35,14 @@ class ReadFile:
         document_id: the file's path below the folder that was read, with `/` between.
         title: the document's own title, else the file's name without its ending.
         text: never empty.
+        form: which rules its structure is read by.
         notes: what a user should know about how it was read.
     """
 
     document_id: str
     title: str
     text: str
+    form: Form
     notes: tuple[str, ...] = ()
 
 
@@ -127,10 +124,12 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
         raise DocumentError(f"{path} cannot be read: {error.strerror}.") from error
     if not data.strip():
         raise DocumentError(f"{path} is empty. Put text in, or take it out.")
-    title, text, notes = kind(data, str(path))
+    title, text, notes, form = kind(data, str(path))
     if not text.strip():
         raise DocumentError(f"{path} holds no text. Put some in, or take it out.")
-    return ReadFile(document_id or path.name, title or path.stem, text.strip(), tuple(notes))
+    text = text.strip("\n").rstrip()
+    text = text if form == "plain" else text.strip()
+    return ReadFile(document_id or path.name, title or path.stem, text, form, tuple(notes))
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -146,103 +145,45 @@ def _unknown_kind(path: Path) -> str:
     return f"not a kind that is read ({ending}; known: {', '.join(KINDS)})"
 
 
-# --- one function a kind: bytes and name to (title or None, text, notes) --------------------------
+# --- one function a kind: bytes and name to (title or None, text, notes, form) --------------------
 
-_Read = tuple[str | None, str, Sequence[str]]
+_Read = tuple[str | None, str, Sequence[str], Form]
 
 
 def _plain(data: bytes, name: str) -> _Read:
     decoded = decode(data, name)
-    return first_heading(decoded.text), decoded.text, _about_encoding(decoded)
+    text = plain_letters(decoded.text)
+    if "\f" in text.strip():
+        text = text_of_pages(text.split("\f"), divided=False)
+    else:
+        text = joined_words(text, always=False)
+    return first_heading(text, "plain"), text, _noted(decoded.note), "plain"
+
+
+def _markdown(data: bytes, name: str) -> _Read:
+    decoded = decode(data, name)
+    title, text = clean_markdown(decoded.text)
+    return title or first_heading(text, "markdown"), text, _noted(decoded.note), "markdown"
 
 
 def _html(data: bytes, name: str) -> _Read:
-    decoded = decode(data, name, EncodingDetector.find_declared_encoding(data, is_html=True))
-    soup = BeautifulSoup(decoded.text, "html.parser")
-    heading = soup.title or soup.h1
-    title = " ".join(heading.get_text().split()) if heading else None
-    for tag in soup.find_all(_NO_PROSE):
-        tag.decompose()
-    candidates = [soup.find_all(tag) for tag in ("main", "article", "body")]
-    page = next((found[0] for found in candidates if len(found) == 1), soup)
-    converter = MarkdownConverter(
-        heading_style="ATX",
-        strip=["a", "img"],  # the words of a link, not where it leads
-        escape_asterisks=False,
-        escape_underscores=False,
-        escape_misc=False,
-    )
-    try:
-        text = str(converter.convert_soup(page))
-    except RecursionError as error:
-        raise DocumentError(
-            f"{name} nests its tags too deeply to be read. Save the page as text."
-        ) from error
-    if not text.strip():
-        raise DocumentError(
-            f"{name} is a page without text. If a script fills it, save it from a browser once it "
-            "is shown, or as PDF."
-        )
-    return title, text, _about_encoding(decoded)
-
-
-def _about_encoding(decoded: Decoded) -> list[str]:
-    if not decoded.guessed:
-        return []
-    return [f"read as {decoded.encoding}, a guess: save it as UTF-8 if letters look wrong"]
+    page = read_page(data, name)
+    return page.title, page.text, page.notes, "markdown"
 
 
 def _pdf(data: bytes, name: str) -> _Read:
-    try:
-        reader = PdfReader(BytesIO(data))
-        if reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED:
-            raise DocumentError(
-                f"{name} is encrypted, and opens with a password only. Save it without one "
-                "(qpdf --decrypt --password=... in.pdf out.pdf)."
-            )
-        title = reader.metadata.title if reader.metadata else None
-        # A bar that shows itself after three seconds.
-        pages = tqdm(reader.pages, desc=name, unit=" pages", leave=False, delay=3, disable=None)
-        texts = [_clean(page.extract_text()) for page in pages]
-    except DocumentError:
-        raise
-    except Exception as e:  # The parser fails in as many ways as files are broken; all end here.
-        raise DocumentError(
-            f"{name} is no PDF that can be read ({type(e).__name__}: {e}). Open it in a viewer and "
-            "print it to a new PDF, or take it out."
-        ) from e
-    empty = [number for number, text in enumerate(texts, 1) if not text.strip()]
-    if len(empty) == len(texts):
-        raise DocumentError(
-            f"{name} has no text on any of its {len(texts)} pages: a scan. Run OCR over it first "
-            "(ocrmypdf in.pdf out.pdf)."
-        )
-    notes = [f"{len(texts)} pages"]
-    if empty:
-        more = ", ..." if len(empty) > _PAGES_NAMED else ""
-        numbers = ", ".join(map(str, empty[:_PAGES_NAMED])) + more
-        notes.append(f"no text on {len(empty)} of them ({numbers}): blank or scanned")
-    return (title or "").strip() or None, _join_pages(texts), notes
+    found = read_pdf(data, name)
+    return found.title, found.text, found.notes, "plain"
 
 
-def _clean(text: str) -> str:
-    """Without what fonts leave behind: null characters and halves of surrogate pairs."""
-    return text.replace("\x00", "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _join_pages(texts: Sequence[str]) -> str:
-    """A blank line between pages, none where a sentence goes on over the page."""
-    joined = ""
-    for text in filter(None, (text.strip() for text in texts)):
-        goes_on = joined and joined[-1] not in ".!?:;" and text[0].islower()
-        joined += ("\n" if goes_on else "\n\n") * bool(joined) + text
-    return joined
+def _noted(note: str) -> list[str]:
+    return [note] if note else []
 
 
 KINDS: dict[str, Callable[[bytes, str], _Read]] = {
     ".txt": _plain,
-    ".md": _plain,
-    ".markdown": _plain,
+    ".md": _markdown,
+    ".markdown": _markdown,
     ".html": _html,
     ".htm": _html,
     ".pdf": _pdf,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,12 @@ from typing import Literal
 import httpx
 
 from cartridge_distill.data.documents import structure
+from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.chunking import chunk_text
 from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_documents
+from cartridge_distill.data.documents.usable import usable
 from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
+from cartridge_distill.data.words import normalised
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.secrecy import clean_text
 
@@ -56,12 +60,13 @@ class Source:
 
     Attributes:
         document_id: unique among the sources.
-        title: how a prompt names it.
+        title: how a prompt names it; `with_own_names` sees to it that no other has the same.
         text: all of it.
         sections: in order.
         parts: what the teacher reads, in order; together they are the text.
         questions: for the evaluation; never trained on.
         kind: a "record" has one fact a line and medical prompts; "file" is any text.
+        form: which rules the structure of the text is read by.
     """
 
     document_id: str
@@ -71,6 +76,7 @@ class Source:
     parts: tuple[Part, ...]
     questions: tuple[Question, ...] = ()
     kind: Literal["record", "file"] = "file"
+    form: Form = "plain"
 
     @classmethod
     def of_record(cls, record: Record) -> Source:
@@ -92,8 +98,8 @@ class Source:
     @classmethod
     def of_file(cls, read: ReadFile) -> Source:
         whole = Part(Document.of(read.document_id, read.text, read.title), 0, len(read.text))
-        found = tuple(Section(*section) for section in structure.sections(read.text))
-        return cls(read.document_id, read.title, read.text, found, (whole,))
+        found = tuple(Section(*section) for section in structure.sections(read.text, read.form))
+        return cls(read.document_id, read.title, read.text, found, (whole,), form=read.form)
 
     def split(self, limit: int | None, length: Callable[[str], int]) -> Source:
         """With parts of at most `limit` tokens; itself where the whole text is not longer.
@@ -108,10 +114,11 @@ class Source:
         if limit is None or length(self.text) <= limit:
             return self
         sha256 = sha256_of(self.text)
+        title = self.parts[0].document.title or self.title
         parts = []
-        for number, chunk in enumerate(chunk_text(self.text, limit, length), 1):
+        for number, chunk in enumerate(chunk_text(self.text, limit, length, self.form), 1):
             document = replace(
-                Document.of(f"{self.document_id}#{number}", chunk.text, self.title),
+                Document.of(f"{self.document_id}#{number}", chunk.text, title),
                 parent_id=self.document_id,
                 parent_sha256=sha256,
             )
@@ -132,7 +139,9 @@ class Source:
         if span is not None:
             start, end = max(start, span.start), min(end, span.end)
         text = self.text[start:end]
-        return (structure.sentences if self.kind == "file" else structure.line_sentences)(text)
+        if self.kind == "record":
+            return structure.shortened(structure.line_sentences(text))
+        return structure.sentences(text, self.form)
 
 
 def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Source]:
@@ -149,15 +158,34 @@ def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Sou
     """
     path = Path(data)
     remote = data == "longhealth" or data.startswith(("http://", "https://"))
-    records = remote or path.suffix.lower() == ".json" and not path.is_dir()
-    if not records and (path.exists() or path.suffix.lower() in KINDS):
+    are_records = remote or path.suffix.lower() == ".json" and not path.is_dir()
+    if not are_records and (path.exists() or path.suffix.lower() in KINDS):
         reading = read_documents(path, skip_unreadable)
         for line in reading.skipped:
             say(f"skipped {line}")
         for read in reading.documents:
-            say("; ".join([f"read {read.document_id}: {len(read.text)} characters", *read.notes]))
-        return [Source.of_file(read) for read in reading.documents]
-    return [Source.of_record(record) for record in parse_records(_records_text(data, say), data)]
+            found = usable(read.text, read.form)
+            say("; ".join([f"read {read.document_id}: {found.line()}", *read.notes]))
+            for warning in found.warnings():
+                say(f"warning: {read.document_id}: {warning}")
+        return with_own_names([Source.of_file(read) for read in reading.documents])
+    records = parse_records(_records_text(data, say), data)
+    return with_own_names([Source.of_record(record) for record in records])
+
+
+def with_own_names(sources: Sequence[Source]) -> list[Source]:
+    """The same, where no two have one title: those that had get their id behind it.
+
+    A prompt names its document by the title. Two documents of one title would be asked the same,
+    and the student would be told two answers.
+    """
+    known = Counter(normalised(source.title) for source in sources)
+    return [
+        replace(source, title=f"{source.title}, {source.document_id}")
+        if known[normalised(source.title)] > 1
+        else source
+        for source in sources
+    ]
 
 
 def _records_text(data: str, say: Say) -> str:

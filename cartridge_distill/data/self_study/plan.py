@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from cartridge_distill.data.decontamination import words
 from cartridge_distill.data.documents import structure
+from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.chunking import chunk_text
 from cartridge_distill.data.documents.source import Part, Source
+from cartridge_distill.data.words import words
 
 SEED_PROMPTS: dict[str, tuple[str, ...]] = {
     "structuring": (
@@ -130,10 +131,13 @@ class Plan:
         self.openings = OPENINGS if openings else {}
         self.several = len(sources) > 1
         self.chunks = [
-            StudyChunk(source, part, chunk.start, chunk.end, chunk.text, _focuses(chunk.text))
+            StudyChunk(
+                *(source, part, chunk.start, chunk.end, chunk.text),
+                _focuses(chunk.text, source.form),
+            )
             for source in sources
             for part in source.parts
-            for chunk in chunk_text(part.document.text, chunk_tokens, length)
+            for chunk in chunk_text(part.document.text, chunk_tokens, length, source.form)
         ]
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
@@ -163,7 +167,7 @@ class Plan:
         return digest.hexdigest()
 
 
-def _focuses(text: str) -> tuple[str, ...]:
+def _focuses(text: str, form: Form) -> tuple[str, ...]:
     """The sentences that a seed prompt may quote."""
-    found = structure.sentences(text)
+    found = structure.sentences(text, form)
     return tuple(s for s in found if _SHORTEST_FOCUS <= len(words(s)) <= _LONGEST_FOCUS)

@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cartridge_distill.data.decontamination import Guard, Seen, jaccard, normalised, words
+from cartridge_distill.data.decontamination import Guard, Seen, jaccard
 from cartridge_distill.data.self_study.plan import Plan, StudyChunk
+from cartridge_distill.data.words import normalised, words
 from cartridge_distill.model.prompts import render_prompt
 
 _FEWEST_WORDS = 3

@@ -14,9 +14,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.data.dataset import Row, make_row, numbered
-from cartridge_distill.data.decontamination import Guard, normalised
+from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.self_study.plan import Plan, Task
 from cartridge_distill.data.self_study.sifting import Sifted, Written, sift
+from cartridge_distill.data.words import normalised
 from cartridge_distill.model.contents import content_ids
 from cartridge_distill.model.prompts import render_document, render_prompt
 from cartridge_distill.rollout.client import TokasaurusClient

@@ -31,7 +31,7 @@ def test_text_and_markdown_are_taken_as_they_are(tmp_path: Path) -> None:
     assert (plain.document_id, plain.title) == ("a.txt", "a")
     assert plain.text == "Plain text.\n\nSecond paragraph."
     assert (marked.document_id, marked.title) == ("b.md", "The title")
-    assert marked.text == "# The title\n\n*Marked* text, [linked](x)."
+    assert marked.text == "# The title\n\n*Marked* text, linked."
 
 
 def test_a_page_gives_its_main_text_with_its_structure(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""A Markdown file to the text in it: what is markup for a program or a browser goes.
+
+Taken out, outside of code: front matter (YAML between `---`, TOML between `+++`), HTML comments
+and tags, images and badges, the addresses of links, definitions of addresses, and lists of contents
+(lists whose items are all links to places of the page itself). Everything else, the marks of
+headings, lists, tables and emphasis included, is as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import yaml
+
+from cartridge_distill.data.documents.blocks import marked_blocks
+
+_FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.S | re.M)
+_TOML_TITLE = re.compile(r"""^title\s*=\s*["'](.+)["']\s*$""", re.M)
+_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
+_LABEL = r"\[(?P<said>(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*)\]"  # one pair of brackets may be inside
+_ADDRESS = r"\((?:<[^<>\n]*>|(?:[^()\s\\]|\\.|\([^()\s]*\))*)(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)"
+_IMAGE = re.compile(rf"!{_LABEL}(?:{_ADDRESS}|\[[^\[\]\n]*\])")
+_LINK = re.compile(rf"(?<![!\\]){_LABEL}(?:{_ADDRESS}|\[[^\[\]\n]*\])")
+_EMPTY_LINK = re.compile(rf"(?<![!\\])\[\s*\](?:{_ADDRESS}|\[[^\[\]\n]*\])")
+_DEFINITION = re.compile(r"^ {0,3}\[(?!\^)[^\[\]\n]+\]:[ \t]*\S+[^\n]*\n?", re.M)
+_CONTENTS = re.compile(
+    r"(?:^[ \t]*(?:[-*+]|\d+[.)])[ \t]+\[[^\n]*?\]\(#[^\s()]*\)[ \t]*\n?){3,}", re.M
+)
+_CONTENTS_HEADING = re.compile(
+    r"^ {0,3}#{1,6}[ \t]+(?:table of )?contents[ \t#:]*\n\s*(?=^ {0,3}#|\Z)", re.I | re.M
+)
+_TAGS = (
+    *("a", "abbr", "b", "big", "blockquote", "br", "center", "code", "details", "div", "em"),
+    *("font", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "kbd", "li", "ol", "p"),
+    *("picture", "pre", "s", "small", "source", "span", "strong", "sub", "summary", "sup"),
+    *("table", "tbody", "td", "th", "thead", "tr", "u", "ul", "video", "wbr"),
+)
+_POWER = re.compile(r"<(sup|sub)>([^<>\n]*)</\1>", re.I)
+_TAG = re.compile(rf"</?(?:{'|'.join(_TAGS)})(?=[\s/>])[^<>]*>", re.I)
+_AUTOLINK = re.compile(r"<((?:https?|mailto|ftp):[^<>\s]+)>")
+
+
+def clean_markdown(text: str) -> tuple[str | None, str]:
+    """(title of the front matter, the text without what is not text)."""
+    title = None
+    front = _FRONT.match(text)
+    if front and ":" in front.group(2) + front.group(1).replace("+", ":"):
+        title = _front_title(front)
+        text = text[front.end() :]
+    cleaned = "".join(part if code else _clean(part) for code, part in _parts(text))
+    cleaned = re.sub(r"\n[ \t]*\n(?:[ \t]*\n)+", "\n\n", cleaned)
+    return title, _CONTENTS_HEADING.sub("", cleaned)
+
+
+def _front_title(front: re.Match[str]) -> str | None:
+    if front.group(1) == "+++":
+        found = _TOML_TITLE.search(front.group(2))
+        return found.group(1) if found else None
+    try:
+        said = yaml.safe_load(front.group(2))
+    except yaml.YAMLError:
+        return None
+    title = said.get("title") if isinstance(said, dict) else None
+    return str(title).strip() or None if title is not None else None
+
+
+def _parts(text: str) -> Iterator[tuple[bool, str]]:
+    """(is it code, a part of the text) in order; together they are the text."""
+    at = 0
+    for block in marked_blocks(text, "markdown"):
+        if block.code:
+            yield False, text[at : block.start]
+            yield True, text[block.start : block.end]
+            at = block.end
+    yield False, text[at:]
+
+
+def _clean(text: str) -> str:
+    text = _COMMENT.sub("", text)
+    text = _CONTENTS.sub("", text)
+    spans: list[str] = []
+
+    def put_aside(match: re.Match[str]) -> str:
+        spans.append(match.group())
+        return f"\x00{len(spans) - 1}\x00"
+
+    text = _CODE_SPAN.sub(put_aside, text)
+    text = _DEFINITION.sub("", text)
+    text = _IMAGE.sub("", text)
+    text = _EMPTY_LINK.sub("", text)
+    text = _LINK.sub(lambda match: match.group("said"), text)
+    text = _AUTOLINK.sub(r"\1", text)
+    text = _POWER.sub(lambda m: ("^" if m.group(1).lower() == "sup" else "_") + m.group(2), text)
+    text = _TAG.sub("", text)
+    return re.sub(r"\x00(\d+)\x00", lambda match: spans[int(match.group(1))], text)

@@ -1,0 +1,116 @@
+"""A PDF to text, by the first of two readers whose text reads like words.
+
+pypdf reads it first. Where its text does not read well (`quality`), PDFium does, which finds the
+spaces between words by the places of the letters; the better of both is taken. A text that no
+reader makes words of is refused, since a model would learn it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TypeVar
+
+import pypdfium2 as pdfium
+from pypdf import PasswordType, PdfReader
+from tqdm import tqdm
+
+from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
+from cartridge_distill.data.documents.quality import measure
+from cartridge_distill.util.errors import DocumentError
+
+T = TypeVar("T")
+_PAGES_NAMED = 8
+_HOPELESS = 0.5  # of `badness`: refused
+
+
+@dataclass(frozen=True)
+class Pdf:
+    """A PDF's own title, its text, and what a user should know about it."""
+
+    title: str | None
+    text: str
+    notes: tuple[str, ...]
+
+
+def read_pdf(data: bytes, name: str) -> Pdf:
+    """The text of a PDF.
+
+    Raises:
+        DocumentError: it is encrypted, broken or a scan, or no reader makes words of it.
+    """
+    reader = _opened(data, name)
+    title = _attempt(lambda: reader.metadata.title if reader.metadata else None, name)
+    pages = _attempt(lambda: _by_pypdf(reader, name), name)
+    notes = [f"{len(pages)} pages"]
+    text = text_of_pages(pages)
+    quality = measure(text)
+    if quality.faults:
+        other = _attempt(lambda: _by_pdfium(data), name)
+        other_text = text_of_pages(other)
+        other_quality = measure(other_text)
+        if other_quality.words and other_quality.badness < quality.badness or not quality.words:
+            if other_quality.words:
+                notes.append("read by PDFium, because pypdf's text has no words")
+            pages, text, quality = other, other_text, other_quality
+    empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
+    if len(empty) == len(pages):
+        raise DocumentError(
+            f"{name} has no text on any of its {len(pages)} pages: a scan. Run OCR over it first "
+            "(ocrmypdf in.pdf out.pdf)."
+        )
+    if quality.faults and quality.badness > _HOPELESS:
+        raise DocumentError(
+            f"{name} gives no readable text ({'; '.join(quality.faults)}). Run OCR over it "
+            "(ocrmypdf --force-ocr in.pdf out.pdf), or save it as text from a viewer."
+        )
+    if empty:
+        more = ", ..." if len(empty) > _PAGES_NAMED else ""
+        numbers = ", ".join(map(str, empty[:_PAGES_NAMED])) + more
+        notes.append(f"no text on {len(empty)} of them ({numbers}): blank or scanned")
+    return Pdf((title or "").strip() or None, text, tuple(notes))
+
+
+def _opened(data: bytes, name: str) -> PdfReader:
+    def open_it() -> PdfReader:
+        reader = PdfReader(BytesIO(data))
+        if reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED:
+            raise DocumentError(
+                f"{name} is encrypted, and opens with a password only. Save it without one "
+                "(qpdf --decrypt --password=... in.pdf out.pdf)."
+            )
+        return reader
+
+    return _attempt(open_it, name)
+
+
+def _attempt(action: Callable[[], T], name: str) -> T:
+    try:
+        return action()
+    except DocumentError:
+        raise
+    except Exception as e:  # The parser fails in as many ways as files are broken; all end here.
+        raise DocumentError(
+            f"{name} is no PDF that can be read ({type(e).__name__}: {e}). Open it in a viewer and "
+            "print it to a new PDF, or take it out."
+        ) from e
+
+
+def _by_pypdf(reader: PdfReader, name: str) -> list[str]:
+    # A bar that shows itself after three seconds.
+    pages = tqdm(reader.pages, desc=name, unit=" pages", leave=False, delay=3, disable=None)
+    return [plain_letters(page.extract_text()) for page in pages]
+
+
+def _by_pdfium(data: bytes) -> list[str]:
+    document = pdfium.PdfDocument(data)
+    try:
+        found = []
+        for page in document:
+            said = page.get_textpage().get_text_bounded()
+            # U+FFFE is its sign for a hyphen at a line's end.
+            found.append(plain_letters(said.replace("\r\n", "\n").replace("\ufffe", "-\n")))
+        return found
+    finally:
+        document.close()
