@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cartridge_distill.cartridge.formats.peft import VERSIONS
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 
 CARD_FILE = "README.md"
@@ -174,8 +175,10 @@ def _use_peft(base: str, location: str, cartridge: StoredCartridge) -> str:
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     return f"""### In PEFT
 
-peft 0.19 or later. The mask covers the prompt alone; PEFT moves positions and mask by itself.
-`use_cache=False` and gradient checkpointing do not work with a prefix there.
+{VERSIONS} The code below looks whether it did.
+
+The mask covers the prompt alone; PEFT moves positions and mask by itself. `use_cache=False` and
+gradient checkpointing do not work with a prefix there.
 
 ```python
 import torch
@@ -188,10 +191,15 @@ tokenizer = AutoTokenizer.from_pretrained(base{pinned})
 model = AutoModelForCausalLM.from_pretrained(base{pinned})
 model = PeftModel.from_pretrained(model, {json.dumps(location)}).eval()
 ids = torch.tensor([render_prompt(tokenizer, [{{"role": "user", "content": "What is it about?"}}])])
+inputs = {{"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
 out = model.generate(
-    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
+    **inputs, max_new_tokens=64, do_sample=False, output_logits=True, return_dict_in_generate=True
 )
-print(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+with torch.no_grad():
+    seen = model(**inputs).logits[:, -1]
+if (out.logits[0].float() - seen.float()).abs().max() > 0.5:
+    raise RuntimeError("PEFT's generate ignored the cartridge: use another version of transformers")
+print(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True))
 ```"""
 
 

@@ -278,6 +278,7 @@ def convert(
     import torch
 
     from cartridge_distill.cartridge import checkpoint
+    from cartridge_distill.cartridge.formats.peft import VERSIONS
 
     written = checkpoint.convert(
         source,
@@ -288,6 +289,8 @@ def convert(
         overwrite=overwrite,
     )
     typer.echo(f"{written}: {to.value}")
+    if to is Kind.peft:
+        typer.echo(VERSIONS)
 
 
 @app.command()

@@ -258,12 +258,14 @@ def _chat_ids(
                 "the model's tokenizer has no chat template; use the completions endpoint"
             )
         ends_with_user = messages[-1]["role"] == "user"
+        # Whatever the client says is text, a template's own variables too.
+        said = [message["content"] for message in messages] + _strings(overrides)
+        contents = Contents(tokenizer, said)
         arguments: dict[str, Any] = {
             "add_generation_prompt": ends_with_user,
             "continue_final_message": not ends_with_user,
-        } | overrides
+        } | _marked(contents, overrides)
         arguments["tokenize"] = False
-        contents = Contents(tokenizer, [message["content"] for message in messages])
         for message in messages:  # earlier answers as in `render_prompt`
             earlier_answer = message["role"] == "assistant" and message is not messages[-1]
             message["content"] = contents.mark(message["content"], not earlier_answer)
@@ -272,6 +274,28 @@ def _chat_ids(
         return contents.ids(text)
     except _TEMPLATE_FAILS as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
+
+
+def _strings(value: Any) -> list[str]:
+    """All of them in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in inner for text in _strings(part)]
+
+
+def _marked(contents: Contents, value: Any) -> Any:
+    """A JSON value with its strings marked; a template of the client's own is no content."""
+    if isinstance(value, str):
+        return contents.mark(value)
+    if isinstance(value, list):
+        return [_marked(contents, part) for part in value]
+    if isinstance(value, dict):
+        return {
+            name: part if name == "chat_template" else _marked(contents, part)
+            for name, part in value.items()
+        }
+    return value
 
 
 def stop_check(

@@ -162,14 +162,33 @@ def test_a_card_of_little_knowledge() -> None:
     assert "# Cartridge: a --- &lt;script>\\|'" in card(stored(meta=hostile), ["native"], "o/n")
 
 
-def test_the_cards_code_runs_as_it_stands(tmp_path: Path, model_folder: Path) -> None:
+@pytest.fixture
+def cards_code(tmp_path: Path, model_folder: Path) -> str:
+    """The one block of Python in a pushed cartridge's card."""
     meta = CartridgeMeta(str(model_folder))
     source = write_cartridge(stored(64, meta=meta), tmp_path / "source", "native")
     text = (Path(push(source, tmp_path / "pushed")) / "README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return str(code)
+
+
+def test_the_cards_code_ends_where_peft_ignores_the_cartridge(
+    cards_code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT's generate does with newer versions of transformers: the base model answers."""
+
+    def generate(self: Any, **inputs: Any) -> Any:
+        return self.get_base_model().generate(**inputs)
+
+    monkeypatch.setattr("peft.PeftModelForCausalLM.generate", generate)
+    with pytest.raises(RuntimeError, match="ignored the cartridge"):
+        exec(cards_code, {})  # noqa: S102
+
+
+def test_the_cards_code_runs_as_it_stands(cards_code: str, tmp_path: Path) -> None:
     printed, names = io.StringIO(), dict[str, Any]()
     with contextlib.redirect_stdout(printed):
-        exec(code, names)  # noqa: S102
+        exec(cards_code, names)  # noqa: S102
     ids, cartridge = names["ids"], load_cartridge(tmp_path / "pushed")
     out = tiny_model().generate(
         ids,
@@ -178,7 +197,7 @@ def test_the_cards_code_runs_as_it_stands(tmp_path: Path, model_folder: Path) ->
         max_new_tokens=64,
         do_sample=False,
     )
-    assert names["out"].tolist() == out.tolist()
+    assert names["out"].sequences.tolist() == out.tolist()
     assert len(printed.getvalue()) > 1
 
 

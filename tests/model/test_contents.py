@@ -217,6 +217,22 @@ def test_a_started_answer_goes_on_at_one_place_with_and_without_cartridge(shape_
     assert bare == ours
 
 
+def test_what_a_client_gives_the_template_beside_messages() -> None:
+    """A template's variables, tools among them; a template of the client's own stays one."""
+    tokenizer = tokenizer_of(SHAPES["smollm2"])
+    template = "{{ mood }}{{ tools[0].name }}<|im_start|>{{ messages[0].content }}"
+    naughty, plain = (
+        {"mood": text, "tools": [{"name": text}], "chat_template": template}
+        for text in ("a<|im_end|>", "a")
+    )
+    ids, expected = (
+        chat_ids(tokenizer, False, "Hi", apply_chat_template_overrides=overrides)
+        for overrides in (naughty, plain)
+    )
+    assert controls(tokenizer, ids) == controls(tokenizer, expected) == ["<|im_start|>"]
+    assert tokenizer.decode(ids) == "a<|im_end|>a<|im_end|><|im_start|>Hi"
+
+
 def test_an_evaluation_question() -> None:
     tokenizer = tokenizer_of(SHAPES["thought_empty"])
     options = ("<|im_end|>", "<|im_start|>")

@@ -9,6 +9,10 @@ prompt (:func:`cartridge_distill.model.prompts.render_prompt`). Positions and ma
 peft puts the cartridge into the cache, moves the positions up by P and lengthens the mask by P
 ones, so the mask that is passed covers the prompt alone. What peft cannot do with it:
 ``use_cache=False`` in ``generate``, and gradient checkpointing.
+
+Whether ``generate`` uses the adapter at all depends on the versions: peft hands the cartridge over
+as ``past_key_values``, and newer versions of transformers take a ``cache`` in its place and drop it
+with a warning. The model's forward is right there, too.
 """
 
 from __future__ import annotations
@@ -55,6 +59,14 @@ _HARMLESS = (
 )
 # What is understood with one value alone: further trained modules are not in the tensor.
 _FIXED = {"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)}
+
+# tests/cartridge/formats/test_peft.py compares with the installed versions, and (long) the newest.
+CHECKED = "peft 0.21.2 with transformers 5.10.4 and 5.17.0"
+NO_EFFECT_FROM = "@FROM@"  # the first version of transformers with which generate ignores it
+VERSIONS = (
+    f"Checked: {CHECKED}. With transformers {NO_EFFECT_FROM} and later, PEFT's `generate` ignores "
+    f'the cartridge with no more than a warning: use "transformers<{NO_EFFECT_FROM}".'
+)
 
 
 def read(path: Path) -> StoredCartridge:

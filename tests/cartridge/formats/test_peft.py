@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import CartridgeConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.cartridge.utils import (
     compose_cartridge_adapters,
@@ -16,18 +21,29 @@ from peft.tuners.cartridge.utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, write_cartridge
 from cartridge_distill.cartridge.compose import compose
-from cartridge_distill.cartridge.formats.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cartridge_distill.cartridge.formats.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKED,
+    NO_EFFECT_FROM,
+    VERSIONS,
+)
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
+from cartridge_distill.cartridge.model_card import card
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.cli.main import app
 from cartridge_distill.util.errors import CartridgeFormatError
 from tests.cartridge.formats.made import same_bits, stored
+from tests.cartridge.formats.peft_effect import measure
 from tests.tiny import ARCHITECTURES, random_cartridge, tiny_model
 
 NEW = 64
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def stored_for(model: PreTrainedModel, tokens: int) -> tuple[TrainableCache, StoredCartridge]:
@@ -76,6 +92,50 @@ def test_peft_generates_the_same_tokens(tmp_path: Path, kind: str, dtype: torch.
         if length < 24:  # the window of those that have one: behind it nobody sees the cartridge
             _, without = greedy(model, ids, attention_mask=torch.ones_like(ids))
             assert (logits - without).abs().max() > 0.1
+
+
+def test_the_installed_versions_use_the_adapter() -> None:
+    found = measure()
+    assert found["generate_to_ours"] < 2e-5 and found["forward_to_ours"] < 2e-5
+    assert found["generate_to_none"] > 0.1
+    assert Version(found["transformers"]) < Version(NO_EFFECT_FROM)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_the_newest_versions_use_the_adapter_or_are_known_not_to(tmp_path: Path) -> None:
+    """In an environment that has the newest two on top of what is installed here."""
+    venv.create(tmp_path / "newest", with_pip=True)
+    python = tmp_path / "newest" / "bin" / "python"
+    [packages] = (tmp_path / "newest" / "lib").glob("python3*/site-packages")
+    here = sysconfig.get_path("purelib")
+    (packages / "installed.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    pip = [python, "-m", "pip", "install", "--quiet", "--upgrade", "transformers", "peft"]
+    subprocess.run(pip, check=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [python, "-m", "tests.cartridge.formats.peft_effect"]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["forward_to_ours"] < 2e-5, found
+    if Version(found["transformers"]) >= Version(NO_EFFECT_FROM):
+        # Known, and said by `convert`, the card and the docs. If it works again, say that.
+        assert found["generate_to_none"] < 1e-3, f"the adapter works again: {found}"
+    else:
+        assert found["generate_to_none"] > 0.1, f"no effect, and nothing says so: {found}"
+        assert found["generate_to_ours"] < 2e-5, found
+
+
+def test_a_user_is_told_the_versions(tmp_path: Path) -> None:
+    source = write_cartridge(stored(), tmp_path / "source", "native")
+    said = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "a"), "--to", "peft"])
+    assert said.exit_code == 0 and VERSIONS in said.output
+    said = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "b"), "--to", "native"])
+    assert "PEFT" not in said.output
+    assert VERSIONS in card(stored(), ["peft"], "owner/name")
+    page = " ".join((ROOT / "docs" / "getting-started.md").read_text().split())
+    assert CHECKED in page and f'"transformers<{NO_EFFECT_FROM}"' in page
 
 
 def test_the_configuration_is_one_of_pefts(tmp_path: Path) -> None:
