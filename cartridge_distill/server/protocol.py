@@ -259,12 +259,13 @@ def _chat_ids(
             )
         ends_with_user = messages[-1]["role"] == "user"
         # Whatever the client says is text, a template's own variables too.
-        said = [message["content"] for message in messages] + _strings(overrides)
+        said = [message["content"] for message in messages]
+        said += [value for value in overrides.values() if isinstance(value, str)]
         contents = Contents(tokenizer, said)
         arguments: dict[str, Any] = {
             "add_generation_prompt": ends_with_user,
             "continue_final_message": not ends_with_user,
-        } | _marked(contents, overrides)
+        } | {name: _marked(contents, value) for name, value in overrides.items()}
         arguments["tokenize"] = False
         for turn in messages:  # earlier answers as in `render_prompt`
             earlier_answer = turn["role"] == "assistant" and turn is not messages[-1]
@@ -276,26 +277,8 @@ def _chat_ids(
         raise Refused(f"the chat template refuses these messages: {error}") from error
 
 
-def _strings(value: Any) -> list[str]:
-    """All of them in a JSON value."""
-    if isinstance(value, str):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for part in inner for text in _strings(part)]
-
-
-def _marked(contents: Contents, value: Any) -> Any:
-    """A JSON value with its strings marked; a template of the client's own is no content."""
-    if isinstance(value, str):
-        return contents.mark(value)
-    if isinstance(value, list):
-        return [_marked(contents, part) for part in value]
-    if isinstance(value, dict):
-        return {
-            name: part if name == "chat_template" else _marked(contents, part)
-            for name, part in value.items()
-        }
-    return value
+def _marked(contents: Contents, switch: object) -> object:
+    return contents.mark(switch) if isinstance(switch, str) else switch
 
 
 def stop_check(
