@@ -1,6 +1,7 @@
 """A package installer finds a set of packages for each extra that brings many.
 
-[train] as it is. [gateway] in the environment that Tokasaurus needs, whose packages are of 2025.
+[train] with the versions of the lock. [gateway] in the environment that Tokasaurus needs, whose
+packages are of 2025.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def test_the_gateway_resolves_beside_tokasaurus(
 @pytest.mark.integration
 @pytest.mark.timeout(1800)
 def test_training_resolves(package_index: None, wheel: Path, tmp_path: Path) -> None:
-    found = resolved(wheel, "train", tmp_path)
+    """With the lock's versions. Without them pip tries versions for longer than 15 minutes."""
+    lock = ROOT / "requirements" / "lock.txt"
+    found = resolved(wheel, "train", tmp_path, "--constraint", lock)
     assert found["verl"] == "0.9.1"
     assert found.keys() >= {"ray", "transferqueue", "torch", "transformers", "gguf", "pandas"}
     for line in _lines("train"):
