@@ -1,7 +1,8 @@
 """Loading the frozen base model that student and teacher share.
 
-Any decoder that transformers serves through its attention interface will do; no model file is
-forked. What the packed attention cannot compute exactly is refused here, by name.
+No model file is forked: a decoder that takes its attention from transformers' attention interface
+will do, if that attention is what the packed one computes. Both are compared here, on the model
+itself (:mod:`cartridge_distill.model.own_attention`); what differs is refused by name.
 """
 
 from __future__ import annotations

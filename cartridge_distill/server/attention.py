@@ -1,8 +1,9 @@
 """Attention for serving: rows of ragged length behind cartridges that all rows share.
 
-Registered with transformers' attention interface, so any decoder served through it will do. Linear
-layers see the T tokens of a packed row and no padding (:mod:`cartridge_distill.server.layout`).
-Attention has two parts, merged by their running maximum and sum:
+Registered with transformers' attention interface, for models that were compared when they were
+loaded (:mod:`cartridge_distill.model.own_attention`). Linear layers see the T tokens of a packed
+row and no padding (:mod:`cartridge_distill.server.layout`). Attention has two parts, merged by
+their running maximum and sum:
 
 - the *cartridge*: one product of all its rows' queries with one copy of its keys ``[H, P, D]``,
   never repeated per row;

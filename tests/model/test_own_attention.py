@@ -46,6 +46,7 @@ def test_what_is_promised_is_accepted_in_every_dtype(kind: str, dtype: torch.dty
         ("doge", "attention mask of its own"),
         ("gpt_oss", "s_aux=a tensor"),
         ("bert", "a document has other logits packed"),  # sees later tokens
+        ("roberta, a decoder", "a document has other logits packed"),  # positions begin at 2
         ("phimoe", "a document has other logits packed"),  # rotates by the longest position
         ("jetmoe", "attends to 4 kv heads of 16 numbers, the prefix has 2"),
         ("hrm_text", "did not use the packed attention"),
@@ -141,8 +142,8 @@ def test_attention_that_depends_on_more_is_refused(
 def test_a_window_that_cannot_be_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would be without a window in these few tokens, whatever they do with more."""
     model = tiny_model("mistral_window")
-    monkeypatch.setattr("cartridge_distill.model.own_attention.WINDOW", 20)  # 18 tokens are tried
-    with pytest.raises(ConfigError, match="sliding_window=24, and does the same with 20"):
+    monkeypatch.setattr("cartridge_distill.model.own_attention.WINDOW", 15)  # 12 tokens are tried
+    with pytest.raises(ConfigError, match="sliding_window=24, and does the same with 15"):
         prepare_model(model)
 
 

@@ -164,6 +164,7 @@ def test_the_demo_model_itself() -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
     assert text(tokenizer, render_document(tokenizer, "DOC")) == SHAPES["smollm2"].document
     assert text(tokenizer, render_prompt(tokenizer, WHO)) == SHAPES["smollm2"].prompt
+    assert begin_of_text(tokenizer) == []  # so the bare model's figures stand
 
 
 BEGINS = {
