@@ -82,7 +82,7 @@ def test_the_whole_path_on_gemma_3_270m(tmp_path: Path) -> None:
     untrained = tmp_path / "untrained"
     made = ("--document", tmp_path / "document.txt", "--tokens", 64)
     run(*CLI, "init", untrained, "--model", model, *made)
-    assert "64 tokens" in run(*CLI, "info", untrained, "--model", model)
+    assert f"fits {model}" in run(*CLI, "info", untrained, "--model", model)
 
     with serving(tmp_path / "rollout.log", "/ping", "--model", model) as url:
         settings = ("--device", "cpu", "--tokens", 64, "--batch", 4, "--steps", STEPS)

@@ -61,11 +61,12 @@ _HARMLESS = (
 _FIXED = {"modules_to_save": (None, []), "num_transformer_submodules": (None, 1)}
 
 # tests/cartridge/formats/test_peft.py compares with the installed versions, and (long) the newest.
-CHECKED = "peft 0.21.2 with transformers 5.10.4 and 5.17.0"
-NO_EFFECT_FROM = "@FROM@"  # the first version of transformers with which generate ignores it
+CHECKED = "peft 0.21.2 with transformers 5.10.4, 5.17.0, 5.20.0, 5.22.0 and 5.23.0"
+# The first version of transformers with which generate ignores it; later ones are taken for alike.
+NO_EFFECT_FROM = "5.24.0"
 VERSIONS = (
-    f"Checked: {CHECKED}. With transformers {NO_EFFECT_FROM} and later, PEFT's `generate` ignores "
-    f'the cartridge with no more than a warning: use "transformers<{NO_EFFECT_FROM}".'
+    f"Checked: {CHECKED}. With transformers {NO_EFFECT_FROM}, the newest then, PEFT's `generate` "
+    f'ignores the cartridge with no more than a warning: use "transformers<{NO_EFFECT_FROM}".'
 )
 
 
