@@ -142,6 +142,8 @@ def _cost(before: str, char: str, after: str, encoding: str) -> float:
         return _ODD
     if char.islower() and before.isupper() and after.isupper():
         return _ODD
+    if char.isupper() and (before.isupper() or after.isupper()):
+        return _RARE / 3
     if script == "latin":  # never a whole word of accents
         between = len(around) == 2 and not any(neighbour.isascii() for neighbour in around)
         return _RARE if between else 0.0

@@ -78,8 +78,6 @@ def _parts(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def _clean(text: str) -> str:
-    text = _COMMENT.sub("", text)
-    text = _CONTENTS.sub("", text)
     spans: list[str] = []
 
     def put_aside(match: re.Match[str]) -> str:
@@ -87,6 +85,8 @@ def _clean(text: str) -> str:
         return f"\x00{len(spans) - 1}\x00"
 
     text = _CODE_SPAN.sub(put_aside, text)
+    text = _COMMENT.sub("", text)
+    text = _CONTENTS.sub("", text)
     text = _DEFINITION.sub("", text)
     text = _IMAGE.sub("", text)
     text = _EMPTY_LINK.sub("", text)

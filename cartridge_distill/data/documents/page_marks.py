@@ -21,7 +21,7 @@ _FORMULA = re.compile(r"\\[a-zA-Z]+|[\^_]\{|\w\^\w")
 def plain_formulas(soup: BeautifulSoup) -> None:
     """MathML, MathJax' scripts and images of formulas become text."""
     for tag in soup.find_all("script", type=re.compile(r"^math/tex")):
-        tag.replace_with(NavigableString(f" ${tag.get_text().strip()}$ "))
+        tag.replace_with(NavigableString(f"${tag.get_text().strip()}$"))
     for tag in soup.find_all(class_="katex-html"):
         tag.decompose()
     for tag in soup.find_all("math"):

@@ -17,6 +17,7 @@ from pypdf import PasswordType, PdfReader
 from tqdm import tqdm
 
 from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
+from cartridge_distill.data.documents.pdf_powers import page_text
 from cartridge_distill.data.documents.quality import measure
 from cartridge_distill.util.errors import DocumentError
 
@@ -100,7 +101,7 @@ def _attempt(action: Callable[[], T], name: str) -> T:
 def _by_pypdf(reader: PdfReader, name: str) -> list[str]:
     # A bar that shows itself after three seconds.
     pages = tqdm(reader.pages, desc=name, unit=" pages", leave=False, delay=3, disable=None)
-    return [plain_letters(page.extract_text()) for page in pages]
+    return [plain_letters(page_text(page)) for page in pages]
 
 
 def _by_pdfium(data: bytes) -> list[str]:

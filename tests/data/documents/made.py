@@ -7,9 +7,11 @@ from io import BytesIO
 from pathlib import Path
 
 from pypdf import PdfWriter
+from pypdf.generic import ArrayObject, NameObject, NumberObject
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import getSampleStyleSheet
 from reportlab.lib.utils import simpleSplit
+from reportlab.pdfbase.pdfmetrics import stringWidth
 from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import Paragraph, SimpleDocTemplate
 
@@ -56,3 +58,29 @@ def encrypted(pdf: Path, user_password: str) -> bytes:
     out = BytesIO()
     writer.write(out)
     return out.getvalue()
+
+
+def write_glued_pdf(path: Path, lines: Sequence[str], gap: float) -> None:
+    """Words set apart by moves of `gap` of the font's size, in a font whose space is far wider.
+
+    That is how TeX sets text; a reader that measures gaps by the font's space glues the words.
+    """
+    canvas = Canvas(str(path), pagesize=A4)
+    for place, line in enumerate(lines):
+        text = canvas.beginText(50, 800 - 12 * (place % 60))
+        text.setFont("Helvetica", 9)
+        shown = f" {-1000 * gap:.0f} ".join(f"({word})" for word in line.split())
+        text._code.append(f"[{shown}] TJ")
+        canvas.drawText(text)
+    canvas.save()
+    writer = PdfWriter(clone_from=path)
+    widths = [700, *(int(stringWidth(chr(code), "Helvetica", 1000)) for code in range(33, 123))]
+    for font in writer.pages[0]["/Resources"]["/Font"].values():  # type: ignore[index]
+        font.get_object().update(
+            {
+                NameObject("/FirstChar"): NumberObject(32),
+                NameObject("/LastChar"): NumberObject(122),
+                NameObject("/Widths"): ArrayObject(map(NumberObject, widths)),
+            }
+        )
+    writer.write(path)

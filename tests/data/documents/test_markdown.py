@@ -1,0 +1,52 @@
+"""Of a Markdown file, what is markup for a program or a browser is left out."""
+
+from __future__ import annotations
+
+import pytest
+
+from cartridge_distill.data.documents.markdown import clean_markdown
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("---\ntitle: Care\ntags: [a]\n---\n# Axle\n", "# Axle\n"),
+        ("+++\ntitle = 'Care'\n+++\nText.\n", "Text.\n"),
+        ("A text.\n\n---\n\nMore: yes.\n\n---\n", "A text.\n\n---\n\nMore: yes.\n\n---\n"),
+        ("One <!-- a\ncomment --> two.", "One  two."),
+        ("[![Build](https://a/b.svg)](https://a) Text.", " Text."),
+        ('![A picture](a(1).png "Title") Text.', " Text."),
+        ("![ref][pic] Text.\n\n[pic]: a.png\n", " Text.\n\n"),
+        (
+            "See [the pier](https://a.b/c_(d)) and [this][1].\n\n[1]: <x y>\n",
+            "See the pier and this.\n\n",
+        ),
+        ("See <https://a.b>.", "See https://a.b."),
+        ("<p align='center'>\n  <img src='a.png'>\n  Text.<br/>\n</p>", "\n  \n  Text.\n"),
+        ("A vector<int> of 10<sup>5</sup>.", "A vector<int> of 10^5."),
+        (
+            "## Contents\n\n- [One](#one)\n  - [Two](#two)\n- [Three](#three)\n\n## One\n",
+            "## One\n",
+        ),
+        ("- [One](a.md)\n- [Two](b.md)\n- [Three](c.md)\n", "- One\n- Two\n- Three\n"),
+        ("Write `[a](b)` and ``<!-- x -->``.", "Write `[a](b)` and ``<!-- x -->``."),
+        ("```\n[a](b) <!-- c --> <br>\n```\n", "```\n[a](b) <!-- c --> <br>\n```\n"),
+        ("- [ ] to do\n- [x] done [1]\n", "- [ ] to do\n- [x] done [1]\n"),
+        ("A note.[^1]\n\n[^1]: Its text.\n", "A note.[^1]\n\n[^1]: Its text.\n"),
+        ("\\[not a link](x) a * b * c", "\\[not a link](x) a * b * c"),
+    ],
+)
+def test_what_is_left(text: str, left: str) -> None:
+    assert clean_markdown(text)[1] == left
+
+
+def test_the_title_of_the_front_matter() -> None:
+    assert clean_markdown("---\ntitle: 'Care: an axle'\n---\nText.")[0] == "Care: an axle"
+    assert clean_markdown('+++\ntitle = "Care"\n+++\nText.')[0] == "Care"
+    assert clean_markdown("---\ntags: [a]\n---\nText.")[0] is None
+    assert clean_markdown("---\n{: no yaml\n---\nText.") == (None, "Text.")
+
+
+def test_brackets_that_never_close_cost_no_more_than_their_length() -> None:
+    text = "[" * 20_000 + "`" * 5_001 + "<!--" * 5_000
+    assert clean_markdown(text)[1]
