@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cartridge_distill.data.documents.decoding import Decoded, decode
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.lfs import about, is_pointer
 
 _NO_PROSE = ("head", "script", "style", "template", "noscript", "svg", "nav", "form", "iframe")
 _PAGES_NAMED = 8
@@ -127,6 +128,8 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
         raise DocumentError(f"{path} cannot be read: {error.strerror}.") from error
     if not data.strip():
         raise DocumentError(f"{path} is empty. Put text in, or take it out.")
+    if is_pointer(data):
+        raise DocumentError(about(path))
     title, text, notes = kind(data, str(path))
     if not text.strip():
         raise DocumentError(f"{path} holds no text. Put some in, or take it out.")

@@ -21,7 +21,9 @@ from cartridge_distill.data.documents import structure
 from cartridge_distill.data.documents.chunking import chunk_text
 from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_documents
 from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.lfs import refuse_pointers
 
 LONGHEALTH = "https://raw.githubusercontent.com/kbressem/LongHealth/main/data/benchmark_v5.json"
 # The heading of a record's text: a short beginning that ends in a colon.
@@ -164,9 +166,11 @@ def _records_text(data: str, say: Say) -> str:
     try:
         if data.startswith(("http://", "https://")):
             say(f"Downloading {data} ...")
-            return httpx.get(data, follow_redirects=True, timeout=60).raise_for_status().text
-        return Path(data).read_text()
-    except (OSError, UnicodeDecodeError, httpx.HTTPError) as error:
+            answer = httpx.get(data, follow_redirects=True, timeout=60).raise_for_status()
+            return json_text.decode(answer.content)
+        refuse_pointers(Path(data))
+        return json_text.decode(Path(data).read_bytes())
+    except (OSError, ValueError, httpx.HTTPError) as error:
         raise ConfigError(
             f"{data} cannot be read: {error}. Give with --data a JSON file of records or its URL, "
             f"a folder of documents, or one document ({', '.join(KINDS)}). Without a network, copy "
