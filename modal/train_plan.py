@@ -139,6 +139,11 @@ def run_attempt(
     logger.info("%d of %d steps done; %s", before, steps, run)
     code = subprocess.run(list(line), env=dict(environment), check=False).returncode
     after = saved_step(run)
+    if code == 0 and after < steps:
+        return (
+            1,
+            f"the training ended without an error, but at step {after} of {steps}; see its log",
+        )
     if code == 0:
         saved = run / "checkpoints" / f"global_step_{after}" / "actor" / "cartridge"
         return 0, f"done; the newest cartridge: {saved}"

@@ -6,7 +6,9 @@ Everything in it comes from the cartridge's own JSON. Text that users wrote goes
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from cartridge_distill.cartridge.formats.peft import VERSIONS
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 
 CARD_FILE = "README.md"
+_MARK = "\n<!-- cartridge-distill wrote this card; SHA-256 of what is above: {} -->\n"
 _CURVE_ROWS = 12
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -50,7 +53,14 @@ def card(cartridge: StoredCartridge, formats: Sequence[str], location: str) -> s
         sections.append(_use_peft(base, location, cartridge))
     if "tokasaurus" in formats:
         sections.append(_use_tokasaurus(location))
-    return "\n\n".join(section for section in sections if section) + "\n"
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_written_here(text: str) -> bool:
+    """Whether a card is as :func:`card` wrote it, without a line by another hand."""
+    written, begin, mark = text.rpartition(_MARK.partition("{}")[0])
+    return begin + mark == _MARK.format(hashlib.sha256(written.encode()).hexdigest())
 
 
 def _front_matter(base: str, formats: Sequence[str]) -> str:
@@ -166,7 +176,7 @@ def _use_here(base: str, location: str) -> str:
     return f"""### Here
 
 ```bash
-python -m cartridge_distill.cli.chat --model {_plain(base)} --cartridge {_plain(location)}
+cartridge-distill chat --model {_pasted(base)} --cartridge {_pasted(location)}
 ```"""
 
 
@@ -232,6 +242,11 @@ def _plain(value: object) -> str:
     """On one line, without what ends a table's cell or begins a tag."""
     text = " ".join(str(value).split())
     return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _pasted(value: object) -> str:
+    """One word of a shell's command, on one line."""
+    return shlex.quote(" ".join(str(value).split()))
 
 
 def _is_number(value: object) -> bool:

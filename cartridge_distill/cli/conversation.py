@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from cartridge_distill.cartridge.checkpoint import load_cartridge
 from cartridge_distill.cartridge.kv_shape import check_fits
@@ -27,7 +27,9 @@ from cartridge_distill.model.prompts import (
     render_document,
     render_prompt,
 )
+from cartridge_distill.model.reading import read_tokenizer, reading
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.extras import require
 
 
 @torch.no_grad()
@@ -89,9 +91,10 @@ def converse(options: argparse.Namespace) -> None:
     if options.temperature < 0 or options.max_new_tokens < 1:
         raise ConfigError("--temperature must be 0 or more, --max-new-tokens 1 or more.")
     cartridge = load_cartridge(options.cartridge) if options.cartridge else None
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = read_tokenizer(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    with reading(options.model, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     model.to(device).eval()
     if cartridge is not None:
         print(_memory(cartridge, tokenizer, options.document), file=sys.stderr)
@@ -121,5 +124,8 @@ def _memory(cartridge: TrainableCache, tokenizer: Any, document: Path | None) ->
     said = f"[the cartridge takes {cartridge.num_tokens} KV tokens"
     if document is None:
         return said + "]"
-    tokens = len(render_document(tokenizer, document.read_text(encoding="utf-8")))
+    require("chat --document")
+    from cartridge_distill.data.documents.one import one_document  # an extra reads documents
+
+    tokens = len(render_document(tokenizer, one_document(document).text))
     return f"{said}; the document would have taken {tokens}, {tokens / cartridge.num_tokens:.1f}x]"

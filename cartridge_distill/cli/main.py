@@ -175,19 +175,21 @@ def init(
     out: Annotated[Path, typer.Argument(help="Directory of the new cartridge.")],
     model: Model,
     document: Annotated[
-        Path | None, typer.Option(help="Text file whose first tokens it starts as.")
+        Path | None,
+        typer.Option(help="Its first tokens are the start: text, Markdown, HTML, PDF, a record."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="A multiple of 16 for Tokasaurus.")] = 2048,
     frozen: Annotated[int, typer.Option(help="First tokens that are never trained.")] = 1,
     random: Annotated[bool, typer.Option(help="Noise in place of a document.")] = False,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make an untrained cartridge, from a document's first tokens or from noise."""
     if random == (document is not None):
         raise ConfigError("give --document FILE, or --random; one of them")
     from cartridge_distill.cli.untrained import make
 
-    make(out, model, document, tokens, frozen, seed)
+    make(out, model, document, tokens, frozen, seed, overwrite)
     typer.echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
 
 

@@ -80,10 +80,10 @@ def run(options: ServeOptions) -> None:
     os.environ.update(spinning(os.environ))  # before torch is imported
     import torch
     import uvicorn
-    from transformers import AutoConfig, AutoTokenizer
 
     from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
     from cartridge_distill.model.loading import load_model
+    from cartridge_distill.model.reading import read_model_config, read_tokenizer
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.openai.app import create_openai_app
     from cartridge_distill.server.settings import ServerSettings
@@ -92,7 +92,7 @@ def run(options: ServeOptions) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="cartridges-") as folder:
-        config = AutoConfig.from_pretrained(options.model)
+        config = read_model_config(options.model)
         ids = {}
         for number, (name, source) in enumerate(sources.items()):
             # Ids of our own: a name may hold what the server's directory names may not.
@@ -105,7 +105,7 @@ def run(options: ServeOptions) -> None:
         )
         typer.echo(f"loading {options.model} ...")
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = read_tokenizer(options.model)
         service = Service(model, tokenizer, settings, options.threads)
         port = CHAT_PORT if options.port is None else options.port
         shown = f"http://{options.host}:{port}/v1"

@@ -6,37 +6,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+import typer
 
-from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, write_cartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
+from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
-from cartridge_distill.data.records import Document
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.reading import read_model_config, read_tokenizer
+from cartridge_distill.util.extras import require
 
 
-def make(out: Path, model: str, document: Path | None, tokens: int, frozen: int, seed: int) -> None:
+def make(
+    out: Path,
+    model: str,
+    document: Path | None,
+    tokens: int,
+    frozen: int,
+    seed: int,
+    overwrite: bool = False,
+) -> None:
     """Writes an untrained cartridge.
 
     Args:
         out: its directory.
         model: folder or hub id of the base model.
-        document: text file whose first tokens it starts as; None starts it from noise.
+        document: file whose first tokens it starts as, of any kind that ``prepare`` reads; None
+            starts it from noise.
         tokens, frozen: of the cartridge; the first ``frozen`` are never trained.
         seed: of the noise.
+        overwrite: replace a cartridge that is there.
+
+    Raises:
+        CartridgeDistillError: model or document cannot be read, or do not fit.
+        FileExistsError: ``out`` is there and ``overwrite`` is false.
     """
+    if out.exists() and not overwrite:  # before the model is loaded
+        raise FileExistsError(f"{out} is already there; --overwrite replaces a cartridge")
     meta = CartridgeMeta(base_model=model)
     if document is None:
-        config = AutoConfig.from_pretrained(model)
-        cartridge = TrainableCache.from_random(config, tokens, frozen, seed)
+        cartridge = TrainableCache.from_random(read_model_config(model), tokens, frozen, seed)
         meta.recipe["init"] = {"from": "random", "seed": seed}
     else:
-        text = document.read_text(encoding="utf-8")
-        ids = render_document(AutoTokenizer.from_pretrained(model), text)
+        require("init --document")
+        from cartridge_distill.data.documents.one import one_document  # an extra reads documents
+        from cartridge_distill.data.records import sha256_of
+
+        source = one_document(document, lambda line: typer.echo(line, err=True))
+        ids = render_document(read_tokenizer(model), source.text)
         loaded: Any = load_model(model, torch.float32, "cpu")
         cartridge = cartridge_from_text(loaded, torch.tensor(ids), tokens, frozen)
-        meta.document_sha256 = Document.of(document.stem, text).sha256
-        meta.document_title = document.stem
+        meta.document_sha256 = sha256_of(source.text)
+        meta.document_title = source.title
         meta.recipe["init"] = {"from": "text"}
-    save_cartridge(cartridge, out, meta)
+    snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
+    write_cartridge(StoredCartridge(snapshot, meta), out, "native", overwrite)

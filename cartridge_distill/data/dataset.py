@@ -22,8 +22,11 @@ import pyarrow.parquet as pq
 from cartridge_distill.data.decontamination import Guard, check_held_out
 from cartridge_distill.data.documents.source import Source
 from cartridge_distill.data.records import Question, save_documents, save_questions
+from cartridge_distill.util.errors import ConfigError
 
 Row = dict[str, Any]
+
+FILES = ("train.parquet", "val.parquet", "documents.jsonl", "eval.json")
 
 SCHEMA = pa.schema(
     {
@@ -108,6 +111,24 @@ def evaluation_questions(sources: Sequence[Source]) -> list[Question]:
     ]
 
 
+def check_replaceable(out: Path) -> None:
+    """Raises ConfigError when the folder's files were not written by :func:`write_dataset`."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    there = [name for name in FILES if (out / name).exists()]
+    if not there:
+        return
+    try:
+        columns = pq.read_schema(out / FILES[0]).names  # it is the first that is written
+    except (pa.ArrowException, OSError):
+        columns = []
+    if columns != SCHEMA.names:
+        raise ConfigError(
+            f"--out {out} holds {', '.join(there)}, which this command did not write; name another "
+            "folder, or move them away"
+        )
+
+
 def write_dataset(
     out: Path, sources: Sequence[Source], train: Sequence[Row], val: Sequence[Row]
 ) -> None:
@@ -115,8 +136,10 @@ def write_dataset(
 
     Raises:
         ConfigError: an evaluation question is among the prompts, or a held-out prompt among those
-            to be trained on; nothing is written then.
+            to be trained on, or the folder holds files of these names that are of another origin;
+            nothing is written then.
     """
+    check_replaceable(out)
     guard = Guard([question for source in sources for question in source.questions])
     guard.check([*train, *val])
     check_held_out(train, val)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.lfs import refuse_pointers
 
 
 class DocumentStore:
@@ -30,20 +32,22 @@ class DocumentStore:
             raise DocumentError(
                 f"documents file {path} does not exist; training/prepare_data.py writes it"
             )
-        if path.suffix == ".parquet":
-            import pandas as pd
-
-            rows = pd.read_parquet(path).to_dict("records")
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        else:
+        if path.suffix not in (".parquet", ".jsonl"):
             raise DocumentError(f"documents file {path}: expected .parquet or .jsonl")
+        try:
+            rows = _rows(path)
+        except (OSError, ValueError) as error:
+            raise DocumentError(f"documents file {path} cannot be read: {error}") from error
         texts: dict[str, str] = {}
         for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise DocumentError(f"{path}, row {number}: a {type(row).__name__}, not an object")
             if "document_id" not in row or "text" not in row:
                 raise DocumentError(
                     f"{path}, row {number}: needs document_id and text, has {sorted(row)}"
                 )
+            if not isinstance(row["document_id"], str) or not row["document_id"]:
+                raise DocumentError(f"{path}, row {number}: document_id is {row['document_id']!r}")
             if row["document_id"] in texts:
                 raise DocumentError(f"{path}: document {row['document_id']!r} appears twice")
             texts[row["document_id"]] = row["text"]
@@ -64,3 +68,19 @@ class DocumentStore:
                 "the teacher would be the bare model"
             )
         return self._texts[document_id]
+
+
+def _rows(path: Path) -> list[Any]:
+    """Raises OSError or ValueError."""
+    refuse_pointers(path)
+    if path.suffix == ".parquet":
+        import pandas as pd
+
+        return pd.read_parquet(path).to_dict("records")
+    found = []
+    for number, line in enumerate(json_text.decode(path.read_bytes()).split("\n"), 1):
+        try:
+            found += [json_text.loads(line)] if line.strip() else []
+        except json_text.JsonError as error:
+            raise ValueError(f"line {number} {error}") from error
+    return found

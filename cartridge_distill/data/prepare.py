@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
-from cartridge_distill.data.dataset import Row, write_dataset
+from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.prompt_length import PromptLimit
@@ -40,6 +40,7 @@ SELF_STUDY = "self_study"
 def run(options: argparse.Namespace) -> None:
     """Reads, cuts, makes prompts and writes."""
     check_options(options)
+    check_replaceable(options.out)  # before anything is read or written by a model
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
     limit = PromptLimit(tokenizer, options.prompt_tokens)

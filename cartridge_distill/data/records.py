@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError, DocumentError
 
 OPTION_KEYS = ("answer_a", "answer_b", "answer_c", "answer_d", "answer_e")
@@ -43,6 +44,23 @@ class Question:
     options: tuple[str, ...]
     correct: int
     stem: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where nobody could tell which answer is right."""
+        texts = (self.document_id, self.question, *self.options)
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigError(
+                "a question has an id, a text and options, none of them empty or null"
+            )
+        if type(self.correct) is not int or not 0 <= self.correct < len(self.options):
+            raise ConfigError(
+                f"correct={self.correct!r} is not the place of one of {len(self.options)} options"
+            )
+        twice = [option for option in self.options if self.options.count(option) > 1]
+        if twice:
+            raise ConfigError(
+                f"the option {twice[0]!r} stands there twice; give each a text of its own"
+            )
 
     @property
     def answer(self) -> str:
@@ -107,19 +125,10 @@ def parse_records(text: str, source: str) -> list[Record]:
             each names the patient and the key.
         DocumentError: a patient's text is empty.
     """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise ConfigError(f"{source}: the key {key!r} occurs twice; ids must be unique.")
-            seen[key] = value
-        return seen
-
     try:
-        data = json.loads(text, object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not JSON: {error}") from error
+        data = json_text.loads(text)
+    except json_text.JsonError as error:
+        raise ConfigError(f"{source} {error}") from error
     if not isinstance(data, dict) or not data:
         raise ConfigError(
             f"{source} must be a JSON object {{patient id: record}} with at least one patient, "
@@ -141,9 +150,9 @@ def _record(document_id: str, entry: Any, source: str) -> Record:
             raise DocumentError(f"{where}: {key!r} is empty. Fill it, or take the key out.")
     return Record(
         document_id=document_id,
-        name=str(entry["name"]),
-        birthday=str(entry["birthday"]),
-        diagnosis=str(entry["diagnosis"]),
+        name=_text(entry, "name", where),
+        birthday=_text(entry, "birthday", where),
+        diagnosis=_text(entry, "diagnosis", where),
         texts=tuple(text.strip() for text in entry["texts"].values()),
         questions=tuple(
             _question(document_id, question, f"{where}, question {number}")
@@ -154,8 +163,8 @@ def _record(document_id: str, entry: Any, source: str) -> Record:
 
 def _question(document_id: str, entry: Any, where: str) -> Question:
     _need(entry, ("question", *OPTION_KEYS, "correct"), where)
-    options = tuple(str(entry[key]).strip() for key in OPTION_KEYS)
-    correct = str(entry["correct"]).strip()
+    options = tuple(_text(entry, key, where) for key in OPTION_KEYS)
+    correct = _text(entry, "correct", where)
     if correct not in options:
         raise ConfigError(
             f"{where}: the right answer {correct!r} is not among the options {list(options)}. "
@@ -164,13 +173,24 @@ def _question(document_id: str, entry: Any, where: str) -> Question:
     stem = entry.get("stem")
     if stem is not None and (not isinstance(stem, str) or not stem.strip()):
         raise ConfigError(f"{where}: 'stem' must be a text that the options complete, or absent.")
-    return Question(
-        document_id=document_id,
-        question=str(entry["question"]).strip(),
-        options=options,
-        correct=options.index(correct),
-        stem=stem.strip() if stem else None,
-    )
+    question = _text(entry, "question", where)
+    try:
+        return Question(
+            document_id, question, options, options.index(correct), stem.strip() if stem else None
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
+    """A value that becomes text; a number may be one, and null is none."""
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        shown = "null" if value is None else f"a {type(value).__name__}"
+        raise ConfigError(f"{where}: {key!r} is {shown}, not a text. Fill it.")
+    if not str(value).strip():
+        raise ConfigError(f"{where}: {key!r} is empty. Fill it.")
+    return str(value).strip()
 
 
 def _need(entry: Any, keys: Iterable[str], where: str) -> None:
@@ -184,7 +204,7 @@ def _need(entry: Any, keys: Iterable[str], where: str) -> None:
 def save_questions(path: Path, questions: Iterable[Question]) -> None:
     """Writes `eval.json`: a list of questions."""
     rows = [asdict(question) for question in questions]
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_questions(path: Path) -> list[Question]:
@@ -194,8 +214,12 @@ def load_questions(path: Path) -> list[Question]:
         ConfigError: the file is not such a list.
     """
     try:
-        rows = json.loads(path.read_text())
+        rows = json_text.load(path)
         return [Question(**{**row, "options": tuple(row["options"])}) for row in rows]
+    except json_text.JsonError as error:
+        raise ConfigError(f"{path} {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is not a file of evaluation questions ({error!r}). "

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 import cartridge_distill
 from cartridge_distill.cartridge.checkpoint import read_cartridge, record
@@ -32,7 +31,7 @@ from cartridge_distill.evaluation.conditions import (
 )
 from cartridge_distill.evaluation.data import EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
-from cartridge_distill.evaluation.journal import Journal
+from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
 from cartridge_distill.evaluation.names import (
     BEST_CHUNK,
     FULL_DOCUMENT,
@@ -41,11 +40,12 @@ from cartridge_distill.evaluation.names import (
     UNTRAINED,
 )
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
-from cartridge_distill.evaluation.results import summarise, write_summary
+from cartridge_distill.evaluation.results import check_replaceable, summarise, write_summary
 from cartridge_distill.evaluation.scoring import greedy_answers
 from cartridge_distill.evaluation.table import format_table
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.reading import read_tokenizer
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import ConfigError
 
@@ -72,6 +72,7 @@ def evaluate_folder(options: argparse.Namespace) -> str:
     Raises:
         CartridgeDistillError: something cannot be read, does not fit, or makes no sense.
     """
+    check_replaceable(options.out, JOURNAL_FILE)
     if options.record:
         record(options.cartridge)  # before minutes are spent: can it hold them?
     summary = _evaluate(options)
@@ -130,7 +131,7 @@ def _means(summary: dict[str, Any]) -> list[dict[str, Any]]:
 def _load(options: argparse.Namespace) -> _Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _Stage(f"reading {options.data}"):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = read_tokenizer(options.model)
         data = EvaluationData.from_folder(options.data, tokenizer, options.prompts, options.limit)
     with _Stage(f"loading {options.model} ({options.dtype}, {device})"):
         model = load_model(options.model, getattr(torch, options.dtype), device)

@@ -25,6 +25,8 @@ from cartridge_distill.evaluation.bootstrap import (
     estimate_difference,
 )
 from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
+from cartridge_distill.util import json_text
+from cartridge_distill.util.errors import ConfigError
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"
@@ -230,6 +232,33 @@ def summarise(results: Results, described: Mapping[str, Any], seed: int) -> dict
 
 def _plain(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
     return {name: value and dataclasses.asdict(value) for name, value in found.items()}
+
+
+def check_replaceable(folder: Path, journal: str) -> None:
+    """Is what lies under the names of the results an earlier evaluation's?
+
+    Args:
+        journal: name of an unfinished evaluation's journal.
+
+    Raises:
+        ConfigError: it is not, or cannot be told to be.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    summary = folder / SUMMARY_FILE
+    there = [name for name in (QUESTIONS_FILE, PROMPTS_FILE) if (folder / name).exists()]
+    try:
+        ours = {"conditions", "confidence", "seed"} <= set(json_text.load(summary))
+    except FileNotFoundError:
+        ours = (folder / journal).exists() or not there  # stopped before its last file
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        there += [SUMMARY_FILE] if summary.exists() else []
+        raise ConfigError(
+            f"--out {folder} holds {', '.join(there)}, which no evaluation wrote; name another "
+            "folder, or move them away"
+        )
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:

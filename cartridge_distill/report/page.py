@@ -31,6 +31,7 @@ from cartridge_distill.report.reading import Condition, Interval, Run, condition
 from cartridge_distill.util.errors import ReportError
 
 # Columns of the table: metric, heading, unit or remark.
+_BEGINNING_BYTES = 2**16  # the page's title is in them
 _METRICS = (
     ("log_loss", "Log-loss of the right answer", "nats per token, lower is better"),
     ("kl", "KL to the full document", "nats per token, lower is better"),
@@ -66,10 +67,22 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     twice = [str(folder) for folder in folders if resolved.count(folder.resolve()) > 1]
     if twice:
         raise ReportError(f"{twice[0]} is named twice; name each run once")
+    check_replaceable(out)
     text = render([read_run(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return out
+
+
+def check_replaceable(out: Path) -> None:
+    """Raises ReportError when ``out`` is something else than a report."""
+    if out.is_dir():
+        raise ReportError(f"{out} is a folder; name the HTML file")
+    if out.exists():
+        with out.open("rb") as file:
+            beginning = file.read(_BEGINNING_BYTES)
+        if b": cartridge report</title>" not in beginning:
+            raise ReportError(f"{out} is there and is no report; name another file with --out")
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -158,9 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     print(f"loading {options.model} ...", flush=True)
     import torch
-    from transformers import AutoTokenizer
 
     from cartridge_distill.model.loading import load_model
+    from cartridge_distill.model.reading import read_tokenizer
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.running import uvicorn_server
     from cartridge_distill.server.settings import ServerSettings
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             idle_s=options.idle_s,
         )
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+        tokenizer = read_tokenizer(options.tokenizer or options.model)
         service = Service(model, tokenizer, settings, options.threads)
     except (ConfigError, OSError, ValueError) as error:
         print(f"cannot start: {error}", file=sys.stderr)

@@ -16,6 +16,8 @@ _TRAIN = ("verl", "ray", "transfer_queue", "pandas", "pyarrow")
 
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "prepare": {"data": _DATA},
+    "init --document": {"data": _DATA},
+    "chat --document": {"data": _DATA},
     "serve": {"gateway": ("prometheus_client",)},
     "train": {"train": _TRAIN},
     "eval": {"data": ("bm25s", "pandas", "pyarrow")},

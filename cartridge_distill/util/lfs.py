@@ -7,6 +7,10 @@ from pathlib import Path
 from cartridge_distill.util.errors import CartridgeDistillError
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
+IS_ONE = (
+    "is a Git LFS pointer, not the file itself: the folder was cloned without Git LFS. Run "
+    "`git lfs pull` there, or download the file again"
+)
 _LARGEST = 1024  # bytes, by the specification of Git LFS
 
 
@@ -32,10 +36,7 @@ def pointer_in(place: Path) -> Path | None:
 
 def about(file: Path | str) -> str:
     """What is wrong with a pointer, and the fix."""
-    return (
-        f"{file} is a Git LFS pointer, not the file itself: the folder was cloned without Git LFS. "
-        "Run `git lfs pull` there, or download the file again"
-    )
+    return f"{file} {IS_ONE}"
 
 
 def refuse_pointers(place: Path) -> None:

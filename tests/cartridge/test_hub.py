@@ -99,6 +99,13 @@ def test_pushing_again_replaces_a_cartridge_and_nothing_else(source: Path, tmp_p
         push(source, target)
     push(source, target, formats=["native"], overwrite=True)
     assert set(os.listdir(target)) == {"cartridge.safetensors", "cartridge.json", "README.md"}
+    card = target / "README.md"
+    card.write_text(card.read_text() + "\nWhat I found out with it: ...\n")
+    with pytest.raises(CartridgeFormatError, match="README.md is not as it was written here"):
+        push(source, target, overwrite=True)
+    with pytest.raises(CartridgeFormatError, match="README.md is not as it was written here"):
+        pull(source, target, overwrite=True)
+    assert "What I found out" in card.read_text()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(CartridgeFormatError, match="holds no cartridge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,13 @@ from cartridge_distill.cartridge.checkpoint import (
     record,
     save_cartridge,
 )
+from cartridge_distill.cli import chat
 from cartridge_distill.cli.main import app
+from cartridge_distill.data import command as prepare
+from cartridge_distill.data.documents.reading import read_documents
+from cartridge_distill.data.records import sha256_of
+from cartridge_distill.evaluation import command as evaluate
+from tests.data.documents.made import write_pdf
 from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import child_environment
 
@@ -87,6 +94,105 @@ def test_init_makes_a_cartridge_of_a_document(model_folder: Path, tmp_path: Path
         *("--document", tmp_path / "record.txt"),
     )
     assert status == 1 and "fewer cartridge tokens" in shown and not (tmp_path / "x").exists()
+
+
+def test_init_reads_a_document_of_any_kind_that_prepare_reads(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    words = "The harbour master keeps the keys of the old museum. " * 4
+    write_pdf(tmp_path / "guide.pdf", [words], title="The guide")
+    (tmp_path / "guide.html").write_text(f"<title>The guide</title><p>{words}</p>")
+    (tmp_path / "marked.txt").write_text(words, encoding="utf-16")
+    for name in ("guide.pdf", "guide.html", "marked.txt"):
+        out = tmp_path / f"of {name}"
+        typed = ("init", out, "--model", model_folder, "--tokens", 32, "--document")
+        status, shown = run(*typed, tmp_path / name)
+        assert status == 0, shown
+        [read] = read_documents(tmp_path / name).documents
+        about = read_meta(out)
+        assert about["document_sha256"] == sha256_of(read.text)
+        assert about["document_title"] == read.title
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.txt", None, "none.txt"),
+        ("paper.docx", b"PK\x03\x04", "not a kind that is read"),
+        ("lfs.txt", b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "Git LFS pointer"),
+        ("broken.pdf", b"%PDF-1.4 nothing", "broken.pdf"),
+        ("records.json", b'{"p1": {}}', "missing 'name'"),
+    ],
+)
+def test_init_names_what_it_cannot_read(
+    model_folder: Path, tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    typed = ("init", tmp_path / "c", "--model", model_folder, "--document", tmp_path / name)
+    status, shown = run(*typed)
+    assert status == 1 and says in shown and "Traceback" not in shown
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ("init", "OUT", "--model", "NO", "--random"),
+        ("info", "CARTRIDGE", "--model", "NO"),
+        ("serve", "--model", "NO", "--cartridge", "a=CARTRIDGE"),
+        ("doctor", "--model", "NO"),
+    ],
+)
+def test_a_mistyped_model_is_named(cartridge: Path, tmp_path: Path, typed: tuple[str, ...]) -> None:
+    no = tmp_path / "no" / "such model"
+    places = {"OUT": tmp_path / "out", "NO": no, "CARTRIDGE": cartridge}
+    places["a=CARTRIDGE"] = Path(f"a={cartridge}")
+    status, shown = run(*(places.get(word, word) for word in typed))
+    assert status == 1 and f"{no}: there is no such folder" in shown.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["chat", "eval", "prepare"])
+def test_a_mistyped_model_is_named_by_what_is_passed_on(
+    command: str, cartridge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("A text. " * 30)
+    no, data = str(tmp_path / "no" / "such"), str(tmp_path / "a.txt")
+    typed = {
+        "chat": (chat.main, ["--model", no, "--prompt", "?"]),
+        "eval": (evaluate.main, ["--model", no, "--data", data, "--cartridge", str(cartridge)]),
+        "prepare": (
+            prepare.main,
+            ["--tokenizer", no, "--data", data, "--out", str(tmp_path / "o")],
+        ),
+    }
+    main, arguments = typed[command]
+    assert main(arguments) == 1
+    assert f"{no}: there is no such folder" in capsys.readouterr().err
+
+
+def test_a_pointer_in_place_of_weights_is_called_one(model_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    [weights] = copy.glob("*.safetensors")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    status, shown = run("info", tmp_path, "--model", copy)
+    assert status == 1 and "Git LFS pointer" in shown
+
+
+def test_init_replaces_a_cartridge_when_asked_and_nothing_else(
+    model_folder: Path, cartridge: Path, tmp_path: Path
+) -> None:
+    typed = ("--model", model_folder, "--tokens", 32, "--random")
+    status, shown = run("init", cartridge, *typed)
+    assert status == 1 and "already there" in shown
+    assert load_cartridge(cartridge).num_tokens == 16
+    assert run("init", cartridge, *typed, "--overwrite")[0] == 0
+    assert load_cartridge(cartridge).num_tokens == 32
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    status, shown = run("init", tmp_path / "letters", *typed, "--overwrite")
+    assert status == 1 and (tmp_path / "letters" / "dear.txt").exists()
 
 
 def test_info_says_what_it_is_and_whether_it_fits(

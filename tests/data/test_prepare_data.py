@@ -65,6 +65,25 @@ def test_no_prompt_is_longer_than_the_training_takes(
     assert "over --prompt-tokens 9; the shortest has" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "documents.jsonl"])
+def test_data_of_another_origin_are_not_replaced(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if name.endswith("parquet"):
+        pd.DataFrame({"prompt": ["mine"]}).to_parquet(out / name)
+    else:
+        (out / name).write_text('{"document_id": "mine", "text": "mine"}')
+    before = (out / name).read_bytes()
+    assert prepare_data.main(command(model, out)) == 1
+    assert f"holds {name}, which this command did not write" in capsys.readouterr().err
+    assert (out / name).read_bytes() == before
+    (out / name).unlink()
+    assert prepare_data.main(command(model, out)) == 0
+    assert prepare_data.main(command(model, out, "--seed", "1")) == 0  # its own it replaces
+
+
 def test_the_limits_are_those_of_the_training() -> None:
     config = yaml.safe_load((CONFIG_FOLDER / f"{CONFIG_NAME}.yaml").read_text())
     assert config["data"]["max_prompt_length"] == PROMPT_TOKENS

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.documents.source import load_sources
 from cartridge_distill.data.records import (
     Document,
     load_questions,
@@ -70,6 +71,17 @@ def in_question(**values: Any) -> Callable[[dict[str, Any]], None]:
         (change(questions={}), ConfigError, "'questions' must be a JSON list"),
         (in_question(correct="Dr. Z"), ConfigError, "'Dr. Z' is not among the options"),
         (in_question(stem=" "), ConfigError, "'stem' must be a text"),
+        (change(birthday=None), ConfigError, "'p1': 'birthday' is null, not a text"),
+        (change(name=" "), ConfigError, "'p1': 'name' is empty"),
+        (change(diagnosis=["Hiccups"]), ConfigError, "'diagnosis' is a list"),
+        (in_question(question=None), ConfigError, "question 0: 'question' is null"),
+        (in_question(answer_b=None), ConfigError, "'answer_b' is null"),
+        (in_question(answer_b=True), ConfigError, "'answer_b' is a bool"),
+        (
+            in_question(answer_b="Dr. D "),
+            ConfigError,
+            "question 0: the option 'Dr. D' stands there",
+        ),
     ],
 )
 def test_bad_records_are_refused(
@@ -94,6 +106,71 @@ def test_bad_records_are_refused(
 def test_bad_files_are_refused(source: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_records(source, "x.json")
+
+
+def test_a_number_is_a_text_and_a_byte_order_mark_is_none(tmp_path: Path) -> None:
+    (record,) = parse(RECORD | {"birthday": 1950})
+    assert "born 1950." in record.document
+    text = json.dumps({"p1": RECORD}, ensure_ascii=False)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "records.json").write_bytes(text.encode(encoding))
+        [source] = load_sources(str(tmp_path / "records.json"), lambda line: None)
+        assert source.document_id == "p1" and source.text == parse(RECORD)[0].document
+    (tmp_path / "records.json").write_bytes(b'{"p\xff1": 1}')
+    with pytest.raises(ConfigError, match="is no Unicode text"):
+        load_sources(str(tmp_path / "records.json"), lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"correct": 5}, "correct=5 is not the place of one of 5 options"),
+        ({"correct": -1}, "correct=-1"),
+        ({"options": ["a", "b", "a"]}, "the option 'a' stands there twice"),
+        ({"options": ["a", None]}, "none of them empty or null"),
+        ({"question": None}, "none of them empty or null"),
+        ({"weight": 3}, "not a file of evaluation questions.*weight"),
+    ],
+)
+def test_an_evaluation_question_that_nobody_could_answer(
+    tmp_path: Path, row: dict[str, Any], says: str
+) -> None:
+    good = {"document_id": "d", "question": "?", "options": list("abcde"), "correct": 2}
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps([good | row]))
+    with pytest.raises(ConfigError, match=f"eval.json.*{says}"):
+        load_questions(file)
+    file.write_text(json.dumps([good]), encoding="utf-8-sig")
+    assert load_questions(file)[0].answer == "c"
+    file.write_text('[{"question": "?", "question": "!"}]')
+    with pytest.raises(ConfigError, match="eval.json has a name twice: 'question'"):
+        load_questions(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "cannot be read: line 1 is not JSON"),
+        (
+            '{"document_id": "a", "text": "A"}\n{"document_id": null, "text": "A"}',
+            "document_id is No",
+        ),
+        ('{"document_id": "a", "text": null}', "document 'a' is empty"),
+        ('{"document_id": "a", "text": "A", "text": "B"}', "line 1 has a name twice: 'text'"),
+        ("[1]", "row 0: a list"),
+        ("version https://git-lfs.github.com/spec/v1\nsize 1", "Git LFS pointer"),
+    ],
+)
+def test_a_file_of_documents_that_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text(text)
+    with pytest.raises(DocumentError, match=says):
+        DocumentStore.from_file(file)
+    file.write_text('{"document_id": "a", "text": "A"}\n', encoding="utf-8-sig")
+    assert DocumentStore.from_file(file).ids == ["a"]
+    (tmp_path / "documents.parquet").write_text("no parquet")
+    with pytest.raises(DocumentError, match="documents.parquet cannot be read"):
+        DocumentStore.from_file(tmp_path / "documents.parquet")
 
 
 def test_questions_survive_their_file(tmp_path: Path) -> None:

@@ -136,6 +136,15 @@ def test_an_interrupted_run_goes_on_and_ends(script: Path, run: Path) -> None:
     assert (run / "arguments").read_text() == called
 
 
+def test_an_attempt_that_ended_early_without_an_error_is_no_success(
+    script: Path, run: Path
+) -> None:
+    code, message = attempt_with(script, run, "20", 0)
+    assert code == 1 and "at step 20 of 30" in message
+    code, message = attempt_with(script, run, "", 0)
+    assert code == 1 and "at step 20 of 30" in message
+
+
 def test_an_attempt_that_got_nowhere_is_not_repeated_at_the_price_of_a_gpu(
     script: Path, run: Path
 ) -> None:

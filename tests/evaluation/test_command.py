@@ -149,6 +149,17 @@ def test_the_untrained_cartridge_is_of_the_first_document_or_named(
     assert set(pair["metrics"]["kl"].values()) == {0.0, 2}  # they are the same
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation.parquet"])
+def test_results_of_another_origin_are_not_replaced(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"mine": 1}')
+    assert main(arguments) == 1
+    assert f"holds {name}, which no evaluation wrote" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text() == '{"mine": 1}'
+
+
 @pytest.mark.integration
 def test_longhealths_script_generates(arguments: list[str], tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "training" / "eval_longhealth.py"

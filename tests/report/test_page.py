@@ -50,6 +50,19 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     assert out.stat().st_size < 2.5e6
 
 
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path) -> None:
+    run = made.write_run(tmp_path / "run")
+    notes = tmp_path / "notes.html"
+    notes.write_text("<!doctype html><title>My notes</title>")
+    with pytest.raises(ReportError, match="notes.html is there and is no report"):
+        write_report([run], notes)
+    assert "My notes" in notes.read_text()
+    with pytest.raises(ReportError, match="is a folder"):
+        write_report([run], tmp_path)
+    first = write_report([run], tmp_path / "r.html").stat().st_mtime_ns
+    assert write_report([run], tmp_path / "r.html").stat().st_mtime_ns >= first
+
+
 def test_it_repeats_to_the_byte(tmp_path: Path) -> None:
     run = made.write_run(tmp_path / "run")
     first = write_report([run], tmp_path / "a.html").read_bytes()

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from cartridge_distill.cartridge.formats import hazyresearch, native, peft, tokasaurus
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
+from cartridge_distill.cartridge.model_card import CARD_FILE, is_written_here
 from cartridge_distill.util.errors import CartridgeFormatError
 
 Format = Literal["native", "hazyresearch", "tokasaurus", "peft"]
@@ -20,6 +21,7 @@ _DIRECTORIES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("peft", peft.FILES),
     ("tokasaurus", tokasaurus.FILES),
 )
+_WRITTEN = {*native.FILES, *peft.FILES, *tokasaurus.FILES, CARD_FILE}
 _UPSTREAM_NAME = re.compile(r"cache-(?:step|epoch)(\d+)\.pt")
 
 
@@ -126,12 +128,33 @@ def write_local(
 
 
 def check_replaceable(target: Path) -> None:
-    """A mistyped target must not cost anybody a folder.
+    """A mistyped target must not cost anybody a file that no command here wrote.
 
     Raises:
-        CartridgeFormatError: a directory that holds other things than a cartridge.
+        CartridgeFormatError: the file is no cartridge, or the directory holds other things than
+            one. A model card counts as such a thing when somebody has written in it.
     """
-    if target.is_dir() and any(target.iterdir()):
-        if any(entry.is_dir() for entry in target.iterdir()):
-            raise CartridgeFormatError(f"{target} has folders in it; it is not replaced")
-        locate(target)
+    if target.is_symlink():
+        raise CartridgeFormatError(f"{target} is a link; it is not replaced. Name what it leads to")
+    if target.is_file():
+        try:
+            hazyresearch.check_keys(target)
+        except CartridgeFormatError as error:
+            raise CartridgeFormatError(f"{target} is not replaced: {error}") from None
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if any(entry.is_dir() for entry in target.iterdir()):
+        raise CartridgeFormatError(f"{target} has folders in it; it is not replaced")
+    locate(target)
+    strange = sorted(entry.name for entry in target.iterdir() if entry.name not in _WRITTEN)
+    if strange:
+        raise CartridgeFormatError(
+            f"{target} holds more than a cartridge: {', '.join(strange[:4])}; it is not replaced. "
+            "Move that away, or name another target"
+        )
+    card = target / CARD_FILE
+    if card.is_file() and not is_written_here(card.read_text(encoding="utf-8", errors="replace")):
+        raise CartridgeFormatError(
+            f"{card} is not as it was written here: somebody has changed it. {target} is not "
+            "replaced; move the card away, or name another target"
+        )

@@ -21,6 +21,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     checked_snapshot,
 )
 from cartridge_distill.cartridge.snapshot import PARTS
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory, replace_file
 
@@ -73,9 +74,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CartridgeFormatError(f"{file} is not there; {path} is no cartridge of ours")
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CartridgeFormatError(f"{file} is not JSON: {error}") from error
+        described = json_text.load(file)
+    except json_text.JsonError as error:
+        raise CartridgeFormatError(f"{file} {error}") from error
     if not isinstance(described, dict) or described.get("format") != _FORMAT:
         raise CartridgeFormatError(f"{file} does not say format={_FORMAT!r}")
     return described

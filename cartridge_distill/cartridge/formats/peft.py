@@ -33,6 +33,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     checked_snapshot,
 )
 from cartridge_distill.cartridge.snapshot import Snapshot, split_layers
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory
 
@@ -163,7 +164,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path / ADAPTER_WEIGHTS} is missing; save the adapter with safe_serialization=True"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json_text.load(file)
     except (OSError, ValueError) as error:
         raise CartridgeFormatError(f"{file} cannot be read: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None

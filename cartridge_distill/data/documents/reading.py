@@ -25,6 +25,7 @@ from cartridge_distill.data.documents.page_lines import joined_words, plain_lett
 from cartridge_distill.data.documents.pdf import read_pdf
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.lfs import about, is_pointer
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
         raise DocumentError(f"{path} cannot be read: {error.strerror}.") from error
     if not data.strip():
         raise DocumentError(f"{path} is empty. Put text in, or take it out.")
+    if is_pointer(data):
+        raise DocumentError(about(path))
     title, text, notes, form = kind(data, str(path))
     if not text.strip():
         raise DocumentError(f"{path} holds no text. Put some in, or take it out.")

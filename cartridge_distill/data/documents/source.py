@@ -25,7 +25,9 @@ from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_docum
 from cartridge_distill.data.documents.usable import usable
 from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
 from cartridge_distill.data.words import normalised
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.lfs import refuse_pointers
 from cartridge_distill.util.secrecy import clean_text
 
 LONGHEALTH = "https://raw.githubusercontent.com/kbressem/LongHealth/main/data/benchmark_v5.json"
@@ -193,9 +195,10 @@ def _records_text(data: str, say: Say) -> str:
     try:
         if data.startswith(("http://", "https://")):
             say(f"Downloading {clean_text(data)} ...")
-            return _download(data)
-        return Path(data).read_text()
-    except (OSError, UnicodeDecodeError, httpx.HTTPError, httpx.InvalidURL) as error:
+            return json_text.decode(_download(data))
+        refuse_pointers(Path(data))
+        return json_text.decode(Path(data).read_bytes())
+    except (OSError, json_text.JsonError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"{data} cannot be read: {error}. Give with --data a JSON file of records or its URL, "
             f"a folder of documents, or one document ({', '.join(KINDS)}). Without a network, copy "
@@ -203,8 +206,8 @@ def _records_text(data: str, say: Say) -> str:
         ) from error
 
 
-def _download(url: str) -> str:
-    """The text behind a URL. What a redirect leads to elsewhere gets no password of the URL's.
+def _download(url: str) -> bytes:
+    """What is behind a URL. What a redirect leads to elsewhere gets no password of the URL's.
 
     Raises:
         ConfigError: the URL holds a password, and the server redirects to another one.
@@ -221,7 +224,7 @@ def _download(url: str) -> str:
             )
 
     with httpx.Client(follow_redirects=True, timeout=60, event_hooks={"request": [stay]}) as http:
-        return http.get(asked).raise_for_status().text
+        return http.get(asked).raise_for_status().content
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

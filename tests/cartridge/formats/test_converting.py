@@ -140,6 +140,24 @@ def test_nothing_is_replaced_unasked_and_folders_of_others_never(
     assert os.listdir(precious) == ["chapter.tex"]
 
 
+def test_what_lies_beside_a_cartridge_is_not_replaced_with_it(tmp_path: Path) -> None:
+    """A note in the folder, a weight file of the same ending, a link to something else."""
+    source = write_cartridge(stored(), tmp_path / "source", "native")
+    noted = write_cartridge(stored(seed=1), tmp_path / "noted", "native")
+    (noted / "notes.txt").write_text("do not lose this")
+    with pytest.raises(CartridgeFormatError, match="more than a cartridge: notes.txt"):
+        convert(source, noted, "native", overwrite=True)
+    assert (noted / "notes.txt").exists() and same_bits(read_cartridge(noted), stored(seed=1))
+    weights = tmp_path / "model.pt"
+    torch.save({"layer.weight": torch.ones(2)}, weights)
+    with pytest.raises(CartridgeFormatError, match="model.pt is not replaced: .*no cartridge"):
+        convert(source, weights, "hazyresearch", overwrite=True)
+    assert torch.load(weights)["layer.weight"].sum() == 2
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(CartridgeFormatError, match="link is a link"):
+        convert(noted, tmp_path / "link", "native", overwrite=True)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_write_that_fails_leaves_the_old_one(
     tmp_path: Path, format: Format, monkeypatch: pytest.MonkeyPatch

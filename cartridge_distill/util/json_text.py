@@ -1,0 +1,63 @@
+"""JSON that people and other programs write: any Unicode encoding, and no name twice.
+
+Python's ``json`` refuses a byte order mark in a text, and keeps the last of two entries of a name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cartridge_distill.util.lfs import IS_ONE, pointer_in
+
+
+class JsonError(ValueError):
+    """No JSON, or a name twice in one object. The message goes on where the file was named."""
+
+
+def decode(data: bytes) -> str:
+    """The text of a JSON file: UTF-8, -16 or -32, with a byte order mark or without.
+
+    Raises:
+        JsonError: it is none of these.
+    """
+    try:
+        return data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError as error:
+        raise JsonError(f"is no Unicode text ({error}); save it as UTF-8") from error
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JsonError: it is none, or an object has one name twice.
+    """
+    try:
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_no_name_twice)
+    except JsonError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise JsonError(f"is not JSON: {error}") from error
+
+
+def load(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        JsonError: as :func:`loads`, or a Git LFS pointer lies there.
+        OSError: it cannot be read.
+    """
+    if pointer_in(path) is not None:
+        raise JsonError(IS_ONE)
+    return loads(decode(path.read_bytes()))
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise JsonError(f"has a name twice: {name!r} occurs twice in one object; keep one")
+        found[name] = value
+    return found
