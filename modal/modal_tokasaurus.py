@@ -221,12 +221,12 @@ def serve() -> FastAPI:
     """The gateway, in the container; the process it starts is Tokasaurus."""
     from cartridge_distill.gateway.app import create_app
     from cartridge_distill.gateway.settings import token_from_environment
-    from cartridge_distill.util.known_hosts import KnownHosts
+    from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
     gateway = settings.gateway(weights_folder(settings), CARTRIDGES)
-    # Modal names the app; with the token every name is as good as another.
-    hosts = KnownHosts(more=settings.allow_hosts) if settings.allow_hosts else None
-    served = create_app(gateway, token=token_from_environment(), hosts=hosts)
+    served = create_app(gateway, token=token_from_environment())
+    if settings.allow_hosts:  # Modal names the app; with the token one name is as good as another
+        served.add_middleware(OnlyKnownHosts, hosts=KnownHosts(more=settings.allow_hosts))
     if settings.commit_uploads:
         served.add_middleware(CommitUploads, commit=cartridges.commit.aio)
     return served

@@ -23,6 +23,7 @@ import modal
 from cartridge_distill.sync.versions import is_run_name
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.secrecy import clean_text
 from cartridge_distill.util.server_url import checked_url
 
 HERE = Path(__file__).resolve().parent
@@ -163,7 +164,8 @@ def main(
     try:
         url = checked_url(url)
     except ConfigError as error:
-        sys.exit(f"--url: {error}; give the whole URL, beginning with https://")
+        shown = "" if "@" in url else f" {clean_text(url)}"
+        sys.exit(f"--url{shown}: {error}; give the whole URL, beginning with https://")
     for option, value in (("--name", name), ("--data", data)):
         if not is_run_name(value):
             sys.exit(f"{option} {value}: use letters and digits with single - or _ between them")

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 
 from cartridge_distill.cartridge.formats import native, peft, tokasaurus
 from cartridge_distill.cartridge.formats.detect import (

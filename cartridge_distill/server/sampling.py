@@ -11,8 +11,8 @@ before). Of a version's id only the step counts: every start of a run has an id 
 same run, started again or gone on with, must draw the same. Arrival order and batching do not
 enter, except that floating-point sums of a differently composed batch differ by about 1e-6: a draw
 that falls that close to the border between two tokens can go the other way. A request with a
-``seed`` of its own draws by that seed instead of the count, so it repeats whenever it comes; the
-real server ignores the field.
+``seed`` of its own draws by that seed instead of the count, so it repeats whenever it comes, also
+after an answer that was lost; the real server ignores the field.
 """
 
 from __future__ import annotations

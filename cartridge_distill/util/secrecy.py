@@ -221,5 +221,9 @@ def _without_value(found: re.Match[str]) -> str:
 
 def _own_values() -> list[str]:
     """The credentials in this process's environment, the longest first."""
-    values = {value for name, value in os.environ.items() if is_secret(name)}
+    values = {
+        value
+        for name, value in os.environ.items()
+        if is_secret(name) and not (os.path.isabs(value) and os.path.exists(value))  # PWD
+    }
     return sorted((v for v in values if len(v) >= _LEAST_SECRET), key=len, reverse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,69 @@ def test_what_cannot_end_well_is_refused_before_anything_starts(
     assert launch.main([*known, *typed]) == 2
     assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--server", "http://anna:hush@127.0.0.1:1"),
+        ("--server", "http://127.0.0.1:1?token=hush"),
+        ("+trainer.wandb_api_key=hush",),
+        ("+x.modal_key=hush",),
+        ("+x={api_key: hush}",),
+        ("+x=http://anna:hush@host/y",),
+        ("+x='Authorization: Bearer hush'",),
+        ("--model", "https://anna:hush@host/model"),
+    ],
+)
+def test_a_credential_is_refused_and_shown_nowhere(
+    given: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a command line every process of the machine sees it."""
+    out = tmp_path / "run"
+    for mode in ("--dry-run", "--show-config", "--only-check"):
+        typed = ["--out", str(out), "--model", "m", mode, *given]
+        assert launch.main(typed) == 2
+        shown = capfd.readouterr()
+        assert "refused:" in shown.err and "hush" not in shown.out + shown.err
+    assert not out.exists()
+
+
+def test_what_merely_looks_like_a_credential_is_hidden_where_it_is_printed(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(model="m", data=data, overrides=("+x.some_key=hush", "data.prompt_key=prompt"))
+    assert launch.dry_run(run) == 0
+    printed = capfd.readouterr().out
+    assert "hush" not in printed and "data.prompt_key=prompt" in printed
+    launch.record(replace(run, out=tmp_path / "run"), ["+x.some_key=hush"])
+    written = (tmp_path / "run" / "recipe.json").read_text()
+    assert "hush" not in written and "data.prompt_key=prompt" in written
+
+
+def test_a_lost_tracker_ends_the_start_before_anything_is_written(
+    server: BackgroundServer,  # noqa: F811
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checks, "check_verl", lambda: None)
+    saved = tmp_path / "run" / "checkpoints" / "global_step_3"
+    (saved / "actor").mkdir(parents=True)
+    (saved / "data.pt").touch()
+    typed = ["--device", "cpu", "--server", server.url, "--model", "m", "--data", str(data)]
+    typed += ["--out", str(tmp_path / "run"), "--sync-dir", str(tmp_path)]
+    for content in (None, b"\xff"):
+        if content is not None:
+            (saved.parent / "latest_checkpointed_iteration.txt").write_bytes(content)
+        assert launch.main(typed) == 2
+        assert "refused:" in (said := capsys.readouterr().err) and "echo 3 >" in said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints"]
+    run = Run(out=tmp_path / "run")
+    assert "echo 3 >" in launch.how_to_go_on(run)
 
 
 def test_a_line_of_the_log_is_shown_when_it_is_of_the_run() -> None:

@@ -268,6 +268,8 @@ def test_a_credential_that_no_header_can_carry(monkeypatch: pytest.MonkeyPatch) 
         "http://anna:hu/sh@127.0.0.1:1",
         "http://anna:hu?sh@127.0.0.1:1",
         "http://anna:hu#sh@127.0.0.1:1",
+        "http://anna:hu[sh@127.0.0.1:1",
+        "anna:hush@127.0.0.1:1",
         "https://127.0.0.1:1?token=hush",
         "https://127.0.0.1:1/x#hush",
     ],

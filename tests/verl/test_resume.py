@@ -221,6 +221,89 @@ def test_what_would_silently_start_over_is_refused(tmp_path: Path) -> None:
             run_folder.checkpoint_to_resume("resume_path", tmp_path, given)
 
 
+LOST: dict[str, Any] = {
+    "gone": lambda tracker: tracker.unlink(),
+    "empty": lambda tracker: tracker.write_text(""),
+    "no number": lambda tracker: tracker.write_text("seven"),
+    "negative": lambda tracker: tracker.write_text("-1"),
+    "other digits": lambda tracker: tracker.write_text("\u0663", encoding="utf-8"),
+    "endless": lambda tracker: tracker.write_text("9" * 5000),
+    "no text": lambda tracker: tracker.write_bytes(b"\xff\xfe\x00"),
+    "a folder": lambda tracker: (tracker.unlink(), tracker.mkdir()),
+    "zero": lambda tracker: tracker.write_text("0"),
+    "elsewhere": lambda tracker: tracker.write_text("../global_step_2"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LOST))
+@pytest.mark.parametrize("mode", ["auto", "disable"])
+def test_a_lost_tracker_is_an_error_that_says_how_to_go_on(
+    kind: str, mode: str, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        save(tmp_path, number)
+    LOST[kind](tmp_path / run_folder.TRACKER)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CartridgeFormatError) as failure:
+        run_folder.checkpoint_to_resume(mode, tmp_path, None)
+    said = str(failure.value)
+    assert run_folder.TRACKER in said and "Nothing was deleted" in said
+    assert f"echo 2 > {tmp_path / run_folder.TRACKER}" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    # Both ways that it names lead on.
+    given = str(tmp_path / "global_step_1")
+    assert given in said
+    assert str(run_folder.checkpoint_to_resume("resume_path", tmp_path, given)) == given
+    if kind != "a folder":
+        (tmp_path / run_folder.TRACKER).write_text("2\n")
+        assert run_folder.checkpoint_to_resume("auto", tmp_path, None) == tmp_path / "global_step_2"
+
+
+def test_a_first_save_that_was_killed_is_no_lost_tracker(tmp_path: Path) -> None:
+    """Both parts are there, and the tracker was not written yet: the run begins anew."""
+    folder = run_folder.step_folder(tmp_path, 1)
+    run_folder.begin_save(folder)
+    (folder / "actor").mkdir()
+    run_folder.write_data_position(folder, {}, ABOUT)
+    assert run_folder.checkpoint_to_resume("auto", tmp_path, None) is None
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        run_folder.checkpoint_to_resume("resume_path", tmp_path, str(folder))
+    run_folder.mark_complete(tmp_path, 1)
+    assert run_folder.checkpoint_to_resume("auto", tmp_path, None) == folder
+    # Killed between the tracker and the end of the save: it counts, and it stays.
+    run_folder.begin_save(folder)
+    assert run_folder.checkpoint_to_resume("auto", tmp_path, None) == folder
+    save(tmp_path, 2)
+    (tmp_path / run_folder.TRACKER).write_text("1")
+    assert run_folder.keep_newest(tmp_path, 2, 2) == []
+    assert run_folder.keep_newest(tmp_path, 2, None) == []
+
+
+def test_a_run_from_elsewhere_is_not_mixed_into_one_that_is_there(tmp_path: Path) -> None:
+    save(tmp_path / "here", 5)
+    save(tmp_path / "there", 3)
+    given = str(tmp_path / "there" / "global_step_3")
+    with pytest.raises(ConfigError, match="saved up to step 5.*would be mixed"):
+        run_folder.checkpoint_to_resume("resume_path", tmp_path / "here", given)
+    found = run_folder.checkpoint_to_resume("resume_path", tmp_path / "new", given)
+    assert str(found) == given
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, b"PK\x03\x04 cut"])
+def test_a_damaged_data_position_ends_in_words(damage: bytes, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = tmp_path / "global_step_1"
+    whole = (folder / run_folder.DATA_FILE).read_bytes()
+    for content in (damage, whole[: len(whole) // 2], whole[:-30]):
+        (folder / run_folder.DATA_FILE).write_bytes(content)
+        with pytest.raises(CartridgeFormatError, match="cannot be read as a data position"):
+            run_folder.read_data_position(folder, ABOUT)
+    for saved in ([], {"loader": 3, "about": ABOUT}, {"loader": {}, "about": None}, "x"):
+        torch.save(saved, folder / run_folder.DATA_FILE)
+        with pytest.raises(CartridgeFormatError, match="cannot be read as a data position"):
+            run_folder.read_data_position(folder, ABOUT)
+
+
 def test_other_data_is_refused_and_a_hostile_file_is_not_run(tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = tmp_path / "global_step_1"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from tests.tiny import (
     tiny_model,
     write_cartridge,
 )
+from tests.two_servers import Answer, Asked, serving
 from verl_patches.rollout.tokasaurus_rollout.replica import server_urls
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
@@ -260,3 +262,72 @@ async def test_a_prompt_over_the_limit_is_refused_and_never_cut() -> None:
     messages = [{"role": "user", "content": "x" * 200}]
     with pytest.raises(ConfigError, match=r"over data.max_prompt_length=100 \(row 3\)"):
         await agent_loop(100).run(SAMPLING, raw_prompt=messages, index=3)
+
+
+ROW = {"raw_prompt": [{"role": "user", "content": "Where?"}], "index": 3, "epoch": 1}
+
+
+def seeded_loop(manager: Any, seed: int = 0) -> Any:
+    loop = agent_loop(100)
+    loop._config.data = SimpleNamespace(seed=seed)
+    loop.server_manager = manager
+    return loop
+
+
+async def test_each_rollout_has_a_seed_of_its_own() -> None:
+    seen: list[int] = []
+
+    class Manager(_Manager):
+        async def generate(self, *, sampling_params: Any, **given: Any) -> Any:
+            seen.append(sampling_params["seed"])
+            return await super().generate(sampling_params=sampling_params, **given)
+
+    loop = seeded_loop(Manager())
+    for change in ({}, {"session_id": 1}, {"index": 4}, {"epoch": 2}, {}):
+        await loop.run(SAMPLING, **{**ROW, "session_id": 0, **change})
+    await seeded_loop(Manager(), seed=1).run(SAMPLING, **ROW, session_id=0)
+    assert seen[0] == seen[4] and len(set(seen)) == 5  # the same rollout, the same seed
+    assert "seed" not in SAMPLING  # which all rollouts of a batch share
+
+
+async def test_a_run_with_a_retry_draws_what_one_without_draws(
+    start_server: Any, tmp_path: Path
+) -> None:
+    """The server computes an answer, it is lost on the way, and the rollout is asked for again."""
+    version = version_id("run", 0)
+    write_cartridge(random_cartridge(tiny_model(), 16), tmp_path, version)
+
+    async def rollouts(loses: bool, with_seed: bool) -> list[list[int]]:
+        server = start_server(seed=7)
+        lost: set[bytes] = set()
+
+        def forward(asked: Asked) -> Answer:
+            path, body = server.url + asked.path, asked.body
+            kind = {"Content-Type": "application/json"}
+            answer = httpx.request(asked.method, path, content=body, headers=kind, timeout=60)
+            if loses and asked.path != "/ping" and body not in lost:
+                lost.add(body)
+                return 503, {}, b"lost"
+            return answer.status_code, {}, answer.content
+
+        with serving(forward) as way:
+            proxy = TokasaurusHttpServer(way.url, 12, 259, client_options=PATIENCE, end_ids=[257])
+            await sync(proxy, version)
+            loop = seeded_loop(proxy)
+            row = ROW if with_seed else {key: ROW[key] for key in ("raw_prompt", "index")}
+            found = [(await loop.run(SAMPLING, **row, session_id=n)).response_ids for n in range(3)]
+            await proxy.close()
+            assert bool(lost) == loses
+        return found
+
+    smooth = await rollouts(loses=False, with_seed=True)
+    assert await rollouts(loses=True, with_seed=True) == smooth
+    assert len({tuple(ids) for ids in smooth}) == 3  # and the rollouts of a prompt differ
+    # Without seeds the server counts, and a lost answer counts as one.
+    assert await rollouts(True, False) != await rollouts(False, False)
+
+
+def test_a_url_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="holds a user or a password") as failure:
+        server_urls({"tokasaurus_url": ["http://a:1", "http://anna:hush@b:1"]})
+    assert "hush" not in str(failure.value)

@@ -306,8 +306,9 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
     for url in [urls] if isinstance(urls, str) else urls:
         try:
             checked_url(str(url))
-        except ConfigError as error:  # a URL that holds a password is not repeated
-            yield f"{key}: {error}; set a URL with http:// or https://"
+        except ConfigError as error:
+            shown = "" if "@" in str(url) else f"={url!r}"  # a password is not repeated
+            yield f"{key}{shown}: set a URL with http:// or https:// ({error})"
     if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
         yield (
             f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"

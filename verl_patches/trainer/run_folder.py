@@ -45,6 +45,24 @@ from cartridge_distill.util.tracker import (
 )
 from verl_patches.actor.engine_state import check_same_run
 
+__all__ = [
+    "DATA_FILE",
+    "LOCK",
+    "RUNS_FILE",
+    "TRACKER",
+    "begin_save",
+    "check_shared",
+    "checkpoint_to_resume",
+    "claim",
+    "keep_newest",
+    "last_complete",
+    "mark_complete",
+    "read_data_position",
+    "record_start",
+    "step_folder",
+    "step_of_folder",
+    "write_data_position",
+]
 LOCK = ".running"
 RUNS_FILE = "runs.txt"
 

@@ -50,7 +50,9 @@ class TokasaurusHttpServer:
     ) -> None:
         self.response_length = response_length
         settings = ClientSettings(**(client_options or {}))
-        self.client = TokasaurusClient(url, settings, vocab_size, end_ids and frozenset(end_ids))
+        self.client = TokasaurusClient(
+            url, settings, vocab_size, None if end_ids is None else frozenset(end_ids)
+        )
         self.static = [CartridgeRef(**ref) for ref in static_cartridges or []]
         self.sync_timeout_s = sync_timeout_s
         self.version: str | None = None
