@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.packing import pack
@@ -45,7 +46,7 @@ SIZES: dict[str, Any] = {
     **{"num_kv_shared_layers": 0, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258},
 }
 
-_LATENT: dict[str, Any] = {"head_dim": None}
+_LATENT: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 4}  # that of the rotated part
 _SHARED = {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 2,
@@ -56,8 +57,11 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
 
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "youtu", "falcon"), _LATENT),
-    **dict.fromkeys(("glm4_moe_lite", "xlstm"), _LATENT | {"v_head_dim": None}),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm_moe_dsa", "youtu"), _LATENT),
+    **{"glm4_moe_lite": _LATENT, "falcon": {"head_dim": None}, "xlstm": {"v_head_dim": None}},
+    # transformers 5.17 takes it and has no such attribute.
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified"), {"global_head_dim": 32}),
+    "gemma4_unified_text": {"global_head_dim": 32},
 }
 """Settings by name of a model; None leaves the setting as the model has it."""
 
@@ -120,7 +124,7 @@ class NotBuilt(Exception):
 
 def tiny_config(kind: str, **extra: Any) -> Any:
     """The decoder's configuration of an architecture, in the sizes of this module."""
-    usual = AutoConfig.for_model(kind).get_text_config(decoder=True)
+    usual = text_config(AutoConfig.for_model(kind))
     known = usual.to_dict()
     sizes = {name: value for name, value in SIZES.items() if name in known or hasattr(usual, name)}
     sizes |= MORE.get(kind, {}) | extra

@@ -108,14 +108,14 @@ class KvShape:
 
 def _layer_shape(text: Any, layer: int) -> tuple[int, int]:
     """Heads and head size of a layer that has its own KV, as transformers' models read them."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # From transformers 5.15 on each layer has a config of its own where layers differ.
     own = getattr(text, "per_layer_config", None)
-    if own is not None:
-        return int(own[layer].num_key_value_heads), int(own[layer].head_dim)
+    of_layer = text if own is None else own[layer]
+    heads = getattr(of_layer, "num_key_value_heads", None) or of_layer.num_attention_heads
+    size = getattr(of_layer, "head_dim", None)
+    size = size or of_layer.hidden_size // of_layer.num_attention_heads
     kinds = getattr(text, "layer_types", None)
-    if kinds and kinds[layer] == "full_attention":
+    if own is None and kinds and kinds[layer] == "full_attention":
         size = getattr(text, "global_head_dim", None) or size
         if getattr(text, "attention_k_eq_v", False):
             heads = getattr(text, "num_global_key_value_heads", None) or heads

@@ -159,3 +159,19 @@ def test_kernels_of_shapes_that_never_come_again_are_forgotten() -> None:
     command = [sys.executable, "-c", _EVER_NEW_SHAPES]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean)
     assert int(done.stdout) < 250e6
+
+
+@has_onednn
+@pytest.mark.parametrize("shape", [(7, 48), (1, 33, 48)])
+def test_a_model_may_write_into_what_it_gives(shape: tuple[int, ...]) -> None:
+    """Gemma 3n scales a projection in place; autograd forbids that for views made in a function."""
+    module = nn.Sequential(layer())
+    use_frozen_linear(module)
+    x = torch.randn(shape, requires_grad=True)
+    found = module(x)
+    assert type(found.grad_fn).__name__ == called
+    found *= 2.0
+    found.sum().backward()
+    expected = 2.0 * module[0].weight.sum(0).expand(shape)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected, atol=1e-5, rtol=0)

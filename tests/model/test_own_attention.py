@@ -58,11 +58,7 @@ def test_what_is_promised_is_accepted_in_every_dtype(kind: str, dtype: torch.dty
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(name: str, says: str) -> None:
-    found = examine(name) if name != "deepseek_v3" else None
-    if found is None:  # transformers' own forward needs sizes that fit each other
-        with pytest.raises(ConfigError, match=says):
-            prepare_model(build(name))
-        return
+    found = examine(name)
     assert found.verdict == "refused" and says in found.why, found
 
 
@@ -87,7 +83,7 @@ def test_what_is_accepted_is_exact(name: str) -> None:
 def test_no_decoder_of_the_installed_transformers_is_accepted_and_wrong() -> None:
     found = [examine(name) for name in (*NAMES, *VARIANTS)]
     assert [one for one in found if one.verdict in ("wrong", "failed")] == []
-    assert sum(one.verdict == "exact" for one in found) >= 60
+    assert sum(one.verdict == "exact" for one in found) >= 70
 
 
 # --- faults that no architecture here has: the kind, and not its cases -------------------------

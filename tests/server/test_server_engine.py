@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
+from tests.architectures import VARIANTS, build
 from tests.server.conftest import EngineOf
 from tests.tiny import (
     ARCHITECTURES,
@@ -74,6 +76,25 @@ def test_logprobs_equal_the_plain_forward(kind: str, engine_of: EngineOf) -> Non
         assert result.finish_reason == "length"
         check(model, item, result)
     assert engine.stats.largest_batch > 1
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "KV" in name or "keys" in name])
+def test_layers_that_differ_and_layers_that_share(name: str, engine_of: EngineOf) -> None:
+    """Behind cartridges, bare, and behind a long beginning whose KV the engine makes and keeps."""
+    model = build(name)
+    engine = engine_of(
+        model, prefill_chunk=16, prefix_cache_tokens=4096, prefix_cache_min_tokens=32
+    )
+    cartridge = TrainableCache.from_random(model.config, 32, std=1.0).prefix()
+    common = prompt(50, 99)
+    rows = [row(prompt(3 + 20 * n, n), 4, cartridge if n % 2 else None) for n in range(4)]
+    rows += [row(common + prompt(5 + n, n), 4, None) for n in range(3)]
+    asked = [(list(item.prompt_ids), item.prefix) for item in rows]
+    results = [future.result(60) for future in [engine.submit(item) for item in rows]]
+    for (ids, prefix), item, result in zip(asked, rows, results, strict=True):
+        wanted = plain_logprobs(model, prefix, ids, result.token_ids, item.temperature)
+        assert result.logprobs == pytest.approx(wanted, abs=1e-4, rel=0)
+    assert engine.stats.shared_tokens >= 50
 
 
 def test_bfloat16(llama: PreTrainedModel, engine_of: EngineOf) -> None:
