@@ -208,9 +208,9 @@ def _chat_ids(
             "continue_final_message": not ends_with_user,
         } | _marked(contents, overrides or {})
         arguments["tokenize"] = False
-        for message in messages:  # earlier answers as in `render_prompt`
-            earlier_answer = message["role"] == "assistant" and message is not messages[-1]
-            message["content"] = contents.mark(message["content"], not earlier_answer)
+        for turn in messages:  # earlier answers as in `render_prompt`
+            earlier_answer = turn["role"] == "assistant" and turn is not messages[-1]
+            turn["content"] = contents.mark(turn["content"], not earlier_answer)
         return contents.ids(str(tokenizer.apply_chat_template(messages, **arguments)))
     except (TemplateError, ConfigError, ValueError, TypeError) as error:
         raise Refused(f"the chat template refuses these messages: {error}") from error
