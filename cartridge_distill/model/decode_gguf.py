@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ _OTHER = {
 }
 
 
-Gguf = Path | GGUFReader
+Gguf: TypeAlias = Path | GGUFReader
 """A file, or the file as it was read: reading a large vocabulary takes ten seconds."""
 
 
