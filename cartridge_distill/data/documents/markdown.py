@@ -1,9 +1,9 @@
 """A Markdown file to the text in it: what is markup for a program or a browser goes.
 
 Taken out, outside of code: front matter (YAML between `---`, TOML between `+++`), HTML comments
-and tags, images and badges, the addresses of links, definitions of addresses, and lists of contents
-(lists whose items are all links to places of the page itself). Everything else, the marks of
-headings, lists, tables and emphasis included, is as it was.
+and tags, images and badges, the marks of quotations, the addresses of links, definitions of
+addresses, and lists of contents (lists whose items are all links to places of the page itself).
+Everything else, the marks of headings, lists, tables and emphasis included, is as it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cartridge_distill.data.documents.blocks import marked_blocks
 
 _FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.S | re.M)
 _TOML_TITLE = re.compile(r"""^title\s*=\s*["'](.+)["']\s*$""", re.M)
+_QUOTE = re.compile(r"^ {0,3}>[> ]*(?<=[> ])", re.M)
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
 _LABEL = r"\[(?P<said>(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*)\]"  # one pair of brackets may be inside
@@ -49,6 +50,7 @@ def clean_markdown(text: str) -> tuple[str | None, str]:
     if front and ":" in front.group(2) + front.group(1).replace("+", ":"):
         title = _front_title(front)
         text = text[front.end() :]
+    text = "".join(part if code else _QUOTE.sub("", part) for code, part in _parts(text))
     cleaned = "".join(part if code else _clean(part) for code, part in _parts(text))
     cleaned = re.sub(r"\n[ \t]*\n(?:[ \t]*\n)+", "\n\n", cleaned)
     return title, _CONTENTS_HEADING.sub("", cleaned)

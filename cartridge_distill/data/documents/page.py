@@ -170,6 +170,8 @@ def _markdown(page: Tag) -> str:
     for table in page.find_all("table"):
         if _is_layout(table):
             _flatten(table)
+    for quote in page.find_all("blockquote"):
+        quote.name = "div"  # indented, for most pages; its mark would stand in every line
     for pre in page.find_all("pre"):
         if _is_prose(pre):
             _to_paragraphs(pre)

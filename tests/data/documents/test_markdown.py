@@ -31,6 +31,11 @@ from cartridge_distill.data.documents.markdown import clean_markdown
         ("- [One](a.md)\n- [Two](b.md)\n- [Three](c.md)\n", "- One\n- Two\n- Three\n"),
         ("Write `[a](b)` and ``<!-- x -->``.", "Write `[a](b)` and ``<!-- x -->``."),
         ("```\n[a](b) <!-- c --> <br>\n```\n", "```\n[a](b) <!-- c --> <br>\n```\n"),
+        (
+            "> It is\n> > quoted, 2 > 1.\n\n> ```\n> x = 1\n> ```\n",
+            "It is\nquoted, 2 > 1.\n\n```\nx = 1\n```\n",
+        ),
+        ("```\n> a prompt\n```\n", "```\n> a prompt\n```\n"),
         ("- [ ] to do\n- [x] done [1]\n", "- [ ] to do\n- [x] done [1]\n"),
         ("A note.[^1]\n\n[^1]: Its text.\n", "A note.[^1]\n\n[^1]: Its text.\n"),
         ("\\[not a link](x) a * b * c", "\\[not a link](x) a * b * c"),

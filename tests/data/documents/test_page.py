@@ -140,6 +140,11 @@ def test_text_that_looks_like_markdown_is_not_read_as_such() -> None:
     assert "It goes on for some words." in sentences(page, "markdown")
 
 
+def test_quotations_have_no_mark_in_every_line() -> None:
+    page = text_of(f"<blockquote><p>{LONG}</p><blockquote>Second one.</blockquote></blockquote>")
+    assert page == f"{LONG}\n\nSecond one."
+
+
 def test_the_title_of_a_page() -> None:
     page = "<html><head><title> </title></head><body><h1>Care</h1><p>Text.</p></body></html>"
     assert read_page(page.encode(), "a.html").title == "Care"
