@@ -76,6 +76,11 @@ def is_unspaced(character: str) -> bool:
     return _UNSPACED_SIGN.match(character) is not None
 
 
+def count_unspaced(text: str) -> int:
+    """How many characters of a text are of such scripts."""
+    return len(_UNSPACED_SIGN.findall(text))
+
+
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(_SAME).lower()
 

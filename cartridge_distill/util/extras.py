@@ -10,7 +10,9 @@ import importlib.util
 
 from cartridge_distill.util.errors import CartridgeDistillError
 
-_DATA = ("bm25s", "bs4", "charset_normalizer", "markdownify", "pandas", "pyarrow", "pypdf")
+_DATA = (
+    *("bm25s", "bs4", "markdownify", "pandas", "pyarrow", "pypdf", "pypdfium2", "webencodings"),
+)
 _REPORT = ("plotly", "pandas", "pyarrow")
 _TRAIN = ("verl", "ray", "transfer_queue", "pandas", "pyarrow")
 

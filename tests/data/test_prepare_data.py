@@ -153,6 +153,57 @@ def test_a_folder_of_files_longer_than_the_teachers_context(
     assert json.loads((out / "eval.json").read_text()) == []
 
 
+@pytest.mark.parametrize("recipe", ["started", "open"])
+def test_two_documents_of_one_title_are_never_asked_the_same(
+    model: str, tmp_path: Path, recipe: str
+) -> None:
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    for number, name in enumerate(("a", "b")):
+        (docs / name).mkdir(parents=True)
+        heading = ("# Guide", "#  GUIDE ")[number]
+        (docs / name / "guide.md").write_text(
+            f"{heading}\n\n## Care\n\nOil the axle each spring.\n\n{prose(8, 50 * number)}"
+        )
+    arguments = ["--data", str(docs), "--recipe", recipe, "--rows", "200"]
+    assert prepare_data.main(command(model, out, *arguments)) == 0
+    train = pd.read_parquet(out / "train.parquet")
+    teachers: dict[str, set[str]] = {}
+    for row in train.itertuples():
+        key = json.dumps([dict(message) for message in row.prompt])
+        teachers.setdefault(key, set()).add(row.extra_info["document_id"])
+        assert row.patient_id in row.prompt[0]["content"]
+    assert all(len(found) == 1 for found in teachers.values())
+    assert {name for found in teachers.values() for name in found} == {"a/guide.md", "b/guide.md"}
+    assert [document["title"] for document in documents_of(out)] == ["Guide", "GUIDE"]
+
+
+def test_what_can_become_prompts_is_said_and_a_small_share_is_warned_of(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "good.txt").write_text(prose(30))
+    code = "x = compute(1)\n" * 90
+    (docs / "code.md").write_text(f"# Code\n\n{prose(4)}\n\n```\n{code}```\n")
+    assert prepare_data.main(command(model, tmp_path / "out", "--data", str(docs))) == 0
+    said = capsys.readouterr().out.splitlines()
+    [good] = [line for line in said if line.startswith("read good.txt")]
+    assert "100% can become prompts; words of 4." in good
+    [bad] = [line for line in said if line.startswith("warning:")]
+    assert bad.startswith("warning: code.md: only ") and "% of it can become prompts" in bad
+    [code] = [line for line in said if line.startswith("read code.md")]
+    assert "% code" in code
+
+
+def test_a_line_without_a_full_stop_becomes_prompts_that_fit(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the harbour and the museum and the library of the town " * 600)
+    arguments = ["--data", str(tmp_path / "a.txt"), "--rows", "20"]
+    assert prepare_data.main(command(model, tmp_path / "out", *arguments)) == 0
+    train = pd.read_parquet(tmp_path / "out" / "train.parquet")
+    assert max(len(row[-1]["content"]) for row in train["prompt"]) <= 1000
+    assert len(documents_of(tmp_path / "out")) > 9
+
+
 def test_one_file_and_a_context_of_ones_own(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(40))
     arguments = ["--data", str(tmp_path / "a.txt"), "--teacher-context", "600"]

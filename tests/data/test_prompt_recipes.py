@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from tests.data.documents.made import prose
 from tests.model.templates import SMOLLM2
+from tests.tiny import byte_tokenizer
 
 DATA = Path(__file__).parents[2] / "cartridge_distill" / "data" / "examples"
 
@@ -127,6 +129,23 @@ def test_rows_are_repeatable_and_of_the_kind_asked_for(
     if prompt_recipe == "started":
         cuts = {row["prompt"][-1]["content"] for row in train}
         assert not cuts & {row["prompt"][-1]["content"] for row in val}
+
+
+@pytest.mark.parametrize(
+    ("prompt_recipe", "sha256"),
+    [
+        ("started", "e4bd819162fbbcb2f00f2ffbd44bedb80781bb4b47ac5e6e0efb45cd108e8446"),
+        ("open", "aae7763fc93659322cdd3e4371c5234abe0dc02224e4719861441239dab40a74"),
+        ("mixed", "676618460900a13255d36ee4918c5105610d1402a1d5c8478bf1344083ff68af"),
+    ],
+)
+def test_the_demos_prompts_are_those_of_the_results(
+    demo: list[Source], prompt_recipe: str, sha256: str
+) -> None:
+    """Figures were measured on them: whoever changes them measures anew."""
+    rows = make_rows(byte_tokenizer(), demo, prompt_recipe, rows=400, val_rows=16, seed=0)
+    made = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    assert made == sha256
 
 
 def with_question(source: Source, question: str, stem: str | None) -> Source:

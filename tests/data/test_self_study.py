@@ -179,6 +179,14 @@ def test_the_same_prompt_about_two_documents_is_two_prompts() -> None:
     assert said == [f"Sum up the whole history here. ({name})" for name in ("north", "south")]
 
 
+def test_a_prompt_that_names_both_documents_is_told_apart() -> None:
+    plan = plan_of(source("north.md"), source("south.md", first=100))
+    rows = [journal_row(plan, number, "Compare north and south, please.") for number in range(9)]
+    train, val = study_rows(sift(rows, plan, Guard([]), TOKENIZER, 400).kept, plan, 0.5, 0)
+    said = {row["prompt"][0]["content"]: row["patient_id"] for row in train + val}
+    assert set(said.values()) == {"north.md", "south.md"}
+
+
 def test_held_out_prompts_are_a_fraction_and_apart() -> None:
     plan = plan_of()
     words = [f"Describe thing{n} and matter{n} at length{n}." for n in range(40)]

@@ -1,30 +1,32 @@
 """A Markdown file to the text in it: what is markup for a program or a browser goes.
 
 Taken out, outside of code: front matter (YAML between `---`, TOML between `+++`), HTML comments
-and tags, images and badges, the addresses of links, definitions of addresses, and lists of contents
-(lists whose items are all links to places of the page itself). Everything else, the marks of
-headings, lists, tables and emphasis included, is as it was.
+and tags, images and badges, the marks of quotations, the addresses of links, definitions of
+addresses, and lists of contents (lists whose items are all links to places of the page itself).
+Everything else, the marks of headings, lists, tables and emphasis included, is as it was.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import yaml
 
 from cartridge_distill.data.documents.blocks import marked_blocks
+from cartridge_distill.data.documents.page_marks import power
 
 _FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.S | re.M)
 _TOML_TITLE = re.compile(r"""^title\s*=\s*["'](.+)["']\s*$""", re.M)
+_QUOTE = re.compile(r"^ {0,3}>[> ]*(?<=[> ])", re.M)
 _COMMENT = re.compile(r"<!--.*?-->", re.S)
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
 _LABEL = r"\[(?P<said>(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*)\]"  # one pair of brackets may be inside
 _ADDRESS = r"\((?:<[^<>\n]*>|(?:[^()\s\\]|\\.|\([^()\s]*\))*)(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)"
-_IMAGE = re.compile(rf"!{_LABEL}(?:{_ADDRESS}|\[[^\[\]\n]*\])")
-_LINK = re.compile(rf"(?<![!\\]){_LABEL}(?:{_ADDRESS}|\[[^\[\]\n]*\])")
-_EMPTY_LINK = re.compile(rf"(?<![!\\])\[\s*\](?:{_ADDRESS}|\[[^\[\]\n]*\])")
-_DEFINITION = re.compile(r"^ {0,3}\[(?!\^)[^\[\]\n]+\]:[ \t]*\S+[^\n]*\n?", re.M)
+_TARGET = rf"(?:{_ADDRESS}|\[(?P<label>[^\[\]\n]*)\])"
+_IMAGE = re.compile(rf"!{_LABEL}{_TARGET}")
+_LINK = re.compile(rf"(?<![!\\]){_LABEL}{_TARGET}")
+_DEFINITION = re.compile(r"^ {0,3}\[(?!\^)([^\[\]\n]+)\]:[ \t]*\S+[^\n]*\n?", re.M)
 _CONTENTS = re.compile(
     r"(?:^[ \t]*(?:[-*+]|\d+[.)])[ \t]+\[[^\n]*?\]\(#[^\s()]*\)[ \t]*\n?){3,}", re.M
 )
@@ -37,6 +39,10 @@ _TAGS = (
     *("picture", "pre", "s", "small", "source", "span", "strong", "sub", "summary", "sup"),
     *("table", "tbody", "td", "th", "thead", "tr", "u", "ul", "video", "wbr"),
 )
+_FRACTION = re.compile(r"(\d?)<sup>(\d+)</sup>\s*[/\u2044]\s*<sub>(\d+)</sub>", re.I)
+_MATH = re.compile(r"\$\$.+?\$\$|\$(?![\s\d])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
+_GENERATED = re.compile(r"^[ \t]*\[(?:TOC|\[_TOC_\])\][ \t]*$|\{%[^\n]*?%\}", re.I | re.M)
+_ATTRIBUTES = re.compile(r"^( {0,3}#{1,6}[^\n]*?)[ \t]*\{[#.:][^{}\n]*\}[ \t]*$", re.M)
 _POWER = re.compile(r"<(sup|sub)>([^<>\n]*)</\1>", re.I)
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS)})(?=[\s/>])[^<>]*>", re.I)
 _AUTOLINK = re.compile(r"<((?:https?|mailto|ftp):[^<>\s]+)>")
@@ -49,7 +55,9 @@ def clean_markdown(text: str) -> tuple[str | None, str]:
     if front and ":" in front.group(2) + front.group(1).replace("+", ":"):
         title = _front_title(front)
         text = text[front.end() :]
-    cleaned = "".join(part if code else _clean(part) for code, part in _parts(text))
+    text = "".join(part if code else _QUOTE.sub("", part) for code, part in _parts(text))
+    known = {found.group(1).lower() for found in _DEFINITION.finditer(text)}
+    cleaned = "".join(part if code else _clean(part, known) for code, part in _parts(text))
     cleaned = re.sub(r"\n[ \t]*\n(?:[ \t]*\n)+", "\n\n", cleaned)
     return title, _CONTENTS_HEADING.sub("", cleaned)
 
@@ -77,7 +85,8 @@ def _parts(text: str) -> Iterator[tuple[bool, str]]:
     yield False, text[at:]
 
 
-def _clean(text: str) -> str:
+def _clean(text: str, known: Set[str]) -> str:
+    """Prose without markup; `known` are the labels of addresses that are defined somewhere."""
     spans: list[str] = []
 
     def put_aside(match: re.Match[str]) -> str:
@@ -85,13 +94,23 @@ def _clean(text: str) -> str:
         return f"\x00{len(spans) - 1}\x00"
 
     text = _CODE_SPAN.sub(put_aside, text)
+    text = _MATH.sub(put_aside, text)
     text = _COMMENT.sub("", text)
+    text = _GENERATED.sub("", text)
+    text = _ATTRIBUTES.sub(r"\1", text)
     text = _CONTENTS.sub("", text)
     text = _DEFINITION.sub("", text)
-    text = _IMAGE.sub("", text)
-    text = _EMPTY_LINK.sub("", text)
-    text = _LINK.sub(lambda match: match.group("said"), text)
+
+    def said(match: re.Match[str]) -> str:
+        label = match.group("label")
+        if label is not None and (label or match.group("said")).lower() not in known:
+            return match.group()  # no link, but an index: a[1][2]
+        return match.group("said") if not match.group().startswith("!") else ""
+
+    text = _IMAGE.sub(said, text)
+    text = _LINK.sub(said, text)
     text = _AUTOLINK.sub(r"\1", text)
-    text = _POWER.sub(lambda m: ("^" if m.group(1).lower() == "sup" else "_") + m.group(2), text)
+    text = _FRACTION.sub(lambda m: f"{m[1]}{' ' * bool(m[1])}{m[2]}/{m[3]}", text)
+    text = _POWER.sub(lambda m: power(m[1].lower(), m[2].strip()), text)
     text = _TAG.sub("", text)
     return re.sub(r"\x00(\d+)\x00", lambda match: spans[int(match.group(1))], text)

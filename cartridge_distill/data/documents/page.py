@@ -27,6 +27,9 @@ _UNSEEN = (
     *("audio", "video", "map", "input", "button", "select", "textarea", "datalist", "dialog"),
 )
 _HIDING_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
+_HIDING_CLASSES = frozenset(
+    ("sr-only", "visually-hidden", "visuallyhidden", "screen-reader-text", "d-none", "hidden")
+)
 _ROLES = ("navigation", "search", "banner", "contentinfo", "menu", "menubar", "toolbar")
 _NAVIGATION = re.compile(
     r"^(?:nav|navbar|navigation|navheader|navfooter|nav-?panel|breadcrumbs?|toc|contents"
@@ -125,6 +128,8 @@ def _title(soup: BeautifulSoup) -> str | None:
 def _is_hidden(tag: Tag) -> bool:
     if tag.has_attr("hidden") or tag.get("aria-hidden") == "true":
         return True
+    if not _HIDING_CLASSES.isdisjoint(tag.get_attribute_list("class", [])):
+        return True
     return bool(_HIDING_STYLE.search(str(tag.get("style", ""))))
 
 
@@ -170,6 +175,8 @@ def _markdown(page: Tag) -> str:
     for table in page.find_all("table"):
         if _is_layout(table):
             _flatten(table)
+    for quote in page.find_all("blockquote"):
+        quote.name = "div"  # indented, for most pages; its mark would stand in every line
     for pre in page.find_all("pre"):
         if _is_prose(pre):
             _to_paragraphs(pre)

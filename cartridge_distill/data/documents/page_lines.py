@@ -15,7 +15,11 @@ _SEVERAL = 3  # pages
 _OFTEN = 0.25  # of all pages: for heads whose words change and whose page number goes on
 _WITH_WORDS = "with words"
 _EDGE = 2  # lines at the top and at the foot of a page that may be heads
-_LEADERS = re.compile(r"(?:[ \t]?\.){4,}[ \t]*(?:\d+|[ivxlc]+)?[ \t]*$|…{2,}[ \t]*\d*[ \t]*$", re.M)
+# Dots and a number, or so many dots that they are no end of a sentence.
+_LEADERS = re.compile(
+    r"(?:(?:[ \t]?\.){4,}|(?:[ \t]\.){2,}|…{2,})[ \t]*(?:\d+|[ivxlc]+)[ \t]*$"
+    r"|(?:[ \t]?\.){12,}[ \t]*$"
+)
 _NUMBER = re.compile(r"^\W*(\d{1,4})\b\W*|\W*\b(\d{1,4})\W*$")
 _ROMAN = re.compile(r"^\W*[ivxlcdm]+\W*$")
 _PAGE_OF = re.compile(

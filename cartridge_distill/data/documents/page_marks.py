@@ -13,6 +13,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 
 _ORDINALS = frozenset("st nd rd th er re e ème eme o a os as te ter de".split())  # 1st, 2e, 3º
 _TRADE = frozenset(("tm", "sm", "®", "©", "™"))
+_STROKES = ("/", "\u2044")
 _SIMPLE = re.compile(r"[+\-−–]?\w+(?:[.,]\d+)?$")
 _NOTE = re.compile(r"\W*(?:\d{1,3}|[a-z]|note \d+|citation needed|\W)\W*$", re.I)
 _FORMULA = re.compile(r"\\[a-zA-Z]+|[\^_]\{|\w\^\w")
@@ -36,7 +37,16 @@ def plain_formulas(soup: BeautifulSoup) -> None:
 
 
 def plain_powers(soup: BeautifulSoup) -> None:
-    """`sup` and `sub` become `^` and `_`; marks of notes go."""
+    """`sup` and `sub` become `^` and `_`, a pair of them with a stroke a fraction; notes go."""
+    for over in soup.find_all("sup"):
+        stroke = over.next_sibling
+        under = stroke.next_sibling if stroke is not None else None
+        if isinstance(under, Tag) and under.name == "sub" and str(stroke).strip() in _STROKES:
+            whole = over.previous_sibling
+            space = " " if whole is not None and str(whole)[-1:].isdigit() else ""
+            over.replace_with(NavigableString(f"{space}{over.get_text()}/{under.get_text()}"))
+            stroke.extract()
+            under.decompose()
     for tag in soup.find_all(["sup", "sub"]):
         if tag.decomposed:
             continue
@@ -45,11 +55,15 @@ def plain_powers(soup: BeautifulSoup) -> None:
         to_note = isinstance(link, Tag) and str(link.get("href", "")).startswith("#")
         if not said or to_note and _NOTE.match(said):
             tag.decompose()
-        elif said.lower() in _ORDINALS | _TRADE and tag.name == "sup":
-            tag.replace_with(NavigableString(said))
         else:
-            sign = "^" if tag.name == "sup" else "_"
-            tag.replace_with(NavigableString(sign + _grouped(said)))
+            tag.replace_with(NavigableString(power(tag.name, said)))
+
+
+def power(name: str, said: str) -> str:
+    """What `said` is written as in the tag of this name, `sup` or `sub`."""
+    if name == "sup" and said.lower() in _ORDINALS | _TRADE:
+        return said
+    return ("^" if name == "sup" else "_") + _grouped(said)
 
 
 def _grouped(said: str) -> str:

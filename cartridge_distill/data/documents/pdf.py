@@ -24,6 +24,7 @@ from cartridge_distill.util.errors import DocumentError
 T = TypeVar("T")
 _PAGES_NAMED = 8
 _HOPELESS = 0.5  # of `badness`: refused
+_SUSPECT, _CLEARLY = 0.05, 0.03  # the second reader is asked, and must be so much better
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ def read_pdf(data: bytes, name: str) -> Pdf:
     notes = [f"{len(pages)} pages"]
     text = text_of_pages(pages)
     quality = measure(text)
-    if quality.faults:
+    if quality.faults or quality.badness > _SUSPECT:
         other = _attempt(lambda: _by_pdfium(data), name)
         other_text = text_of_pages(other)
         other_quality = measure(other_text)
-        if other_quality.words and other_quality.badness < quality.badness or not quality.words:
-            if other_quality.words:
-                notes.append("read by PDFium, because pypdf's text has no words")
+        better = other_quality.badness < quality.badness - _CLEARLY or not quality.words
+        if better and other_quality.words:
+            notes.append("read by PDFium, because pypdf's text has fewer words that are some")
             pages, text, quality = other, other_text, other_quality
     empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
     if len(empty) == len(pages):

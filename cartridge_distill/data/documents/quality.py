@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cartridge_distill.data.words import is_unspaced
+from cartridge_distill.data.words import count_unspaced
 
 _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # names in code are no words
+_ALPHANUMERIC = re.compile(r"[^\W_]")
 _STRANGE = re.compile(r"[\ufffd\ue000-\uf8ff]|\(cid:\d+\)")
 _LONG = 20  # letters; German's longest are seldom more
 _ENOUGH = 50  # words; fewer tell nothing
@@ -48,7 +49,7 @@ class Quality:
             found.append(f"only {self.letters:.0%} of its characters are letters or digits")
         if self.words < _ENOUGH or not self.word_length:
             return tuple(found)
-        if self.long_words > 0.25:
+        if self.long_words > 0.15:
             found.append(
                 f"{self.long_words:.0%} of its letters stand in words of more than {_LONG}: "
                 "words are glued together"
@@ -68,13 +69,12 @@ class Quality:
 
 def measure(text: str) -> Quality:
     """The measures of a text; a text without any character has the letters of none."""
-    characters = sum(not char.isspace() for char in text)
-    letters = sum(char.isalnum() for char in text)
+    characters = sum(map(len, text.split()))
+    letters = len(_ALPHANUMERIC.findall(text))
     # Letters with marks (Hindi's vowels) are longer than runs of letters say, but not glued.
     lengths = [len(word) for word in _LETTERS.findall(_CAMEL.sub(" ", text))]
     total = sum(lengths)
-    unspaced = sum(is_unspaced(char) for char in text if char.isalpha())
-    spaced = unspaced <= _UNSPACED * max(1, total)
+    spaced = count_unspaced(text) <= _UNSPACED * max(1, total)
     return Quality(
         words=len(lengths),
         word_length=total / len(lengths) if lengths and spaced else 0.0,

@@ -21,7 +21,7 @@ from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.decoding import decode
 from cartridge_distill.data.documents.markdown import clean_markdown
 from cartridge_distill.data.documents.page import read_page
-from cartridge_distill.data.documents.page_lines import joined_words, plain_letters, text_of_pages
+from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
 from cartridge_distill.data.documents.pdf import read_pdf
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
@@ -156,10 +156,7 @@ _Read = tuple[str | None, str, Sequence[str], Form]
 def _plain(data: bytes, name: str) -> _Read:
     decoded = decode(data, name)
     text = plain_letters(decoded.text)
-    if "\f" in text.strip():
-        text = text_of_pages(text.split("\f"), divided=False)
-    else:
-        text = joined_words(text, always=False)
+    text = text_of_pages(text.split("\f"), divided=False)
     return first_heading(text, "plain"), text, _noted(decoded.note), "plain"
 
 

@@ -20,7 +20,7 @@ _NO_END = "".join(rf"(?<!\b{word}\.)" for word in _ABBREVIATIONS)
 _CLOSERS = "」』”’）】》〉\"')"
 _SENTENCE_END = re.compile(
     # Arabic and Urdu, Hindi, Armenian and Ethiopic full stops stand before a space as ours do.
-    rf"{_NO_END}(?<=[.!?…؟۔।॥։።])[\"')\]”’»]*\s+(?=[^\W\d_]|[\"'(\[“‘«¿¡])"
+    rf"(?<=[.!?…؟۔।॥։።]){_NO_END}[\"')\]”’»]*\s+(?=[^\W\d_]|[\"'(\[“‘«¿¡])"
     rf"|(?<=[。！？｡។။])[{_CLOSERS}]*\s*(?=[^\s。！？｡{_CLOSERS}])"
     r"|(?<=[\u0e00-\u0e7f])\s+(?=[\u0e00-\u0e7f])"
 )

@@ -194,7 +194,8 @@ def study_rows(
 ) -> tuple[list[Row], list[Row]]:
     """(train, val) rows in veRL's schema.
 
-    With several documents a prompt that does not name its document's title gets it appended.
+    With several documents a prompt that does not name its document's title gets it appended; so
+    does one that was written for another document in the same words.
 
     Args:
         written: from `sift`; no two of them are alike.
@@ -214,10 +215,14 @@ def study_rows(
             "--write-tokens or more --attempts."
         )
     rows = []
+    asked: dict[str, str] = {}  # prompt -> the document it was first asked about
     for prompt in written:
         source = plan.task(prompt.row["task"]).chunk.source
         text = prompt.text
-        if plan.several and normalised(source.title) not in normalised(text):
+        owner = asked.setdefault(normalised(text), source.document_id)
+        if plan.several and (
+            normalised(source.title) not in normalised(text) or owner != source.document_id
+        ):
             text += f" ({source.title})"
         row = prompt.row
         rows.append(

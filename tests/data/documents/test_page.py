@@ -30,7 +30,13 @@ def test_a_teaser_does_not_replace_the_page(tag: str) -> None:
 
 @pytest.mark.parametrize(
     "hiding",
-    ["hidden", "style='color:red; display: none'", "style='visibility:hidden'", "aria-hidden=true"],
+    [
+        "hidden",
+        "style='color:red; display: none'",
+        "style='visibility:hidden'",
+        "aria-hidden=true",
+        "class='a sr-only'",
+    ],
 )
 def test_hidden_text_is_not_read(hiding: str) -> None:
     assert text_of(f"<p>Seen.</p><div {hiding}>Not <b>seen</b>.</div>") == "Seen."
@@ -114,6 +120,7 @@ def test_how_much_was_kept_is_said() -> None:
         ("log<sub>2</sub> 8 and H<sub>2</sub>O", "log_2 8 and H_2O"),
         ("the 1<sup>st</sup> and 2<sup>e</sup>", "the 1st and 2e"),
         ("Said so.<sup><a href='#n1'>[1]</a></sup> Yes.", "Said so. Yes."),
+        ("2<sup>1</sup>⁄<sub>2</sub> cups and <sup>3</sup>/<sub>4</sub>", "2 1/2 cups and 3/4"),
         ("2½ cups at −5 °C", "2½ cups at −5 °C"),
         ("<math><mfrac><mn>1</mn><mn>2</mn></mfrac></math> cup", "(1)/(2) cup"),
         (
@@ -138,6 +145,11 @@ def test_text_that_looks_like_markdown_is_not_read_as_such() -> None:
     page = text_of("<p># make it</p><p>~~~~</p><p>It goes on for some words.</p><p>| a line</p>")
     assert sections(page, "markdown")[0][0] is None
     assert "It goes on for some words." in sentences(page, "markdown")
+
+
+def test_quotations_have_no_mark_in_every_line() -> None:
+    page = text_of(f"<blockquote><p>{LONG}</p><blockquote>Second one.</blockquote></blockquote>")
+    assert page == f"{LONG}\n\nSecond one."
 
 
 def test_the_title_of_a_page() -> None:

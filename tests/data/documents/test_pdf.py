@@ -29,6 +29,13 @@ def test_a_good_text_is_read_by_the_first(tmp_path: Path) -> None:
     assert read_pdf((tmp_path / "a.pdf").read_bytes(), "a.pdf").notes == ("3 pages",)
 
 
+def test_a_text_that_is_glued_in_part_makes_the_second_reader_worth_a_try() -> None:
+    glued = "Theharbourandthemuseumandthelibraryofthetownandthegarden."
+    text = " ".join([*LINES[:18], glued, *LINES[18:], glued])
+    assert 0.05 < measure(text).badness < 0.15 and not measure(text).faults
+    assert measure(" ".join(LINES)).badness == 0
+
+
 def test_text_that_no_reader_makes_words_of_is_refused(tmp_path: Path) -> None:
     write_glued_pdf(tmp_path / "a.pdf", LINES, gap=0.08)
     with pytest.raises(
@@ -97,10 +104,9 @@ def test_numbers_that_are_no_page_numbers_stay() -> None:
 
 
 def test_lines_of_contents_are_left_out() -> None:
-    text = text_of_pages(
-        ["Contents\nHarbours . . . . . . . 12\nShips .......... iv\nIt is so ... yes"]
-    )
-    assert text == "Contents\nIt is so ... yes"
+    contents = "Contents\nHarbours . . . . . . . 12\nShips .......... iv\nOne . . 8"
+    text = text_of_pages([f"{contents}\nIt is so ... yes\nAnd so on...."])
+    assert text == "Contents\nIt is so ... yes\nAnd so on...."
 
 
 @pytest.mark.parametrize(
