@@ -28,14 +28,19 @@ def hydra_value(value: object) -> str:
     text = str(value)
     if _PLAIN.fullmatch(text) and not _NO_TEXT.fullmatch(text):
         return text
+    return _quoted(text)
+
+
+def _quoted(text: str) -> str:
     # A backslash stands for itself, except before a quote; OmegaConf would resolve "${...}".
     text = _BEFORE_QUOTE.sub(r"\1\1", text.replace("${", r"\${")).replace("'", r"\'")
     return f"'{text}'"
 
 
 def pasted_setting(key: str, value: object) -> str:
-    """``key=value`` for a shell's command line that ends in Hydra."""
-    return shell_quoted(f"{key}={hydra_value(value)}")
+    """``key=value`` for a shell's command line that ends in Hydra; a text is always quoted."""
+    shown = _quoted(str(value)) if isinstance(value, str | Path) else hydra_value(value)
+    return shell_quoted(f"{key}={shown}")
 
 
 def shell_quoted(text: str) -> str:

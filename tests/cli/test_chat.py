@@ -84,7 +84,7 @@ def test_it_says_what_the_document_would_have_taken(
     document.write_text("The harbour master keeps the keys. " * 20)
     assert chat.main([*arguments, "--prompt", "Who?", "--document", str(document)]) == 0
     said = capsys.readouterr().err
-    tokens = len(render_document(byte_tokenizer(), document.read_text()))
+    tokens = len(render_document(byte_tokenizer(), document.read_text().strip()))
     assert "the cartridge takes 16 KV tokens" in said
     assert f"the document would have taken {tokens}, {tokens / 16:.1f}x" in said
     assert chat.main([*arguments, "--prompt", "?", "--document", "/nowhere/at/all"]) == 1

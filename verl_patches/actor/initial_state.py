@@ -86,7 +86,8 @@ def initial_document(settings: Any, known: list[str]) -> str:
         return str(settings.init_document)
     if len(known) > 1:
         raise ConfigError(
-            f"{settings.documents} holds {len(known)} documents; set the one to start from, e.g. "
+            f"{settings.documents} holds {len(known)} documents; set "
+            "actor.cartridge.init_document to the one to start from, e.g. "
             + pasted_setting("actor_rollout_ref.actor.cartridge.init_document", known[0])
         )
     return known[0]
