@@ -17,8 +17,17 @@ from typing import Any
 COMPLETION_PATHS = ("/custom/cartridge/completions", "/v1/completions")
 CHAT_PATHS = ("/custom/cartridge/chat/completions", "/v1/chat/completions")
 OTHER_PATHS = (
-    *("/ping", "/v1/models", "/metrics", "/cartridges", "/cartridges/base", "/openapi.json"),
-    *("/custom/cartridge/loaded", "/v1/files", "/nowhere", "/", "//", "/%00", "/cartridges/%2e%2e"),
+    *("/ping", "/v1/models", "/metrics", "/cartridges", "/cartridges/attack-step-000000"),
+    *(
+        "/openapi.json",
+        "/custom/cartridge/loaded",
+        "/v1/files",
+        "/nowhere",
+        "/",
+        "//",
+        "/%00",
+        "/cartridges/%2e%2e",
+    ),
     *(
         "/cartridges/" + "x" * 300,
         "/cartridges/%ED%A0%80",
