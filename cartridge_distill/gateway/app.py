@@ -256,7 +256,7 @@ def _add_errors(app: FastAPI) -> None:
 
     def add(kind: type[Exception], status: int, headers: dict[str, str] | None = None) -> None:
         async def answer(http: Request, error: Exception) -> JSONResponse:
-            return JSONResponse(error_body(http.url.path, status, str(error)), status, headers)
+            return JSONResponse(error_body(http.scope["path"], status, str(error)), status, headers)
 
         app.add_exception_handler(kind, answer)
 
@@ -275,6 +275,6 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(http: Request, error: RequestValidationError) -> Response:
-        if is_openai(http.url.path):
+        if is_openai(http.scope["path"]):
             return from_validation(error).response()
         return JSONResponse({"detail": first_problem(error)}, 422)

@@ -59,7 +59,7 @@ class Completions:
 
         Raises: as :meth:`ask`.
         """
-        return await self.ask(request, http, http.url.path, await http.body())
+        return await self.ask(request, http, http.scope["path"], await http.body())
 
     async def ask(
         self,

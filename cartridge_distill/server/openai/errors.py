@@ -195,9 +195,9 @@ def add_error_handlers(app: FastAPI) -> None:
     async def other(http: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"Invalid URL ({http.method} {http.url.path})"
+            message = f"Invalid URL ({http.method} {http.scope['path']})"
         elif error.status_code == 405:
-            message = f"Not allowed to {http.method} on {http.url.path}."
+            message = f"Not allowed to {http.method} on {http.scope['path']}."
         headers = dict(error.headers) if error.headers else None
         return ApiError(error.status_code, message).response(headers)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeRef,
@@ -30,7 +32,7 @@ def to_protocol(
         max_tokens: bound on the answer.
 
     Raises:
-        ApiError: 400, there is nothing to answer.
+        ApiError: 400, there is nothing to answer, or a value is beyond the protocol's bounds.
     """
     messages = [
         # Templates know the role by its older name.
@@ -57,11 +59,18 @@ def to_protocol(
             DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
         ),
     }
-    if cartridge is not None:
-        ref = CartridgeRef(id=cartridge, source="local")
-        return CartridgeChatCompletionRequest(**body, cartridges=[ref])
-    if messages[-1]["role"] == "system":
+    if cartridge is None and messages[-1]["role"] == "system":
         # The protocol goes on with any last message that is not the user's.
         generate = {"add_generation_prompt": True, "continue_final_message": False}
         body["apply_chat_template_overrides"] = generate
-    return ChatCompletionRequest(**body)
+    try:
+        if cartridge is None:
+            return ChatCompletionRequest(**body)
+        ref = CartridgeRef(id=cartridge, source="local")
+        return CartridgeChatCompletionRequest(**body, cartridges=[ref])
+    except ValidationError as error:  # the protocol's bounds are narrower
+        # Of a union every alternative complains; the last one is the list.
+        problem = error.errors(include_input=False)[-1]
+        place = str(problem["loc"][0])
+        message = f"Invalid '{place}': {problem['msg']}."
+        raise ApiError(400, message, place, "invalid_value") from error

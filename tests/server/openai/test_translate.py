@@ -62,3 +62,19 @@ def test_nothing_but_an_empty_answer_is_refused() -> None:
     request = ChatRequest.model_validate({"model": "m", "messages": [said("assistant", None)]})
     with pytest.raises(ApiError, match="only an empty answer"):
         to_protocol(request, None, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"stop": ["x" * 3000]}, "stop"),
+        ({"messages": [{"role": "user", "content": "Who?"}] * 5000}, "messages"),
+    ],
+)
+def test_what_is_beyond_the_protocols_bounds_is_the_clients_mistake(
+    change: dict[str, Any], param: str
+) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Who?"}]} | change
+    with pytest.raises(ApiError, match=f"Invalid '{param}'.* at most") as refused:
+        to_protocol(ChatRequest(**body), None, 5)
+    assert (refused.value.status, refused.value.param) == (400, param)
