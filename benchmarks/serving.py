@@ -41,7 +41,7 @@ from benchmarks.serving_uploads import upload_table  # noqa: E402
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say  # noqa: E402
-from tests.gateway.rig import Rig  # noqa: E402
+from tests.gateway.rig import Rig, use_token  # noqa: E402
 from tests.tiny import endless_model, save_model  # noqa: E402
 
 
@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
     start = time.monotonic()
+    use_token()
     say(
         f"machine: {machine('cpu')}, load {os.getloadavg()[0]:.1f} at the start; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
