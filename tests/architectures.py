@@ -118,6 +118,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """More of one architecture: settings at which its attention is another."""
 
 
+def known(*names: str) -> list[str]:
+    """Those of these names that the installed transformers has."""
+    return [name for name in names if VARIANTS.get(name, (name, {}))[0] in NAMES]
+
+
+LAYERS_DIFFER = known(*(name for name in VARIANTS if "KV" in name or "keys" in name))
+"""Layers of two shapes, or layers that read the keys and values of others."""
+
+
 class NotBuilt(Exception):
     """The configuration does not become so small, or the model does not run with ids alone."""
 

@@ -20,7 +20,7 @@ from cartridge_distill.server.layout import RowBuffers, RowPart, ServingBatch
 from cartridge_distill.server.rows import EngineError, Row
 from cartridge_distill.server.sampling import RequestSeeds, choose
 from cartridge_distill.server.settings import ServerSettings
-from tests.architectures import VARIANTS, build
+from tests.architectures import LAYERS_DIFFER, build
 from tests.server.conftest import EngineOf
 from tests.tiny import (
     ARCHITECTURES,
@@ -78,7 +78,7 @@ def test_logprobs_equal_the_plain_forward(kind: str, engine_of: EngineOf) -> Non
     assert engine.stats.largest_batch > 1
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "KV" in name or "keys" in name])
+@pytest.mark.parametrize("name", LAYERS_DIFFER)
 def test_layers_that_differ_and_layers_that_share(name: str, engine_of: EngineOf) -> None:
     """Behind cartridges, bare, and behind a long beginning whose KV the engine makes and keeps."""
     model = build(name)
