@@ -24,7 +24,7 @@ from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,
 )
-from cartridge_distill.server.openai import create_openai_app
+from cartridge_distill.server.openai.app import create_openai_app
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.http_front import MAX_JSON_BYTES
 from tests.conftest import StartServer
