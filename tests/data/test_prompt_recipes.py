@@ -16,12 +16,12 @@ from cartridge_distill.data.dataset import evaluation_questions
 from cartridge_distill.data.decontamination import check_held_out
 from cartridge_distill.data.documents.reading import ReadFile
 from cartridge_distill.data.documents.source import Source, choose
-from cartridge_distill.data.prompt_recipes import cut_points, make_rows
+from cartridge_distill.data.prompt_recipes import PROMPT_RECIPES, cut_points, make_rows
 from cartridge_distill.data.records import Question, Record, parse_records
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from tests.data.documents.made import prose
-from tests.model.templates import SMOLLM2
+from tests.model.templates import SHAPES, SMOLLM2, tokenizer_of
 from tests.tiny import byte_tokenizer
 
 DATA = Path(__file__).parents[2] / "cartridge_distill" / "data" / "examples"
@@ -274,3 +274,28 @@ def test_patients_are_chosen_by_name(clinic: list[Source]) -> None:
         choose(clinic, ["p9"])
     with pytest.raises(ConfigError, match="twice"):
         choose(clinic, ["clinic_01", "clinic_01"])
+
+
+@pytest.mark.parametrize("recipe", PROMPT_RECIPES)
+def test_prompts_about_chat_formats_hold_the_templates_control_tokens_alone(recipe: str) -> None:
+    """Headings and sentences that name control tokens; read as such they would end the turn."""
+    tokenizer = tokenizer_of(SHAPES["smollm2"])
+    names = ("<|im_start|>", "<|im_end|>")
+    sections = [
+        f"# What {name} does\n\nEvery message number {n} is closed with {name} and a line end. "
+        f"The words between {name} and the next {name} of part {n} are the content."
+        for n in range(4)
+        for name in names
+    ]
+    source = Source.of_file(ReadFile("chat.md", "chat", "\n\n".join(sections)))
+    rows, _ = make_rows(tokenizer, [source], recipe, rows=12, val_rows=2, seed=0)
+    named = 0
+    for row in rows:
+        messages = list(row["prompt"])
+        contents = "".join(message["content"] for message in messages)
+        named += any(name in contents for name in names)
+        ids = render_prompt(tokenizer, messages)
+        found = [name for token in ids if (name := tokenizer.decode([token])) in names]
+        assert found == ["<|im_start|>", "<|im_end|>", "<|im_start|>"], messages
+        assert tokenizer.decode(ids).count("<|im_end|>") == contents.count("<|im_end|>") + 1
+    assert named >= 6
