@@ -3,8 +3,8 @@
 What nobody sees goes first: scripts, styles, controls of forms, hidden elements; and so do the
 marks that a generator puts behind headings. The rest is the *visible text*. Of it, navigation is
 taken out (`nav` and its roles, lists of links, contents), and the page's `main` or `article` is
-taken alone if it holds most of what is left. When less than half of the visible text would be kept,
-those rules do not fit the page: then all of the visible text is.
+taken alone if it holds most of what is left. When less than half of the visible text that is no
+link would be kept, those rules do not fit the page: then all of the visible text is.
 
 What a number or a formula means is kept: `page_marks` writes powers, indices and fractions out.
 """
@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4 import BeautifulSoup, Tag
 from bs4.dammit import EncodingDetector
+from bs4.element import NavigableString
 from markdownify import MarkdownConverter
 
 from cartridge_distill.data.documents.decoding import decode
@@ -42,7 +43,7 @@ _MARKED = re.compile(r"\s*(?:#{1,6}\s|```|~~~|\||(?:=+|-{2,})\s*$)")  # Markdown
 _BLOCKS = ("p", "div", "ul", "ol", "dl", "table", "pre", "blockquote", "h1", "h2", "h3", "h4")
 _LINKED = 0.8  # of a list's letters; more is navigation
 _FEWEST_LINKS = 3
-_MOST, _NEARLY_ALL = 0.5, 0.995
+_MOST, _NEARLY_ALL, _HARDLY = 0.5, 0.995, 0.2
 _LONG_CELL = 200  # characters; a table of data has shorter ones
 _CODE = re.compile(r"[;{}]\s*$|^\s*[$>#]|^\s*\w+\(|\s{3,}\S|[=<>]{2}|^\s*(?:import|def|return)\b")
 
@@ -65,11 +66,13 @@ def read_page(data: bytes, name: str) -> Page:
     decoded = decode(data, name, EncodingDetector.find_declared_encoding(data, is_html=True))
     try:
         soup, title = _visible(decoded.text)
-        visible = _letters(soup.get_text())
-        text = _markdown(_without_navigation(soup))
+        visible, prose = _letters(soup.get_text()), _unlinked(soup)
+        part = _without_navigation(soup)
+        lost = _unlinked(part) < _MOST * prose
+        text = _markdown(part)
         kept = _letters(text)
         notes = [decoded.note] if decoded.note else []
-        if visible and kept < _MOST * visible:
+        if lost or kept < _HARDLY * visible:
             said = f"its main part is {_percent(kept, visible)} of the visible text"
             notes.append(f"{said}: all of it was taken")
             soup, _ = _visible(decoded.text)
@@ -96,6 +99,12 @@ def _letters(text: str) -> int:
     return sum(char.isalnum() for char in text)
 
 
+def _unlinked(tag: Tag) -> int:
+    """Letters that are no link's: contents and menus may be longer than what they stand beside."""
+    links = [link for link in tag.find_all("a") if link.get("href")]
+    return _letters(tag.get_text()) - sum(_letters(link.get_text()) for link in links)
+
+
 def _visible(html: str) -> tuple[BeautifulSoup, str | None]:
     """What a reader sees, with formulas written out; and the title."""
     soup = BeautifulSoup(html, "html.parser")
@@ -107,7 +116,7 @@ def _visible(html: str) -> tuple[BeautifulSoup, str | None]:
         if not tag.decomposed:
             tag.decompose()
     for tag in soup.find_all("a"):
-        classes = " ".join(tag.get_attribute_list("class", []))
+        classes = " ".join(_classes(tag))
         if "headerlink" in classes or tag.get("href") and _HEADING_MARK.match(tag.get_text()):
             if tag.find("img") is None:
                 tag.decompose()
@@ -125,10 +134,15 @@ def _title(soup: BeautifulSoup) -> str | None:
     return None
 
 
+def _classes(tag: Tag) -> list[str]:
+    said = tag.get("class")
+    return said.split() if isinstance(said, str) else list(said or ())
+
+
 def _is_hidden(tag: Tag) -> bool:
     if tag.has_attr("hidden") or tag.get("aria-hidden") == "true":
         return True
-    if not _HIDING_CLASSES.isdisjoint(tag.get_attribute_list("class", [])):
+    if not _HIDING_CLASSES.isdisjoint(_classes(tag)):
         return True
     return bool(_HIDING_STYLE.search(str(tag.get("style", ""))))
 
@@ -136,16 +150,16 @@ def _is_hidden(tag: Tag) -> bool:
 def _without_navigation(soup: BeautifulSoup) -> Tag:
     """The page's body, or the part of it that holds most of its text; changes the page."""
     body = soup.body or soup
-    whole = _letters(body.get_text())
+    prose = _unlinked(body)
     for tag in body.find_all(_is_navigation):
-        if not tag.decomposed and _letters(tag.get_text()) < _MOST * whole:
+        if not tag.decomposed and _unlinked(tag) < _MOST * prose:
             tag.decompose()
     for tag in body.find_all(["ul", "ol", "dl", "table"]):
-        if not tag.decomposed and _is_of_links(tag) and _letters(tag.get_text()) < _MOST * whole:
+        if not tag.decomposed and _is_of_links(tag) and _unlinked(tag) < _MOST * prose:
             tag.decompose()
-    left = _letters(body.get_text())
+    left = _unlinked(body)
     for found in (body.find_all("main"), body.find_all(role="main"), body.find_all("article")):
-        if len(found) == 1 and _letters(found[0].get_text()) >= _MOST * left:
+        if len(found) == 1 and _unlinked(found[0]) >= _MOST * left:
             return found[0]
     for tag in body.find_all(["footer", "aside"]):
         if not tag.decomposed and tag.find_parent("article") is None:
@@ -158,8 +172,8 @@ def _is_navigation(tag: Tag) -> bool:
         return True
     if tag.name in ("body", "html", "main", "article", "h1", "h2", "h3", "h4", "h5", "h6"):
         return False
-    names = [*tag.get_attribute_list("class", []), tag.get("id") or ""]
-    return any(_NAVIGATION.match(str(name)) for name in names if name)
+    names = [*_classes(tag), str(tag.get("id") or "")]
+    return any(_NAVIGATION.match(name) for name in names)
 
 
 def _is_of_links(tag: Tag) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4 import BeautifulSoup, Tag
+from bs4.element import NavigableString
 
 _ORDINALS = frozenset("st nd rd th er re e ème eme o a os as te ter de".split())  # 1st, 2e, 3º
 _TRADE = frozenset(("tm", "sm", "®", "©", "™"))
@@ -41,7 +42,9 @@ def plain_powers(soup: BeautifulSoup) -> None:
     for over in soup.find_all("sup"):
         stroke = over.next_sibling
         under = stroke.next_sibling if stroke is not None else None
-        if isinstance(under, Tag) and under.name == "sub" and str(stroke).strip() in _STROKES:
+        if stroke is None or not isinstance(under, Tag):
+            continue
+        if under.name == "sub" and str(stroke).strip() in _STROKES:
             whole = over.previous_sibling
             space = " " if whole is not None and str(whole)[-1:].isdigit() else ""
             over.replace_with(NavigableString(f"{space}{over.get_text()}/{under.get_text()}"))

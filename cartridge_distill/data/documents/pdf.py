@@ -54,7 +54,7 @@ def read_pdf(data: bytes, name: str) -> Pdf:
         other_quality = measure(other_text)
         better = other_quality.badness < quality.badness - _CLEARLY or not quality.words
         if better and other_quality.words:
-            notes.append("read by PDFium, because pypdf's text has fewer words that are some")
+            notes.append("read by PDFium, whose text reads more like words than pypdf's")
             pages, text, quality = other, other_text, other_quality
     empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
     if len(empty) == len(pages):

@@ -106,6 +106,13 @@ def test_how_much_was_kept_is_said() -> None:
     )
     assert read.text.strip() == LONG
     assert read.notes[0].endswith("% of the visible text kept")
+    # Contents that are longer than the page they lead through are contents all the same.
+    read = read_page(f"<body><nav>{LINKS * 60}</nav><p>{LONG}</p></body>".encode(), "a.html")
+    assert read.text.strip() == LONG and read.notes[0].startswith("30 % of the visible")
+    # Text that is taken for navigation, and is most of the page, is not.
+    aside = "".join(f"<div class='related'>{prose(3, n)}</div>" for n in range(0, 30, 3))
+    read = read_page(f"<body><p>Short.</p>{aside}</body>".encode(), "a.html")
+    assert "all of it was taken" in read.notes[0] and prose(3, 27) in read.text
     rest = f"<ul>{LINKS * 30}</ul><ol>{LINKS * 30}</ol>"
     read = read_page(f"<body><p>Short.</p>{rest}</body>".encode(), "a.html")
     assert "all of it was taken" in read.notes[0] and "One part" in read.text

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cartridge_distill.data.documents.reading import read_documents, read_file
+from cartridge_distill.data.documents.source import Source
 from cartridge_distill.util.errors import DocumentError
 from tests.data.documents.made import encrypted, prose, sentence, write_pdf, write_typeset_pdf
 
@@ -184,3 +185,37 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         read_documents(tmp_path / "sheet.xlsx")
     with pytest.raises(DocumentError, match="absent does not exist"):
         read_documents(tmp_path / "absent")
+
+
+def test_each_kind_is_read_by_its_own_rules(tmp_path: Path) -> None:
+    (tmp_path / "care.txt").write_text("Care\n~~~~\n\nOil the axle each spring.\n")
+    (tmp_path / "care.md").write_text("---\ntitle: All care\n---\n# Care\n\nOil the axle.\n")
+    (tmp_path / "care.html").write_text("<title>Axles</title><h2>Care</h2><p>Oil the axle.</p>")
+    write_pdf(tmp_path / "care.pdf", ["# Care is taken. Oil the axle."])
+    found = {Path(read.document_id).suffix: read for read in read_documents(tmp_path).documents}
+    assert {kind: read.form for kind, read in found.items()} == {
+        ".txt": "plain",
+        ".pdf": "plain",
+        ".md": "markdown",
+        ".html": "markdown",
+    }
+    assert {kind: read.title for kind, read in found.items()} == {
+        ".txt": "Care",
+        ".pdf": "care",
+        ".md": "All care",
+        ".html": "Axles",
+    }
+    source = Source.of_file(found[".txt"])
+    assert [source.sentences(section) for section in source.sections] == [
+        ["Oil the axle each spring."]
+    ]
+    assert found[".md"].text == "# Care\n\nOil the axle."
+
+
+def test_a_text_with_form_feeds_has_pages(tmp_path: Path) -> None:
+    pages = [
+        f"Request 7        Notes\n\n{sentence(n)}\n\nAnn Other   [Page {n}]" for n in range(1, 6)
+    ]
+    (tmp_path / "a.txt").write_text("\f".join(pages))
+    expected = [sentence(n) for n in range(1, 6)]
+    assert read_file(tmp_path / "a.txt").text.split("\n\n") == expected
