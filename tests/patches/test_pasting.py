@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from datasets import load_dataset
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from cartridge_distill.cli.main import app
@@ -19,6 +22,7 @@ from cartridge_distill.util.pasting import hydra_value, pasted_setting
 from tests.data.documents.made import prose
 from tests.tiny import byte_tokenizer, tiny_model
 from verl_patches import launch
+from verl_patches.config.data_files import named, path_of, problem
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.settings import CONFIG_FOLDER, Run
 
@@ -83,8 +87,28 @@ def test_the_hints_of_prepare_work_when_they_are_pasted(
     chosen = settings.actor_rollout_ref.actor.cartridge.init_document
     assert chosen == DocumentStore.from_file(out / "documents.jsonl").ids[0]
     assert settings.actor_rollout_ref.model.path == str(model)
-    assert settings.data.train_files == str(out / "train.parquet")
+    assert path_of(settings.data.train_files) == out / "train.parquet"
+    rows = load_dataset("parquet", data_files=settings.data.train_files, cache_dir=str(tmp_path))
+    assert len(rows["train"]) == 40  # as veRL reads them
     assert settings.actor_rollout_ref.actor.cartridge.documents == str(out / "documents.jsonl")
+
+
+@pytest.mark.parametrize("name", ["[x]", "a?b", "a*b", "[!a]", "a[b", "plain", "[[]x]"])
+def test_a_data_folder_may_look_like_a_pattern(name: str, tmp_path: Path) -> None:
+    """veRL's reader would find nothing, or the files of all folders that fit."""
+    for folder in (name, "axb"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "train.parquet"
+        parquet.write_table(pyarrow.table({"folder": [folder]}), file)
+    file = tmp_path / name / "train.parquet"
+    assert path_of(named(file)) == file and problem("data.train_files", named(file)) is None
+    [row] = load_dataset("parquet", data_files=named(file), cache_dir=str(tmp_path / "c"))["train"]
+    assert row["folder"] == name
+
+
+def test_a_pattern_and_a_chain_are_refused(tmp_path: Path) -> None:
+    assert "reads every file that fits" in str(problem("data.train_files", "/data/*/train.parquet"))
+    assert "rename the folder" in str(problem("data.val_files", "/data/a::b/val.parquet"))
 
 
 def test_a_name_reaches_the_check_and_not_hydras_grammar(tmp_path: Path) -> None:

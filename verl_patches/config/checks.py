@@ -23,6 +23,7 @@ from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.pasting import pasted_setting
 from cartridge_distill.util.server_url import checked_url
+from verl_patches.config.data_files import path_of, problem
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.platform.cluster import joins_a_cluster
 
@@ -216,10 +217,9 @@ def run_length(config: DictConfig) -> RunLength:
 
 def _rows(config: DictConfig, split: str) -> int | None:
     """Rows of a split, as veRL will read them; None where a file is not there, or no parquet."""
-    named = _get(config, f"data.{split}_files")
     total = 0
-    for name in [named] if isinstance(named, str) else named or ():
-        file = Path(str(name)).expanduser()
+    for name in _data_files(config, split):
+        file = path_of(name)
         if file.suffix != ".parquet" or not file.is_file():
             return None
         try:
@@ -231,7 +231,16 @@ def _rows(config: DictConfig, split: str) -> int | None:
     return min(total, most) if isinstance(most, int) and most > 0 else total
 
 
+def _data_files(config: DictConfig, split: str) -> list[str]:
+    named = _get(config, f"data.{split}_files")
+    return [named] if isinstance(named, str) else [str(name) for name in named or ()]
+
+
 def _run_length_problems(config: DictConfig) -> Iterator[str]:
+    for split in ("train", "val"):
+        for name in _data_files(config, split):
+            if found := problem(f"data.{split}_files", name):
+                yield found
     try:
         yield from run_length(config).problems()
     except ConfigError as error:

@@ -186,6 +186,7 @@ def check_prompts(run: Run) -> None:
     """
     from cartridge_distill.data.prompt_length import PromptLimit, prompts_of
     from cartridge_distill.model.reading import read_tokenizer
+    from verl_patches.config.data_files import path_of
     from verl_patches.launching.configured import configuration
     from verl_patches.platform.cluster import joins_a_cluster
 
@@ -200,7 +201,8 @@ def check_prompts(run: Run) -> None:
     fix = "write the data with this `prepare --prompt-tokens`, or train with --prompt-tokens"
     files = config.data.train_files
     for file in [files] if isinstance(files, str) else files:
-        limit.check(prompts_of(Path(file), config.data.prompt_key), str(file), fix)
+        path = path_of(file)
+        limit.check(prompts_of(path, config.data.prompt_key), str(path), fix)
 
 
 def check_folder(run: Run) -> None:

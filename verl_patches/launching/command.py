@@ -13,6 +13,7 @@ from pathlib import Path
 from cartridge_distill.util.node import missing_settings
 from cartridge_distill.util.openmp import spinning
 from cartridge_distill.util.pasting import hydra_value
+from verl_patches.config.data_files import named
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run
 
 _HOME = Path(__file__).resolve().parents[2]  # what `import verl_patches` needs on the path
@@ -25,8 +26,8 @@ def overrides(run: Run) -> list[str]:
     custom = "actor_rollout_ref.rollout.custom"
     found = [
         f"platform={run.device}",
-        f"data.train_files={hydra_value(data / 'train.parquet')}",
-        f"data.val_files={hydra_value(data / 'val.parquet')}",
+        f"data.train_files={hydra_value(named(data / 'train.parquet'))}",
+        f"data.val_files={hydra_value(named(data / 'val.parquet'))}",
     ]
     for about in fields(run):
         key, value = about.metadata["key"], getattr(run, about.name)
