@@ -34,9 +34,9 @@ _GROUPED = ((torch, "_grouped_mm"), (functional, "grouped_mm"))
 
 
 class InFloat32(TorchFunctionMode):
-    """Embeddings come out in float32, and products take their weights in it.
+    """Embeddings come out in float32, and products and layer norms take their weights in it.
 
-    What lies between (norms, attention, activations) goes on in the dtype it is given.
+    What lies between (other norms, attention, activations) goes on in the dtype it is given.
     """
 
     def __torch_function__(
@@ -54,11 +54,13 @@ class InFloat32(TorchFunctionMode):
         return _widened(found) if func is functional.embedding else found
 
 
-# Of linear layers, convolutions (GPT-2's, short ones), and experts, which have one for all.
+# Of linear layers, convolutions (GPT-2's, short ones), and experts, which have one for all. A
+# layer norm wants its weights in the dtype of what it is given, too.
 _PRODUCTS = {
     *(functional.linear, functional.conv1d, torch.conv1d),
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
     *(torch.addmm, torch.baddbmm, torch.einsum),
+    *(functional.layer_norm, torch.layer_norm),
     *(getattr(where, name) for where, name in _GROUPED if hasattr(where, name)),
 }
 

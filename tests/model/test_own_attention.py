@@ -82,6 +82,24 @@ def test_what_is_accepted_is_exact(name: str) -> None:
     assert found.verdict == "exact", found
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "afmoe", "mellum", "mixtral", "bert, a decoder"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norms_and_experts_are_compared_in_half_precision(
+    name: str, dtype: torch.dtype
+) -> None:
+    if not known(name):
+        pytest.skip(f"this transformers has no {name}")
+    prepare_model(build(name).to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_what_is_wrong_is_refused_in_half_precision(kind: str) -> None:
+    model = tiny_model(kind).to(torch.bfloat16)
+    (by_the_longest if kind == "llama" else window_in_the_mask_alone)(model)
+    with pytest.raises(ConfigError, match="from more than queries, keys, values and windows"):
+        prepare_model(model)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_no_decoder_of_the_installed_transformers_is_accepted_and_wrong() -> None:
