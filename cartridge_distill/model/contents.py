@@ -195,23 +195,22 @@ class _ControlTokens:
             copy.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             copy.pre_tokenizer = backend.pre_tokenizer
-        names = {}
+        names, added = {}, []
         for real, token in sorted(self._added.items()):
             place = self.places.get(token.content)
             name = token.content if place is None else _alias(place, around)
             names[name] = real
             # Stripping, whole words, normalising: as the template's own tokens have it.
-            copy.add_tokens(
-                [
-                    AddedToken(
-                        name,
-                        single_word=token.single_word,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        normalized=token.normalized,
-                    )
-                ]
+            added.append(
+                AddedToken(
+                    name,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                )
             )
+        copy.add_tokens(added)  # at once: after each call the library builds its search anew
         return copy, {copy.token_to_id(name): real for name, real in names.items()}
 
 
