@@ -74,7 +74,7 @@ def test_a_forward_and_its_gradients_are_those_of_the_cpu() -> None:
     assert isinstance(fake_logits, OnGpu) and len(fake_gradients) == len(gradients) == 4
     assert torch.equal(fake_logits.inner, logits)
     for fake, real in zip(fake_gradients, gradients, strict=True):
-        # A frozen linear layer may have another kernel on a CPU than the one it would have on a GPU.
+        # A frozen linear layer may have a kernel of its own on a CPU.
         assert isinstance(fake, OnGpu)
         torch.testing.assert_close(fake.inner, real, atol=1e-6, rtol=1e-5)
 
