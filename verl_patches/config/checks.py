@@ -21,7 +21,7 @@ from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.distill.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
-from cartridge_distill.util.pasting import pasted_setting
+from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
 from verl_patches.hooks import TRAINER_MODE
@@ -265,7 +265,8 @@ def _cluster_problems(config: DictConfig) -> Iterator[str]:
     if joins_a_cluster(config) and not Path(folder).expanduser().is_absolute():
         yield (
             f"{key}={folder!r}: a cluster's workers run in other folders than this process; set "
-            f"{pasted_setting(key, Path(folder).absolute())}, on a disk that all nodes share"
+            + shell_quoted(f"{key}={hydra_value(Path(folder).absolute())}")
+            + ", on a disk that all nodes share"
         )
 
 
