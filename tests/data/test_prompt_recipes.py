@@ -287,7 +287,7 @@ def test_prompts_about_chat_formats_hold_the_templates_control_tokens_alone(reci
         for n in range(4)
         for name in names
     ]
-    source = Source.of_file(ReadFile("chat.md", "chat", "\n\n".join(sections)))
+    source = Source.of_file(ReadFile("chat.md", "chat", "\n\n".join(sections), "markdown"))
     rows, _ = make_rows(tokenizer, [source], recipe, rows=12, val_rows=2, seed=0)
     named = 0
     for row in rows:

@@ -127,9 +127,8 @@ def test_options_are_scored_from_the_end_of_the_stem(tokenizer: PreTrainedTokeni
     assert str(tokenizer.decode(asked.stem)).endswith("<assistant>Ann has")
     decoded = [str(tokenizer.decode(option)) for option in asked.options]
     assert decoded == [f" {text}" for text in OPTIONS]
-    empty = Question("one", "What?", ("", "a", "b", "c", "d"), 1)
-    with pytest.raises(ConfigError, match="adds no token"):
-        AskedQuestion.of(tokenizer, empty)
+    with pytest.raises(ConfigError, match="none of them empty"):
+        Question("one", "What?", ("", "a", "b", "c", "d"), 1)
 
 
 def test_what_cannot_be_evaluated_is_refused(

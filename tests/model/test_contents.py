@@ -75,7 +75,7 @@ def test_ordinary_text_has_the_ids_of_the_tokenizer(shape: Shape) -> None:
         if shape.template is None:
             continue
         turns = [{"role": "system", "content": "S"}, {"role": "user", "content": text}]
-        if "System role not supported" in shape.template:
+        if any(words in shape.template for words in ("System role not supported", "no system")):
             turns = turns[1:]
         rendered = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
@@ -218,16 +218,14 @@ def test_a_started_answer_goes_on_at_one_place_with_and_without_cartridge(shape_
 
 
 def test_what_a_client_gives_the_template_beside_messages() -> None:
-    """A template's variables, tools among them; a template of the client's own stays one."""
+    """The switches that are texts."""
     tokenizer = tokenizer_of(SHAPES["smollm2"])
-    template = "{{ mood }}{{ tools[0].name }}<|im_start|>{{ messages[0].content }}"
-    naughty, plain = (
-        {"mood": text, "tools": [{"name": text}], "chat_template": template}
-        for text in ("a<|im_end|>", "a")
+    tokenizer.chat_template = (
+        "{{ reasoning_effort }}{{ reasoning_effort }}<|im_start|>{{ messages[0].content }}"
     )
     ids, expected = (
-        chat_ids(tokenizer, False, "Hi", apply_chat_template_overrides=overrides)
-        for overrides in (naughty, plain)
+        chat_ids(tokenizer, False, "Hi", apply_chat_template_overrides={"reasoning_effort": text})
+        for text in ("a<|im_end|>", "a")
     )
     assert controls(tokenizer, ids) == controls(tokenizer, expected) == ["<|im_start|>"]
     assert tokenizer.decode(ids) == "a<|im_end|>a<|im_end|><|im_start|>Hi"

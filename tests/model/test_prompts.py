@@ -182,6 +182,13 @@ BEGINS = {
     "olmo2": "<|endoftext|>",  # also ends the assistant's turns
     "default_system": "",
     "default_system_after_bos": "<s>",
+    "phi3": "<s>",
+    "phi3_default": "",
+    "thought_dropped": "",
+    "thought_empty": "",
+    "thought_chosen": "",
+    "thought_closed": "<s>",
+    "channels": "",
 }
 
 

@@ -17,6 +17,7 @@ from cartridge_distill.report.recipe import Recipe
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import Supervisor
+from cartridge_distill.util.tracker import TRACKER
 from tests.training.conftest import (
     server,  # noqa: F401  (a fixture)
     write_rows,
@@ -248,7 +249,7 @@ def _saving(monkeypatch: pytest.MonkeyPatch, out: Path, step: int, without: str 
     saved = f"{shlex.quote(str(out))}/checkpoints"
     folder = f"{saved}/global_step_{step}/actor/cartridge"
     files = " ".join(f"{folder}/{name}" for name in native.FILES if name != without)
-    script = f"mkdir -p {folder}; touch {files}; echo {step} > {saved}/{launch.TRACKER}"
+    script = f"mkdir -p {folder}; touch {files}; echo {step} > {saved}/{TRACKER}"
     _failing(Run(), monkeypatch, script if step else "exit 0")
 
 
@@ -390,6 +391,7 @@ def test_what_merely_looks_like_a_credential_is_hidden_where_it_is_printed(
 
 def test_a_lost_tracker_ends_the_start_before_anything_is_written(
     server: BackgroundServer,  # noqa: F811
+    model_folder: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -399,8 +401,11 @@ def test_a_lost_tracker_ends_the_start_before_anything_is_written(
     saved = tmp_path / "run" / "checkpoints" / "global_step_3"
     (saved / "actor").mkdir(parents=True)
     (saved / "data.pt").touch()
-    typed = ["--device", "cpu", "--server", server.url, "--model", "m", "--data", str(data)]
-    typed += ["--out", str(tmp_path / "run"), "--sync-dir", str(tmp_path)]
+    write_rows(data, train=16)
+    typed = ["--device", "cpu", "--server", server.url, "--model", str(model_folder)]
+    typed += ["--data", str(data), "--out", str(tmp_path / "run"), "--sync-dir", str(tmp_path)]
+    typed += ["--tokens", "16", "--batch", "8", "--steps", "2", "--prompt-tokens", "128"]
+    typed += ["--response-tokens", "8", "ray_kwargs.ray_init.num_cpus=8"]
     for content in (None, b"\xff"):
         if content is not None:
             (saved.parent / "latest_checkpointed_iteration.txt").write_bytes(content)

@@ -336,7 +336,8 @@ def test_a_connection_outlives_a_refusal(refusing_server: BackgroundServer) -> N
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         for body in (raw(n="NaN"), raw(user='"\\ud800"'), raw(n="0"), raw(surprise="1"), raw()):
             head = (
-                f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n"
+                "Content-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n"
             )
             connection.sendall(head.encode() + body)
@@ -355,7 +356,7 @@ def test_a_connection_outlives_a_refusal(refusing_server: BackgroundServer) -> N
 async def test_the_chat_api_refuses_in_its_own_form(start_server: StartServer) -> None:
     app = create_openai_app(start_server(model_name="m").service, {})
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         for body in (
             b'{"model": "m", "messages": [], "n": NaN}',
             b'{"model": "m", "model": "m", "messages": []}',

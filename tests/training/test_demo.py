@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from tests.training.conftest import ROOT, child_environment
+from tests.training.conftest import ROOT, child_environment, write_rows
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
 from verl_patches.launching.command import overrides
@@ -26,8 +26,7 @@ OPTIM = "actor_rollout_ref.actor.optim"
 def out(tmp_path: Path) -> Path:
     """A run's folder in which the data are prepared; their contents are the workers' business."""
     (tmp_path / "data").mkdir()
-    for name in ("train.parquet", "val.parquet", "documents.jsonl", "eval.json"):
-        (tmp_path / "data" / name).write_bytes(b"")
+    write_rows(tmp_path / "data", train=36 * 48)
     return tmp_path
 
 

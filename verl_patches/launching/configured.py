@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import hydra_value
 from verl_patches.launching.command import overrides
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run
 from verl_patches.manage import find_tree
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @cache
@@ -26,6 +23,12 @@ def configuration(run: Run) -> DictConfig:
         ConfigError: Hydra does not take them; its reason is in the message.
         PatchError: no veRL is there.
     """
+    # Imported here: --help needs none of them.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     theirs = find_tree().root / "verl" / "trainer" / "config"
     search = f"hydra.searchpath=[{hydra_value(f'file://{theirs}')}]"
     before: Any = GlobalHydra.instance().hydra

@@ -58,10 +58,10 @@ def check_stored(tensors: Iterable[Tensor], part: str, path: Path) -> None:
             kind = f"{type(tensor).__name__} on {tensor.device}, {tensor.layout}"
             raise CartridgeFormatError(f"{path}: {name} is no plain tensor ({kind})")
         own = tensor.numel() * tensor.element_size()
-        stored = tensor.untyped_storage().nbytes()
-        if own > stored:
+        held = tensor.untyped_storage().nbytes()
+        if own > held:
             raise CartridgeFormatError(
-                f"{path}: {name} would be {own} bytes, and {stored} are stored of it: its numbers "
+                f"{path}: {name} would be {own} bytes, and {held} are stored of it: its numbers "
                 "repeat each other (a stride of 0), or are not there"
             )
         wanted += own
