@@ -89,6 +89,8 @@ class Front:
         except _Refused:
             pass
         except Exception:
+            # Nothing is lost here: it is raised, logged as a failure of ours, or the consequence of
+            # a body that was refused, which the client is told below.
             if is_started:
                 raise  # the connection ends in the middle of the answer, which tells the client
             if body.refusal is None:

@@ -95,7 +95,7 @@ def test_a_spent_budget_begins_nothing_more(setup: Setup) -> None:
 def test_the_demo_has_its_part_of_the_budget(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Takes all the seconds that it is given; it must leave the others theirs.
+    # The sleep takes all the seconds that it is given; it must leave the others theirs.
     slow = Stage("engine", 60, ["-c", "import time; time.sleep(60)"])
     last = Stage("sync", 60, ["-c", "pass"], reserved=28)
     assert not check.run(setup, [slow, last], 40, [])
