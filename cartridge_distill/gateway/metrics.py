@@ -38,6 +38,7 @@ class Metrics:
             "Cartridge uploads, by outcome: created, repeated, refused, failed",
             ["outcome"],
         )
+        self.uploads_inflight = gauge("uploads_in_flight", "Uploads that have a place")
         self.upload_bytes = counter("upload_bytes_total", "Bytes of accepted uploads")
         self.upload_seconds = histogram(
             "upload_seconds",

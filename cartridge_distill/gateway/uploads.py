@@ -85,6 +85,7 @@ class Uploads:
             self._metrics.uploads.labels("refused").inc()
             raise Busy(f"{self._running} uploads are under way, which is the limit; try again")
         self._running += 1
+        self._metrics.uploads_inflight.inc()
         started = time.monotonic()
         outcome = "refused"
         try:
@@ -102,6 +103,7 @@ class Uploads:
             raise
         finally:
             self._running -= 1
+            self._metrics.uploads_inflight.dec()
             self._metrics.uploads.labels(outcome).inc()
         seconds = time.monotonic() - started
         self._metrics.upload_seconds.observe(seconds)

@@ -246,7 +246,7 @@ def test_many_large_uploads_at_once_take_little_memory(start_rig: StartRig) -> N
             for number in range(3)
         ]
         arrived.wait(30)
-        until(lambda: len(list((rig.cartridges / ".staging").iterdir())) == 3, "three arrive")
+        until(lambda: rig.metric("uploads_in_flight") == 3, "three arrive")
         one_more = rig.put("one-more", upload_bytes())
         go.set()
         answers = [future.result() for future in running]
