@@ -91,9 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option = parser.add_argument
     option("--url", help="of a running server (default: the embedded one is started here)")
     option("--model", required=True, help="folder or hub id of the model that is served")
-    option(
-        "--cartridge", help="to publish: directory, .pt file, hub id (default: random numbers)"
-    )
+    option("--cartridge", help="to publish: directory, .pt file, hub id (default: random numbers)")
     option("--cartridge-dir", type=Path, help="the server's, with --url (default: upload)")
     option("--served-model", help="what the gateway calls the model (default: --model)")
     option("--version", help="a version id that the server has already; nothing is published")
