@@ -5,7 +5,7 @@ A *cartridge* is a trainable key/value prefix of P tokens that stands in for a l
 this table, and ``tests/test_layers.py`` holds that:
 
 ==============  ==============================================================================
-``util``        errors, files, journals, processes
+``util``        errors, files, journals, processes, parts of every server and command
 ``cartridge``   the prefix, trainable and as data; files of every format; the Hub
 ``rollout``     the Tokasaurus protocol, client side
 ``sync``        publishing a version that the server will serve next

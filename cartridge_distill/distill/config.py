@@ -66,7 +66,7 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     above_zero("lr", "the cartridge would not learn")
     one_of("init", INITS)
     if config.init == "checkpoint" and not config.checkpoint_path:
-        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a repo id")
+        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a hub id")
     if config.init != "checkpoint" and config.checkpoint_path:
         refuse(
             "checkpoint_path",

@@ -22,6 +22,7 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_connections import uvicorn_options
 from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
+from cartridge_distill.util.server_url import DEFAULT_PORT
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
@@ -86,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "* allows every name (default: the loopback; every name where --host is another address, "
         "for the token is needed there)",
     )
-    parser.add_argument("--port", type=int, default=10210, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
     parser.add_argument(
         "--no-token", action="store_true", help="let everybody in; on the loopback only"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.report.groups import Group, TokenAxis, value_at
@@ -27,12 +27,8 @@ class Standing:
 
     @property
     def mean(self) -> float:
+        """Over the seeds."""
         return mean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over the seeds; None for one seed."""
-        return stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)

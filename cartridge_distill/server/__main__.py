@@ -16,6 +16,7 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.known_hosts import KnownHosts
 from cartridge_distill.util.openmp import spinning
+from cartridge_distill.util.server_url import DEFAULT_PORT
 
 EXAMPLES = """\
 examples:
@@ -70,7 +71,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="a further name of this server, as clients write it; others are refused. Repeatable; "
         "* allows every name (default: the loopback, and --host)",
     )
-    add("--port", type=int, default=10210, help="default: 10210; 0 takes a free one")
+    add(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="default: %(default)s; 0 takes a free one",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
         "--dtype",

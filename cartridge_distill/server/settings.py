@@ -8,8 +8,6 @@ from pathlib import Path
 from cartridge_distill.util.errors import ConfigError, require_counts
 from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
 
-DEFAULT_PORT = 10210
-
 
 @dataclass(frozen=True)
 class ServerSettings:

@@ -18,13 +18,13 @@ from pyarrow import ArrowException, parquet
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
-from cartridge_distill.distill.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
 from verl_patches.config.fixed_settings import ACTOR, MODEL, ROLLOUT, fixed_problems
+from verl_patches.config.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from verl_patches.platform.cluster import joins_a_cluster
 
 MIN_RAY_CPUS = 4

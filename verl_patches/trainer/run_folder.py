@@ -31,7 +31,8 @@ from cartridge_distill.cartridge.formats.stored_tensors import check_uncompresse
 from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
-from cartridge_distill.util.tracker import (
+from verl_patches.actor.engine_state import check_same_run
+from verl_patches.trainer.tracker import (
     DATA_FILE,
     SAVING,
     TRACKER,
@@ -43,7 +44,6 @@ from cartridge_distill.util.tracker import (
     step_number,
     tracked_step,
 )
-from verl_patches.actor.engine_state import check_same_run
 
 __all__ = [
     "DATA_FILE",
