@@ -11,10 +11,12 @@ from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.report.groups import Group, TokenAxis, value_at
 from cartridge_distill.report.reading import Interval, Run
 
-# Lower is better for both; the first that was measured decides.
+# Lower is better for each; the first that was measured decides. Without questions there are
+# held-out prompts.
 DECIDING = {
     "log_loss": "log-loss of the right answer",
     "kl": "KL to the full document",
+    "prompt_kl": "KL to the full document on held-out prompts",
 }
 
 
