@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS_FILE = "evaluation.parquet"
 _KEYS = ["document_id", "question_index"]
@@ -64,8 +64,8 @@ def read_questions(path: Path) -> Questions | None:
         return None
     wanted = ["condition", *_KEYS, "log_loss", "kl_sum", "kl_tokens"]
     try:
-        rows = pd.read_parquet(path, columns=wanted)
-    except (pa.ArrowException, ValueError) as error:
+        rows = read_rows(path, wanted)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
     if rows.empty:
         raise ReportError(f"{path} holds no question")
