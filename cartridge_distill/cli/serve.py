@@ -117,7 +117,7 @@ def run(options: ServeOptions) -> None:
             port=port,
             log_level="warning",
             timeout_graceful_shutdown=3,
-            **uvicorn_options(settings.idle_s),
+            **uvicorn_options(settings.idle_s, settings.max_connections),
         )
 
 

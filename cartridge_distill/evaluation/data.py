@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import pandas as pd
-
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Question, load_questions
 from cartridge_distill.model.prompts import Message, render_prompt
 from cartridge_distill.util.errors import ConfigError, DocumentError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS = "eval.json"
 PROMPTS = "val.parquet"
@@ -49,11 +48,11 @@ def load_prompts(
     """Reads prompts in veRL's schema: ``prompt`` (messages) and ``extra_info`` with the document.
 
     Raises:
-        ConfigError: the file is missing, has other columns, or a row names no document.
+        ConfigError: the file is missing or damaged, has other columns, or a row names no document.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is not there: training/prepare_data.py writes held-out prompts")
-    rows = pd.read_parquet(path)
+    rows = read_rows(path)
     missing = {"prompt", "extra_info"} - set(rows.columns)
     if missing:
         raise ConfigError(

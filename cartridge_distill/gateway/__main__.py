@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_level="warning" if level == "info" else level,
         access_log=False,  # hundreds of rollouts per step; /metrics counts them
         timeout_graceful_shutdown=round(settings.drain_s),
-        **uvicorn_options(settings.idle_s),
+        **uvicorn_options(settings.idle_s, settings.max_connections, settings.other_files),
     )
     print(
         f"gateway on http://{host}:{listener.getsockname()[1]}"

@@ -6,6 +6,7 @@ import os
 import sys
 
 from cartridge_distill.gateway.settings import TOKEN_VARIABLE, GatewaySettings
+from cartridge_distill.util.http_places import MAX_CONNECTIONS
 
 
 def server_command(settings: GatewaySettings, port: int) -> list[str]:
@@ -19,6 +20,8 @@ def server_command(settings: GatewaySettings, port: int) -> list[str]:
             *("--host", "127.0.0.1"),
             *("--port", str(port)),
             *("--max-tokens-per-request", str(settings.max_request_tokens)),
+            # Never fewer than requests that are passed on.
+            *("--max-connections", str(max(MAX_CONNECTIONS, 2 * settings.max_inflight))),
             *settings.server_args,
         ]
     return [

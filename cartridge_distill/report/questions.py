@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"
@@ -79,8 +79,8 @@ def _read(path: Path, asked: str, columns: list[str]) -> Questions | None:
     keys = ["document_id", f"{asked}_index"]
     wanted = ["condition", *keys, *columns]
     try:
-        rows = pd.read_parquet(path, columns=wanted)
-    except (pa.ArrowException, ValueError) as error:
+        rows = read_rows(path, wanted)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
     if rows.empty:
         raise ReportError(f"{path} holds no {asked}")

@@ -120,6 +120,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="a client that sends nothing of its request, or reads nothing of its answer, for so "
         "long is cut off (default: 60)",
     )
+    add(
+        "--max-connections",
+        type=int,
+        default=2048,
+        help="open at once. When more come, those go from which nothing has come for longest; when "
+        "all are being answered, more get HTTP 503 (default: 2048)",
+    )
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args(arguments)
 
@@ -184,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             prefix_cache_tokens=options.prefix_cache_tokens,
             cartridge_memory_gb=options.cartridge_memory_gb,
             idle_s=options.idle_s,
+            max_connections=options.max_connections,
         )
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
         tokenizer = read_tokenizer(options.tokenizer or options.model)

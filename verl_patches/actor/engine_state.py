@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cartridge_distill.cartridge.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
 from cartridge_distill.distill.training_state import (
@@ -129,8 +129,14 @@ def restore(engine: Any, directory: Path) -> None:
     """
     state = load_state(directory)
     check_same_run(state.settings, settings_of(engine), directory)
-    saved = load_cartridge(directory / CARTRIDGE_FOLDER)
-    engine.cartridge.load_state_dict(saved.state_dict())  # in place: the optimizer keeps them
+    saved = read_cartridge(directory / CARTRIDGE_FOLDER)
+    if saved.meta.step != state.step:
+        raise CartridgeFormatError(
+            f"{directory}: the cartridge is of step {saved.meta.step}, the training state of step "
+            f"{state.step}: they are not of one save. Go on from another checkpoint"
+        )
+    # In place: the optimizer keeps them.
+    engine.cartridge.load_state_dict(dict(saved.snapshot.items()))
     _set_optimizer(engine, state, directory)
     _set_schedule(engine.lr_scheduler, state.schedule)
     set_rng_state(state.rng, engine.cartridge.trainable_keys[0].device)

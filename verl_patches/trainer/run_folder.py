@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from cartridge_distill.cartridge.formats.stored_tensors import check_uncompressed
+from cartridge_distill.cartridge.formats.stored_tensors import check_archive
 from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
@@ -217,7 +217,7 @@ def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     file = folder / DATA_FILE
     try:
         with file.open("rb") as source:
-            check_uncompressed(source, file)
+            check_archive(source, file, with_checksums=True)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         position, saved_about = dict(saved["loader"]), dict(saved["about"])
     except Exception as error:  # a damaged file can fail in any way there is
