@@ -14,12 +14,12 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUMENT, TRAINED
 from cartridge_distill.report.questions import QUESTIONS_FILE, Questions, read_questions
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
 from cartridge_distill.util.errors import ReportError
 
-METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 
 _OTHER_NAMES = {"no cartridge": NO_DOCUMENT, "retrieved chunk": BEST_CHUNK}

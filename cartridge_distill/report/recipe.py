@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, field_validator
 
+from cartridge_distill.cartridge.run_folder import RECIPE_FILE
 from cartridge_distill.util.secrecy import HIDDEN, clean_arguments, clean_settings, is_secret
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 without_secrets = clean_arguments
-RECIPE_FILE = "recipe.json"
 _PACKAGES = ("cartridge-distill", "torch", "transformers", "verl", "ray")
 
 

@@ -24,158 +24,36 @@ from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
-from verl_patches.hooks import TRAINER_MODE
+from verl_patches.config.fixed_settings import ACTOR, MODEL, ROLLOUT, fixed_problems
 from verl_patches.platform.cluster import joins_a_cluster
 
 MIN_RAY_CPUS = 4
 
-_ACTOR = "actor_rollout_ref.actor"
-KEY = f"{_ACTOR}.cartridge"  # where the settings that the core checks stand
-_MODEL = "actor_rollout_ref.model"
-_ROLLOUT = "actor_rollout_ref.rollout"
-
-_FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    # (key, values that work, why no other does)
-    (
-        f"{_MODEL}.use_remove_padding",
-        (False,),
-        "veRL's packing lets samples see each other through the cartridge and says nothing; "
-        "the cartridge engine packs by seq_ids itself",
-    ),
-    (f"{_MODEL}.use_fused_kernels", (False,), "they replace the forward that reads the cartridge"),
-    (f"{_MODEL}.use_liger", (False, None), "it replaces the forward that reads the cartridge"),
-    (f"{_MODEL}.lora_rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
-    (f"{_MODEL}.lora.rank", (0, None), "the model stays frozen, the cartridge is what is trained"),
-    (f"{_MODEL}.lora_adapter_path", (None,), "server, student and teacher share the bare model"),
-    (
-        f"{_ACTOR}.strategy",
-        ("fsdp2",),
-        "several ranks shard the frozen base with FSDP2 (FSDP1 cannot run on a CPU)",
-    ),
-    (
-        f"{_ACTOR}.fsdp_config.mixed_precision",
-        (None,),
-        "the base computes in fsdp_config.model_dtype; cartridge, gradients and optimizer state "
-        "are float32",
-    ),
-    (f"{_ACTOR}.fsdp_config.offload_policy", (False,), "the frozen base stays on the device"),
-    (
-        f"{_ACTOR}.optim.optimizer_impl",
-        ("torch.optim",),
-        "the optimizer's state is kept in float32 and saved as plain tensors",
-    ),
-    (
-        f"{_ACTOR}.ulysses_sequence_parallel_size",
-        (1,),
-        "a packed row with a prefix cannot be cut across ranks",
-    ),
-    (
-        f"{_ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
-        (1, None),
-        "a packed row with a prefix cannot be cut across ranks",
-    ),
-    (f"{_ACTOR}.ppo_epochs", (1,), "the second pass over a batch would be off-policy"),
-    (f"{_ACTOR}.use_kl_loss", (False,), "it starts a reference model that nothing needs"),
-    ("algorithm.use_kl_in_reward", (False,), "it starts a reference model that nothing needs"),
-    ("reward.reward_model.enable", (False,), "there is no reward, the loss is the teacher's KL"),
-    (
-        "distillation.enabled",
-        (False, None),
-        "it starts a second model as teacher; here the teacher is the student's own model",
-    ),
-    (
-        "trainer.resume_mode",
-        ("auto", "disable", "resume_path"),
-        "veRL knows no other",
-    ),
-    ("trainer.default_hdfs_dir", (None,), "checkpoints go to trainer.default_local_dir alone"),
-    (
-        "trainer.del_local_ckpt_after_load",
-        (False, None),
-        "a run that dies before its next save could not go on",
-    ),
-    (
-        "trainer.remove_previous_ckpt_in_save",
-        (False, None),
-        "veRL deprecates it; trainer.max_actor_ckpt_to_keep says how many stay",
-    ),
-    (f"{_ACTOR}.checkpoint.async_save", (False, None), "a cartridge is written in a moment"),
-    (f"{_ACTOR}.fsdp_config.param_offload", (False,), "the frozen base stays on the device"),
-    (f"{_ACTOR}.fsdp_config.optimizer_offload", (False,), "the cartridge's state is megabytes"),
-    ("trainer.use_v1", (True,), "the cartridge trainer is a v1 trainer"),
-    ("trainer.v1.trainer_mode", (TRAINER_MODE,), "no other trainer refuses stale rollouts"),
-    (f"{_ROLLOUT}.name", ("tokasaurus",), "no other rollout sends the cartridge"),
-    (f"{_ROLLOUT}.tensor_model_parallel_size", (1,), "the server is not part of this job"),
-    (f"{_ROLLOUT}.data_parallel_size", (1,), "the server is not part of this job"),
-    (f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), "the server is not part of this job"),
-    (
-        f"{_ROLLOUT}.calculate_log_probs",
-        (True,),
-        "server and trainer log-probs are compared at every step",
-    ),
-    (f"{_ROLLOUT}.top_p", (1, 1.0), "Tokasaurus refuses any other value"),
-    (f"{_ROLLOUT}.top_k", (-1, 0), "Tokasaurus has no top-k sampling"),
-    (f"{_ROLLOUT}.val_kwargs.top_p", (1, 1.0, None), "Tokasaurus refuses any other value"),
-    (f"{_ROLLOUT}.val_kwargs.top_k", (-1, 0, None), "Tokasaurus has no top-k sampling"),
-    (
-        f"{_ROLLOUT}.checkpoint_engine.backend",
-        ("naive",),
-        "the weight update carries the cartridge to the rollout adapter, which publishes it",
-    ),
-    (
-        "data.truncation",
-        ("error",),
-        "a prompt over the limit must be an error, never cut",
-    ),
-    (
-        "data.filter_overlong_prompts",
-        (False, None),
-        "it counts with another rendering, of a template's own system prompt, and drops rows that "
-        "fit; `prepare --prompt-tokens` writes none that is too long",
-    ),
-    (
-        "trainer.val_only",
-        (False, None),
-        "nothing would be trained; `cartridge-distill eval` evaluates a cartridge",
-    ),
-)
+KEY = f"{ACTOR}.cartridge"  # where the settings that the core checks stand
 
 
 def _get(config: DictConfig, key: str) -> Any:
     return OmegaConf.select(config, key, default=None)
 
 
-def _fixed_problems(config: DictConfig) -> Iterator[str]:
-    for key, allowed, why in _FIXED:
-        value = _get(config, key)
-        # `0 == False` in Python, and use_remove_padding=0 means what it says; a string does not
-        if value not in allowed:
-            yield f"{key}={value!r}: {why}; set {key}={_spell(allowed[0])}"
-
-
-def _spell(value: Any) -> str:
-    """`value` as it is written on Hydra's command line."""
-    return "null" if value is None else str(value)
-
-
 def _batch_problems(config: DictConfig) -> Iterator[str]:
     batch = _get(config, "data.train_batch_size")
-    mini = _get(config, f"{_ACTOR}.ppo_mini_batch_size")
-    count = _get(config, f"{_ROLLOUT}.n")
+    mini = _get(config, f"{ACTOR}.ppo_mini_batch_size")
+    count = _get(config, f"{ROLLOUT}.n")
     yield from _mini_batch_problems(batch, mini, _get(config, f"{KEY}.max_staleness"))
     ranks = (_get(config, "trainer.nnodes") or 1) * (_get(config, "trainer.n_gpus_per_node") or 1)
     if not isinstance(count, int) or count < 1:
-        yield f"{_ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
+        yield f"{ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
     elif isinstance(mini, int) and (mini * count) % ranks:
         yield (
-            f"{_ACTOR}.ppo_mini_batch_size={mini} x {_ROLLOUT}.n={count} samples on {ranks} ranks "
+            f"{ACTOR}.ppo_mini_batch_size={mini} x {ROLLOUT}.n={count} samples on {ranks} ranks "
             "(trainer.nnodes x trainer.n_gpus_per_node): veRL would fill up with samples that have "
             f"no document; make the product a multiple of {ranks}"
         )
-    temperature = _get(config, f"{_ROLLOUT}.temperature")
+    temperature = _get(config, f"{ROLLOUT}.temperature")
     if not isinstance(temperature, int | float) or not temperature > 0:
         yield (
-            f"{_ROLLOUT}.temperature={temperature!r}: log-probs are of logits divided by it; "
+            f"{ROLLOUT}.temperature={temperature!r}: log-probs are of logits divided by it; "
             "set a number above 0 (0.7 is usual)"
         )
 
@@ -187,7 +65,7 @@ def _mini_batch_problems(batch: Any, mini: Any, staleness: Any) -> Iterator[str]
             "the one trained on it; set a whole number, 0 (strictly on-policy) or more"
         )
         return
-    key = f"{_ACTOR}.ppo_mini_batch_size"
+    key = f"{ACTOR}.ppo_mini_batch_size"
     if not isinstance(mini, int) or not isinstance(batch, int) or mini < 1 or batch % mini:
         yield f"{key}={mini!r}: set it to data.train_batch_size={batch!r}, or a whole part of it"
     elif batch // mini > staleness + 1:
@@ -273,8 +151,8 @@ def _cluster_problems(config: DictConfig) -> Iterator[str]:
 def _length_problems(config: DictConfig) -> Iterator[str]:
     lengths = []
     for data_key, rollout_key in (
-        ("data.max_prompt_length", f"{_ROLLOUT}.prompt_length"),
-        ("data.max_response_length", f"{_ROLLOUT}.response_length"),
+        ("data.max_prompt_length", f"{ROLLOUT}.prompt_length"),
+        ("data.max_response_length", f"{ROLLOUT}.response_length"),
     ):
         length, mirrored = _get(config, data_key), _get(config, rollout_key)
         if not isinstance(length, int) or length < 1:
@@ -294,7 +172,7 @@ def _length_problems(config: DictConfig) -> Iterator[str]:
 
 def _model_context(config: DictConfig) -> int | None:
     """Positions the model was made for, when the model is a local folder; None when unknown."""
-    path = _get(config, f"{_MODEL}.path")
+    path = _get(config, f"{MODEL}.path")
     file = Path(str(path)).expanduser() / "config.json"
     if not path or not file.is_file():
         return None  # a hub id: known when the model is loaded
@@ -305,7 +183,7 @@ def _model_context(config: DictConfig) -> int | None:
 
 
 def _server_problems(config: DictConfig) -> Iterator[str]:
-    key = f"{_ROLLOUT}.custom.tokasaurus_url"
+    key = f"{ROLLOUT}.custom.tokasaurus_url"
     urls = _get(config, key)
     if not urls:
         yield (
@@ -319,9 +197,9 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
         except ConfigError as error:
             shown = "" if "@" in str(url) else f"={url!r}"  # a password is not repeated
             yield f"{key}{shown}: set a URL with http:// or https:// ({error})"
-    if fixed := _get(config, f"{_ROLLOUT}.custom.cartridges"):
+    if fixed := _get(config, f"{ROLLOUT}.custom.cartridges"):
         yield (
-            f"{_ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"
+            f"{ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"
             " fixed cartridges to the trained one, the trainer's forward would not have them; "
             "set it to []"
         )
@@ -414,7 +292,7 @@ def check_run_config(config: DictConfig) -> None:
     """
     problems = [
         *cartridge_problems(_get(config, KEY), KEY),
-        *_fixed_problems(config),
+        *fixed_problems(config),
         *_batch_problems(config),
         *_run_length_problems(config),
         *_saving_problems(config),
