@@ -97,7 +97,7 @@ def load_model(
     """
     config = read_model_config(name_or_path)
     check_supported(config)
-    with _no_weights_bar(), reading(name_or_path, "weights"):
+    with no_weights_bar(), reading(name_or_path, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(name_or_path).expanduser()), dtype=dtype
         )
@@ -105,7 +105,7 @@ def load_model(
 
 
 @contextmanager
-def _no_weights_bar() -> Iterator[None]:
+def no_weights_bar() -> Iterator[None]:
     """Without transformers' bar over the tensors, which says not of what; downloads keep theirs."""
     shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()  # of both

@@ -1,4 +1,4 @@
-"""A few numbers out of each tensor of a model's files, whatever kind of file it is; no model is loaded.
+"""A few numbers out of each tensor of a model's files, of whatever kind; no model is loaded.
 
 Read are the places alone that a fingerprint looks at: some kilobytes of each tensor, so that
 gigabytes take a second. A safetensors file says where its tensors lie; a ``.bin`` file is mapped.

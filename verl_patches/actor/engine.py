@@ -32,9 +32,9 @@ from cartridge_distill.distill.integrity import weights_checksum
 from cartridge_distill.distill.loss import get_loss
 from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.teacher import Teacher
-from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.flex import graphs
 from cartridge_distill.model.forward import packed_forward, recomputing_layers
+from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.packing import pack
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.model.warm_up import compile_attention

@@ -50,9 +50,7 @@ def load_base(model_config: Any, engine_config: Any) -> Any:
     return model
 
 
-def initial_cartridge(
-    settings: Any, module: Any, teacher: Teacher, model: str
-) -> TrainableCache:
+def initial_cartridge(settings: Any, module: Any, teacher: Teacher, model: str) -> TrainableCache:
     """As ``actor.cartridge.init`` says: from a checkpoint, at random, or from a document.
 
     Args:
