@@ -59,6 +59,12 @@ def compose(parts: Sequence[StoredCartridge], base_model: str | None = None) -> 
                 "model under several names, give one with base_model"
             )
         base_model = named[0] if named else None
+    fingerprints = {part.meta.model_fingerprint for part in parts}
+    if len(fingerprints - {None}) > 1:
+        raise CartridgeFormatError(
+            "the cartridges were trained with different weights, by their fingerprints: "
+            f"{', '.join(sorted(filter(None, fingerprints)))}; joined they would mean nothing"
+        )
     dtype = reduce(torch.promote_types, (part.snapshot.dtype for part in parts))
     keys, values = join_layers([part.to(dtype).snapshot.layers() for part in parts])
     snapshot = Snapshot(split_layers(keys, values, parts[0].snapshot.num_frozen_tokens))
@@ -69,6 +75,7 @@ def compose(parts: Sequence[StoredCartridge], base_model: str | None = None) -> 
         base_revision=revisions.pop() if len(revisions) == 1 else None,
         document_title=" + ".join(title for title in titles if title) if all(titles) else None,
         recipe={"composed_of": [_described(part) for part in parts]},
+        model_fingerprint=fingerprints.pop() if len(fingerprints) == 1 else None,
     )
     return StoredCartridge(snapshot, meta)
 

@@ -13,7 +13,6 @@ another server; files that the Hub keeps elsewhere are fetched from there, witho
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from cartridge_distill.cartridge.formats.detect import (
     write_local,
 )
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
+from cartridge_distill.cartridge.hub_id import is_hub_id
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.model_card import CARD_FILE, card
 from cartridge_distill.util.errors import (
@@ -46,15 +46,9 @@ from cartridge_distill.util.errors import (
 )
 from cartridge_distill.util.files import replace_directory
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _KNOWN_FILES = (*native.FILES, *peft.FILES, *tokasaurus.FILES)
 PUSHED: tuple[Format, ...] = ("native", "peft", "tokasaurus")
 """The formats a repository can hold side by side; a second ``.pt`` would be ambiguous."""
-
-
-def is_hub_id(name: str) -> bool:
-    """``owner/name`` or ``owner/name@revision``; other paths begin with ``/``, ``.`` or ``~``."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 def push(

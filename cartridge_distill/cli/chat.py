@@ -1,43 +1,75 @@
 """Talk to a model that has a cartridge instead of the document.
 
-    cartridge-distill chat --model MODEL --cartridge CARTRIDGE
-    cartridge-distill chat --model MODEL --cartridge CARTRIDGE --prompt "Where ...?"
+    cartridge-distill chat RUN                      # a run's folder, or a cartridge
+    cartridge-distill chat RUN --compare            # no document, cartridge, full document
+    cartridge-distill chat RUN --prompt "Where ...?"
 
-Tokens are shown as they come. Without --cartridge the bare model answers, for comparison.
+The model is the cartridge's own, the document the run's, unless they are named. Tokens are shown as
+they come. Without a cartridge the bare model answers.
 """
 
-# Only the command line is here: --help needs none of the imports of `conversation`.
+# Only the command line is here: --help, and what is wrong with a path, need no model's imports.
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.cli.about import About, Asked, check, look
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.openmp import spinning
+
+if TYPE_CHECKING:
+    from cartridge_distill.cli.conversation import View
+    from cartridge_distill.cli.terminal import Shown
+
+NO_DOCUMENT, CARTRIDGE, DOCUMENT = "no document", "cartridge", "full document"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
         prog="cartridge-distill chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
-    option("--model", required=True, help="folder or hub id of the model the cartridge is for")
-    option("--cartridge", help="directory, .pt file or repo id; without it the bare model answers")
-    option("--document", type=Path, help="its text: say how many KV tokens it would have taken")
+    option = made.add_argument
+    option("source", nargs="?", metavar="RUN|CARTRIDGE", help="folder of a run, or a cartridge")
+    option("--cartridge", help="the same: directory, .pt file or repo id")
+    option("--model", help="folder or hub id of the model (the cartridge's own)")
+    option("--document", type=Path, help="the full document, to compare with (the run's)")
+    option("--compare", action="store_true", help="answers without, with cartridge, with document")
     option("--prompt", help="ask this and end; without it, a conversation (Ctrl-D ends it)")
     option(
         "--start", help="with --prompt: the beginning of the answer, for the model to go on from"
     )
+    option(
+        "--turns",
+        type=int,
+        default=0,
+        help="earlier questions that a question is asked behind (%(default)s: each alone, as a "
+        "cartridge is trained; small models repeat what stands before)",
+    )
     option("--max-new-tokens", type=int, default=128, help="longest answer (%(default)s)")
     option("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     option("--dtype", default="auto", help="dtype of the model (%(default)s: as saved)")
-    options = parser.parse_args(arguments)
-    try:
-        from cartridge_distill.cli.conversation import converse
+    option("--device", help="cpu, cuda, cuda:1, ... (a GPU where there is one)")
+    option("--threads", type=int, help="CPU threads (torch's choice)")
+    option(
+        "--allow-other-model",
+        action="store_true",
+        help="the cartridge was trained with other weights of the same shape, and that is meant",
+    )
+    return made
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = parser().parse_args(arguments)
+    try:
         converse(options)
     except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,6 +77,109 @@ def main(arguments: list[str] | None = None) -> int:
     except (EOFError, KeyboardInterrupt):
         print()
     return 0
+
+
+def converse(options: argparse.Namespace) -> None:
+    """What the command does, with its parsed options.
+
+    Raises:
+        ConfigError: options that make no sense together, or a model that is not there.
+        CartridgeFormatError: the cartridge cannot be read, or is of another model.
+    """
+    asked = _asked(options)
+    source, model_name = check(asked)
+    os.environ.update(spinning(os.environ))  # before torch is imported
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cartridge_distill.cli.conversation import Conversation
+    from cartridge_distill.cli.terminal import Terminal
+    from cartridge_distill.model.loading import no_weights_bar
+    from cartridge_distill.model.reading import read_tokenizer, reading
+    from cartridge_distill.util.devices import check_device, known_dtype
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = check_device(options.device)
+    dtype = known_dtype(options.dtype)
+    about = look(asked, source, model_name)
+    for warning in about.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    tokenizer = read_tokenizer(about.model)
+    with no_weights_bar(), reading(about.model, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(Path(about.model).expanduser()), dtype=dtype
+        )
+    model.to(device).eval()
+    views, shown = _views(about, model, tokenizer)
+    compare = options.compare
+    if compare and len(views) == 1:
+        raise ConfigError("--compare: name a cartridge or a --document to compare with")
+    first = CARTRIDGE if about.stored is not None else shown[-1].name
+    conversation = Conversation(
+        model, tokenizer, views, options.turns, options.max_new_tokens, options.temperature
+    )
+    terminal = Terminal(conversation, shown, first, compare)
+    if options.prompt is not None:
+        terminal.ask(options.prompt, options.start)
+        return
+    terminal.greet(about.questions)
+    terminal.run()
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    if options.source is not None and options.cartridge is not None:
+        raise ConfigError(
+            f"{options.source} and --cartridge {options.cartridge} are two cartridges; name one"
+        )
+    if options.start is not None and options.prompt is None:
+        raise ConfigError("--start begins the answer to --prompt; give both, or neither.")
+    if options.temperature < 0 or options.max_new_tokens < 1 or options.turns < 0:
+        raise ConfigError(
+            "--temperature and --turns must be 0 or more, --max-new-tokens 1 or more."
+        )
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads {options.threads}: give 1 or more")
+    return Asked(
+        options.source or options.cartridge,
+        options.model,
+        options.document,
+        options.allow_other_model,
+    )
+
+
+def _views(about: About, model: Any, tokenizer: Any) -> tuple[dict[str, View], list[Shown]]:
+    """What is before a question, by name, in order; and how each is said."""
+    from cartridge_distill.cartridge.kv_shape import KvShape, text_config
+    from cartridge_distill.cartridge.prefix import Prefix
+    from cartridge_distill.cli.conversation import document_prefix
+    from cartridge_distill.cli.terminal import Shown
+    from cartridge_distill.model.prompts import render_document
+
+    views: dict[str, View] = {NO_DOCUMENT: None}
+    token_bytes = KvShape.of(model.config).numbers * model.dtype.itemsize
+    shown = [Shown(NO_DOCUMENT, 0, 0)]
+    said = []
+    if about.stored is not None:
+        prefix = Prefix(*about.stored.snapshot.layers()).to(model.device, model.dtype)
+        views[CARTRIDGE] = prefix
+        shown.append(Shown(CARTRIDGE, prefix.num_tokens, prefix.num_tokens * token_bytes))
+        said.append(f"the cartridge takes {prefix.num_tokens} KV tokens")
+    if about.document is not None:
+        ids = render_document(tokenizer, about.document)
+        times = ""
+        if about.stored is not None:
+            times = f", {len(ids) / about.stored.snapshot.num_tokens:.1f}x"
+        said.append(f"the document would have taken {len(ids)}{times}")
+        context = text_config(model.config).max_position_embeddings
+        if len(ids) < context:
+            views[DOCUMENT] = lambda: document_prefix(model, ids)  # seconds, for a long one
+            shown.append(Shown(DOCUMENT, len(ids), len(ids) * token_bytes))
+        else:
+            said.append(f"which is over the model's context of {context}: it cannot be compared")
+    if said:
+        print(f"[{'; '.join(said)}]", file=sys.stderr)
+    return views, shown
 
 
 if __name__ == "__main__":

@@ -263,6 +263,23 @@ def _cartridge(cartridge: str | None, model: str | None) -> Iterator[Finding]:
         yield Finding("cartridge", None, "not looked at: name it with --cartridge")
         return
     yield _try("cartridge", lambda: _describe_cartridge(cartridge, model), "")
+    if model is not None:
+        yield _weights(cartridge, model)
+
+
+def _weights(cartridge: str, model: str) -> Finding:
+    """Whether the cartridge was trained with these weights: the shape alone does not tell."""
+    from cartridge_distill.cartridge.checkpoint import read_cartridge
+    from cartridge_distill.model.identity import check_same_weights
+
+    what = "cartridge's model"
+    try:
+        told = check_same_weights(read_cartridge(cartridge).meta, cartridge, model)
+    except (CartridgeDistillError, OSError, ValueError) as error:
+        return Finding(what, False, str(error).splitlines()[0])
+    if told is not None:
+        return Finding(what, None, told)
+    return Finding(what, True, f"it was trained with the weights of {model}")
 
 
 def _try(what: str, look: Callable[[], str], fix: str) -> Finding:

@@ -215,7 +215,11 @@ def info(
     for table in described(stored):
         Console().print(table)
     if model is not None:
+        from cartridge_distill.model.identity import check_same_weights
+
+        told = check_same_weights(stored.meta, cartridge, model)
         typer.echo(f"fits {model}")
+        typer.echo(f"warning: {told}" if told else f"it was trained with the weights of {model}")
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)

@@ -12,6 +12,7 @@ from cartridge_distill.cartridge.checkpoint import CartridgeMeta, write_cartridg
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.model.prompts import render_document
@@ -45,7 +46,7 @@ def make(
     """
     if out.exists() and not overwrite:  # before the model is loaded
         raise FileExistsError(f"{out} is already there; --overwrite replaces a cartridge")
-    meta = CartridgeMeta(base_model=model)
+    meta = CartridgeMeta(base_model=model, model_fingerprint=weights_fingerprint(model))
     if document is None:
         cartridge = TrainableCache.from_random(read_model_config(model), tokens, frozen, seed)
         meta.recipe["init"] = {"from": "random", "seed": seed}

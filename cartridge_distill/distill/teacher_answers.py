@@ -101,7 +101,7 @@ class TeacherWriter:
         max_tokens: new tokens at most.
         temperature: of the sampling.
         base_model: stands for the model's weights, see
-            :func:`cartridge_distill.model.loading.model_identity`.
+            :func:`cartridge_distill.model.identity.model_identity`.
         cache: None writes every answer.
     """
 

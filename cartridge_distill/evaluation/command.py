@@ -48,6 +48,11 @@ def parser(program: str) -> argparse.ArgumentParser:
     option("--model", required=True, help="folder or hub id of the base model")
     option("--data", type=Path, required=True, help="folder that `cartridge-distill prepare` wrote")
     option("--cartridge", required=True, help="trained cartridge: directory, .pt file or repo id")
+    option(
+        "--allow-other-model",
+        action="store_true",
+        help="the cartridge was trained with other weights of the same shape, and that is meant",
+    )
     option("--untrained", help="cartridge it began as (default: the document's first tokens)")
     option(
         "--out",

@@ -43,9 +43,10 @@ from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.results import check_replaceable, summarise, write_summary
 from cartridge_distill.evaluation.scoring import greedy_answers
 from cartridge_distill.evaluation.table import format_table
+from cartridge_distill.model.identity import check_same_weights
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prompts import render_document
-from cartridge_distill.model.reading import read_tokenizer
+from cartridge_distill.model.reading import read_model_config, read_tokenizer
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import ConfigError
 
@@ -133,9 +134,14 @@ def _load(options: argparse.Namespace) -> _Loaded:
     with _Stage(f"reading {options.data}"):
         tokenizer = read_tokenizer(options.model)
         data = EvaluationData.from_folder(options.data, tokenizer, options.prompts, options.limit)
+    stored = read_cartridge(options.cartridge, read_model_config(options.model))
+    told = check_same_weights(
+        stored.meta, options.cartridge, options.model, allow_other=options.allow_other_model
+    )
+    if told is not None:
+        say(f"warning: {told}")
     with _Stage(f"loading {options.model} ({options.dtype}, {device})"):
         model = load_model(options.model, getattr(torch, options.dtype), device)
-    stored = read_cartridge(options.cartridge, model.config)
     teacher = Teacher(
         model, data.documents, lambda text: render_document(tokenizer, text), max_cached=1
     )

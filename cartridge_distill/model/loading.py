@@ -7,7 +7,6 @@ itself (:mod:`cartridge_distill.model.own_attention`); what differs is refused b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,43 +97,15 @@ def load_model(
     """
     config = read_model_config(name_or_path)
     check_supported(config)
-    with _no_weights_bar(), reading(name_or_path, "weights"):
+    with no_weights_bar(), reading(name_or_path, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(name_or_path).expanduser()), dtype=dtype
         )
     return prepare_model(model.to(device))
 
 
-def model_identity(name_or_path: str | Path, commit: str | None = None) -> str:
-    """What stands for a model's content: other weights, other identity; another path, the same.
-
-    Args:
-        name_or_path: a folder, of which every file is read (a gigabyte a second or so), or a hub
-            id.
-        commit: of the hub id, as transformers' config knows it.
-
-    Raises:
-        ConfigError: a hub id without a commit.
-    """
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        if commit is None:
-            raise ConfigError(
-                f"{str(name_or_path)!r} is no folder, and its revision on the Hub is not known, so "
-                "answers cannot be kept for it; give the folder of a snapshot as model.path, or "
-                "no teacher_cache"
-            )
-        return f"{name_or_path}@{commit}"
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        with file.open("rb") as handle:
-            content = hashlib.file_digest(handle, "sha256").hexdigest()
-        digest.update(f"{file.name} {content}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
 @contextmanager
-def _no_weights_bar() -> Iterator[None]:
+def no_weights_bar() -> Iterator[None]:
     """Without transformers' bar over the tensors, which says not of what; downloads keep theirs."""
     shown, downloads_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()  # of both

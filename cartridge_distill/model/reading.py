@@ -1,6 +1,7 @@
 """A model's config and tokenizer, from a folder or the Hub; what cannot be read is named.
 
-The libraries underneath say it in many ways (a mistyped folder is taken for a hub id, and a Git LFS
+What a folder says at once is looked at before transformers is imported, which takes seconds. The
+libraries underneath say it in many ways (a mistyped folder is taken for a hub id, and a Git LFS
 pointer in place of weights has a "header too large"). Every command reads a model through here.
 """
 
@@ -11,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig, AutoTokenizer
 
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
@@ -27,6 +26,8 @@ def read_tokenizer(name_or_path: str | Path) -> Any:
     Raises:
         ConfigError: there is none that can be read, with the reason.
     """
+    from transformers import AutoTokenizer
+
     with reading(name_or_path, "tokenizer"):
         return AutoTokenizer.from_pretrained(_place(name_or_path))
 
@@ -37,6 +38,8 @@ def read_model_config(name_or_path: str | Path) -> Any:
     Raises:
         ConfigError: there is none that can be read, with the reason.
     """
+    from transformers import AutoConfig
+
     with reading(name_or_path, "config"):
         return AutoConfig.from_pretrained(_place(name_or_path))
 
@@ -48,11 +51,8 @@ def reading(name_or_path: str | Path, what: str) -> Iterator[None]:
     Args:
         what: of the model is read, for the message.
     """
+    check_place(name_or_path)
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        _check_hub_id(name, folder)
-    elif (pointer := pointer_in(folder)) is not None:
-        raise ConfigError(about(pointer))
     try:
         yield
     except CartridgeDistillError:
@@ -62,6 +62,34 @@ def reading(name_or_path: str | Path, what: str) -> Iterator[None]:
         raise ConfigError(
             f"{name}{where}: its {what} cannot be read: {_reason(error, folder)}. {_FIX}"
         ) from error
+
+
+def check_place(name_or_path: str | Path) -> None:
+    """What can be known at once, without the libraries that read a model: is there one?
+
+    Raises:
+        ConfigError: a path that is not there, a file, a folder without a model, or one with
+            pointers in place of files.
+    """
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        _check_hub_id(name, folder)
+    elif (pointer := pointer_in(folder)) is not None:
+        raise ConfigError(about(pointer))
+
+
+def check_model_place(name_or_path: str | Path) -> None:
+    """As :func:`check_place`; a folder must have a config besides, as a tokenizer's need not.
+
+    Raises:
+        ConfigError: no model lies there.
+    """
+    check_place(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{name_or_path}: the folder holds no model, for it has no config.json. {_FIX}"
+        )
 
 
 def _place(name_or_path: str | Path) -> str:

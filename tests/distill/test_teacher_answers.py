@@ -13,7 +13,7 @@ import pytest
 
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
-from cartridge_distill.model.loading import model_identity
+from cartridge_distill.model.identity import model_identity
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.distill.filling import fill

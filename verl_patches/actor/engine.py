@@ -34,6 +34,7 @@ from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.flex import graphs
 from cartridge_distill.model.forward import packed_forward, recomputing_layers
+from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.packing import pack
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.model.warm_up import compile_attention
@@ -117,9 +118,13 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         check_memory(self, module, _say)
         compile_attention(module, self.settings.attention, partial(self._around, module), _say)
         # Before sharding: every rank holds the whole, equal cartridge.
-        cartridge = initial_cartridge(self.settings, module, self.teacher)
+        cartridge = initial_cartridge(
+            self.settings, module, self.teacher, self.model_config.local_path
+        )
         self.cartridge = cartridge.to(get_device_id())
         self.base_sha256 = engine_state.weights_sha256(weights_checksum(module))
+        commit = getattr(module.config, "_commit_hash", None)
+        self.model_fingerprint = weights_fingerprint(self.model_config.local_path, commit)
         if several:
             copy_from_rank_0(self.cartridge)
             module = shard(module, self.device_mesh, self.engine_config)

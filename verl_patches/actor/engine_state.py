@@ -102,6 +102,7 @@ def _meta(engine: Any) -> CartridgeMeta:
         document_title=title,
         document_sha256=sha256,
         recipe=_settings(engine),
+        model_fingerprint=engine.model_fingerprint,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from verl.utils.device import get_device_id
 from verl.utils.torch_dtypes import PrecisionType
 
-from cartridge_distill.cartridge.checkpoint import load_cartridge
+from cartridge_distill.cartridge.checkpoint import read_cartridge
 from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.data.records import load_questions
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.validation import Validation
+from cartridge_distill.model.identity import check_same_weights
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import pasted_setting
+
+logger = logging.getLogger(__name__)
 
 
 def load_base(model_config: Any, engine_config: Any) -> Any:
@@ -46,15 +50,23 @@ def load_base(model_config: Any, engine_config: Any) -> Any:
     return model
 
 
-def initial_cartridge(settings: Any, module: Any, teacher: Teacher) -> TrainableCache:
+def initial_cartridge(settings: Any, module: Any, teacher: Teacher, model: str) -> TrainableCache:
     """As ``actor.cartridge.init`` says: from a checkpoint, at random, or from a document.
+
+    Args:
+        model: folder or hub id of ``module``.
 
     Raises:
         ConfigError: the checkpoint has another number of tokens, or it is open which document.
         CartridgeFormatError: it does not fit the model.
     """
     if settings.init == "checkpoint":
-        cartridge = load_cartridge(settings.checkpoint_path)
+        stored = read_cartridge(settings.checkpoint_path)
+        # A start, not a use: training goes on from wherever it begins.
+        told = check_same_weights(stored.meta, settings.checkpoint_path, model, allow_other=True)
+        if told is not None:
+            logger.warning("actor.cartridge.init=checkpoint: %s", told)
+        cartridge = TrainableCache.from_snapshot(stored.snapshot)
         if cartridge.num_tokens != settings.num_tokens:
             raise ConfigError(
                 f"{settings.checkpoint_path} holds {cartridge.num_tokens} tokens, "

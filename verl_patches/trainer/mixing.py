@@ -28,7 +28,7 @@ from cartridge_distill.distill.mixing import (
 )
 from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
-from cartridge_distill.model.loading import model_identity
+from cartridge_distill.model.identity import model_identity
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import RolloutError

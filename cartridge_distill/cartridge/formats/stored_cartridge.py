@@ -36,6 +36,8 @@ class CartridgeMeta:
         metrics: ``curve``, rows such as ``{"step": 1, "loss": 1.2}``, see ``curve``; ``last_step``,
             the numbers of the last one; ``results``, rows such as those of ``evaluate --json``;
             anything else is kept and not shown.
+        model_fingerprint: of the weights it was trained with, see
+            :func:`cartridge_distill.model.identity.weights_fingerprint`; None where nobody said.
     """
 
     base_model: str | None
@@ -46,6 +48,7 @@ class CartridgeMeta:
     base_revision: str | None = None
     document_title: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    model_fingerprint: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the JSON; a credential is never written."""
