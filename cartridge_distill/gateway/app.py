@@ -32,6 +32,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from cartridge_distill.engines.vllm.launch import PackagePath
 from cartridge_distill.gateway.chat import Chat, error_body, is_openai
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
@@ -114,9 +115,10 @@ class Gateway:
             int(settings.max_disk_gb * 1e9),
             self.metrics,
         )
+        self._package = PackagePath() if settings.backend == "vllm" else None
         self.process = ServerProcess(
             lambda port: server_command(settings, port),
-            server_environment(),
+            server_environment(self._package),
             settings,
             self.metrics,
             fatal,
@@ -129,6 +131,12 @@ class Gateway:
             settings, self.shape, self.store, self.process, self.pages, self.metrics
         )
         self.lock = DirectoryLock(settings.cartridge_dir)  # last: nothing fails after it
+
+    def close(self) -> None:
+        """Lets go of what outlives a process, when the server has ended."""
+        self.lock.release()
+        if self._package is not None:
+            self._package.remove()
 
     def body_limit(self, method: str, path: str) -> int:
         """Bytes that a request may bring."""
@@ -170,7 +178,7 @@ def create_app(
         await process.start()  # and no waiting: /ping tells how far it is
         yield
         await process.stop()
-        gateway.lock.release()
+        gateway.close()
 
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway
