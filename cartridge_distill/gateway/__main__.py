@@ -37,6 +37,10 @@ examples:
   python -m cartridge_distill.gateway --backend tokasaurus \\
       --model meta-llama/Llama-3.2-3B-Instruct --cartridge-dir /data/cartridges --host 0.0.0.0
 
+  # an unmodified vLLM, in its own environment
+  python -m cartridge_distill.gateway --backend vllm --engine-python ~/vllm-env/bin/python \\
+      --model meta-llama/Llama-3.2-3B-Instruct --cartridge-dir /data/cartridges --host 0.0.0.0
+
   # this project's own server, on a CPU; what stands after -- goes to the server
   python -m cartridge_distill.gateway --model path/to/model -- --threads 2
 

@@ -33,6 +33,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from cartridge_distill.engines.vllm.launch import PackagePath
 from cartridge_distill.gateway.chat import Chat, error_body, is_openai
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
@@ -115,9 +116,10 @@ class Gateway:
             int(settings.max_disk_gb * 1e9),
             self.metrics,
         )
+        self._package = PackagePath() if settings.backend == "vllm" else None
         self.process = ServerProcess(
             lambda port: server_command(settings, port),
-            server_environment(),
+            server_environment(self._package),
             settings,
             self.metrics,
             fatal,
@@ -137,6 +139,12 @@ class Gateway:
         except DiskFailed as error:
             self.lock.release()
             raise ConfigError(f"cartridge_dir: {error}") from error
+
+    def close(self) -> None:
+        """Lets go of what outlives a process, when the server has ended."""
+        self.lock.release()
+        if self._package is not None:
+            self._package.remove()
 
     def body_limit(self, method: str, path: str) -> int:
         """Bytes that a request may bring."""
@@ -179,7 +187,7 @@ def create_app(
         await store.check()
         yield
         await process.stop()
-        gateway.lock.release()
+        gateway.close()
 
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway

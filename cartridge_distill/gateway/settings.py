@@ -36,8 +36,11 @@ class GatewaySettings(BaseModel):
     """folder or hub id of the base model; uploads are checked against its shape"""
     model_name: str | None = None
     """what uploads must name as their base model (default: the model)"""
-    backend: Literal["embedded", "tokasaurus"] = "embedded"
-    """the server that is started: this project's own, or the real one"""
+    backend: Literal["embedded", "tokasaurus", "vllm"] = "embedded"
+    """the server that is started: this project's own, Tokasaurus, or an unmodified vLLM"""
+    engine_python: str | None = None
+    """with backend=vllm: the Python of vLLM's own environment (python -m
+    cartridge_distill.engines.vllm --make-environment DIR makes one: DIR/bin/python)"""
     server_args: tuple[str, ...] = ()
     """further arguments of the server process, as they are"""
     cartridge_dir: Path = Path("cartridges")
@@ -91,6 +94,18 @@ class GatewaySettings(BaseModel):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @model_validator(mode="after")
+    def _goes_with_backend(self) -> GatewaySettings:
+        if (self.backend == "vllm") != (self.engine_python is not None):
+            raise ValueError(
+                f"backend={self.backend} and engine_python={self.engine_python}: vLLM has an "
+                "environment of its own, whose Python is named with engine_python; the other "
+                "backends run in this one"
+            )
+        if self.backend == "vllm" and self.allow_remote_cartridges:
+            raise ValueError("allow_remote_cartridges: vLLM serves uploads alone; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _cartridge_fits_budget(self) -> GatewaySettings:

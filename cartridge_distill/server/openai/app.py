@@ -18,7 +18,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from cartridge_distill.rollout.fingerprint import Completion
-from cartridge_distill.server.app import Admitted, Service, app_over
+from cartridge_distill.server.answering import Admitted, Answering
+from cartridge_distill.server.app import app_over
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.openai.answers import (
     CHAT_RESPONSES,
@@ -53,7 +54,7 @@ from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 
 def create_openai_app(
-    service: Service, cartridges: Mapping[str, str], hosts: KnownHosts | None = None
+    service: Answering, cartridges: Mapping[str, str], hosts: KnownHosts | None = None
 ) -> FastAPI:
     """The routes. The engine's thread starts and stops with the app.
 
@@ -63,13 +64,13 @@ def create_openai_app(
     """
 
     app = app_over(service, "Cartridges, OpenAI's chat API")
-    protect(app, service.settings.idle_s, error_body=error_body)
+    protect(app, service.idle_s, error_body=error_body)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     add_error_handlers(app)
     created = int(time.time())
     cards = {
         name: ModelCard(id=name, created=created, owned_by="cartridge-distill")
-        for name in (service.settings.model_name, *cartridges)
+        for name in (service.model_name, *cartridges)
     }
     strings = TokenStrings(service.tokenizer)
 
@@ -111,7 +112,7 @@ def create_openai_app(
 class _Answer:
     """The way of one request through the engine."""
 
-    def __init__(self, service: Service, strings: TokenStrings, request: ChatRequest) -> None:
+    def __init__(self, service: Answering, strings: TokenStrings, request: ChatRequest) -> None:
         self._service = service
         self._request = request
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
