@@ -64,6 +64,9 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
             f"nothing is left to train of num_tokens={tokens}; set it below {tokens} (1 is usual)",
         )
     above_zero("lr", "the cartridge would not learn")
+    decay = config.lr_decay_to
+    if decay is not None and (not _is_number(decay) or not 0 <= decay <= 1):
+        refuse("lr_decay_to", "a part of the rate; set a number from 0 to 1, or null for no decay")
     one_of("init", INITS)
     if config.init == "checkpoint" and not config.checkpoint_path:
         refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a repo id")

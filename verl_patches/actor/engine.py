@@ -22,6 +22,7 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from verl.utils.device import get_device_id
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
@@ -32,6 +33,7 @@ from cartridge_distill.distill.integrity import weights_checksum
 from cartridge_distill.distill.loss import top_ids
 from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.overlap import Overlap
+from cartridge_distill.distill.rates import warmed_and_decayed
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.distill.token_loss import TokenLoss
 from cartridge_distill.model.flex import graphs
@@ -150,6 +152,16 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             f"model loaded; a cartridge of {self.cartridge.num_tokens} tokens "
             f"from {self.settings.init}, {time.perf_counter() - start:.0f} s"
         )
+
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """veRL's schedule, or the straight line down of ``lr_decay_to``."""
+        last, optim = self.settings.lr_decay_to, self.optimizer_config
+        if last is None:
+            return super()._build_lr_scheduler(optimizer)
+        total, warmup = optim.total_training_steps, optim.lr_warmup_steps
+        if warmup <= 0:  # as veRL reads them
+            warmup = int(optim.lr_warmup_steps_ratio * total)
+        return LambdaLR(optimizer, warmed_and_decayed(warmup, total, last))
 
     def _remember_frozen_tokens(self) -> None:
         self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]

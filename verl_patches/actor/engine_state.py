@@ -36,7 +36,7 @@ _CARTRIDGE_SETTINGS = (
     *("num_tokens", "num_frozen_tokens", "lr", "init", "loss", "topk", "kl_temperature", "seed"),
 )
 # Named where they are set alone: a checkpoint from before there were any goes on without them.
-_OPTIONAL_SETTINGS = ("loss_weight", "skip_first_tokens", "max_token_loss")
+_OPTIONAL_SETTINGS = (*("loss_weight", "skip_first_tokens", "max_token_loss", "lr_decay_to"),)
 _OPTIMIZER_SETTINGS = (
     *("optimizer", "betas", "weight_decay", "clip_grad", "override_optimizer_config"),
     *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
