@@ -113,6 +113,23 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         "in the document and is not known without it; needs --server",
     )
 
+    group = parser.add_argument_group("rows that have nothing to do with a document")
+    group.add_argument(
+        "--general-fraction",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="of the training rows, added to --rows: their teacher is the bare model, so that the "
+        "cartridge leaves unrelated prompts alone; 0.05 is usual (%(default)s)",
+    )
+    group.add_argument(
+        "--general-prompts",
+        type=Path,
+        metavar="FILE",
+        help="what they ask: .txt with a prompt a line, or .jsonl with a prompt key (default: the "
+        "128 prompts of this package)",
+    )
+
     group = parser.add_argument_group("how much the teacher reads at once")
     group.add_argument(
         "--teacher-context",

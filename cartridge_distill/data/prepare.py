@@ -16,6 +16,7 @@ from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
+from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
 from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
 from cartridge_distill.data.questions.reading import add_questions
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
     check_replaceable(options.out)  # before anything is read or written by a model
     if options.questions is not None and not options.questions.is_file():
         raise ConfigError(f"--questions {options.questions}: there is no such file")
+    general = read_prompts(options.general_prompts)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
     limit = PromptLimit(tokenizer, options.prompt_tokens)
@@ -67,6 +69,10 @@ def run(options: argparse.Namespace) -> None:
             say=say,
             limit=limit,
         )
+    if options.general_fraction:
+        about_documents = len(train)
+        train = with_general(train, general, options.general_fraction, options.seed, limit)
+        say(f"{len(train) - about_documents} general rows, whose teacher is the bare model, added")
     limit.check(
         [row["prompt"] for row in [*train, *val]], "the prompts", "allow more with --prompt-tokens"
     )
@@ -82,11 +88,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses what does not belong to the prompt recipe.
+    """Refuses what does not belong to the prompt recipe, and what would be ignored.
 
     Raises:
         ConfigError: names the option and the fix.
     """
+    count_for(options.general_fraction, options.rows)
+    if options.general_prompts is not None and not options.general_fraction:
+        raise ConfigError(
+            f"--general-prompts {options.general_prompts} would be ignored: say how many rows are "
+            "made of them, with --general-fraction (0.05 is usual)"
+        )
     writes = options.prompt_recipe == SELF_STUDY or options.write_questions
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"

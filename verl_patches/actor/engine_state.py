@@ -35,6 +35,8 @@ CARTRIDGE_FOLDER = "cartridge"
 _CARTRIDGE_SETTINGS = (
     *("num_tokens", "num_frozen_tokens", "lr", "init", "loss", "topk", "kl_temperature", "seed"),
 )
+# Named where they are set alone: a checkpoint from before there were any goes on without them.
+_OPTIONAL_SETTINGS = (*("loss_weight", "skip_first_tokens", "max_token_loss", "lr_decay_to"),)
 _OPTIMIZER_SETTINGS = (
     *("optimizer", "betas", "weight_decay", "clip_grad", "override_optimizer_config"),
     *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
@@ -62,8 +64,12 @@ def settings_of(engine: Any) -> dict[str, Any]:
 
 
 def _settings(engine: Any) -> dict[str, Any]:
+    cartridge = engine.settings
     return {
-        **{f"cartridge.{name}": getattr(engine.settings, name) for name in _CARTRIDGE_SETTINGS},
+        **{f"cartridge.{name}": getattr(cartridge, name) for name in _CARTRIDGE_SETTINGS},
+        **{
+            f"cartridge.{name}": v for name in _OPTIONAL_SETTINGS if (v := getattr(cartridge, name))
+        },
         **{f"optim.{name}": getattr(engine.optimizer_config, name) for name in _OPTIMIZER_SETTINGS},
         "model_dtype": str(engine.engine_config.model_dtype),
     }

@@ -137,6 +137,16 @@ def _saving_problems(config: DictConfig) -> Iterator[str]:
         yield f"{key}={keep!r}: checkpoints that stay; set a whole number, 1 or more, or null"
 
 
+def _rate_problems(config: DictConfig) -> Iterator[str]:
+    key, kind = f"{KEY}.lr_decay_to", f"{_ACTOR}.optim.lr_scheduler_type"
+    decay, scheduler = _get(config, key), _get(config, kind)
+    if decay is not None and scheduler != "constant":
+        yield (
+            f"{key}={decay!r} with {kind}={scheduler!r}: two schedules for one rate; set "
+            f"{kind}=constant, or {key}=null"
+        )
+
+
 def _cluster_problems(config: DictConfig) -> Iterator[str]:
     key = "trainer.default_local_dir"
     folder = str(_get(config, key))
@@ -295,6 +305,7 @@ def check_run_config(config: DictConfig) -> None:
         *fixed_problems(config),
         *_batch_problems(config),
         *_run_length_problems(config),
+        *_rate_problems(config),
         *_saving_problems(config),
         *_length_problems(config),
         *_server_problems(config),

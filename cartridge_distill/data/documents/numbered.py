@@ -29,7 +29,8 @@ def numbered_headings(text: str) -> dict[int, tuple[int, str]]:
     """Offset of the line -> (depth, the heading with its number)."""
     lines = [found for found in _LINE.finditer(text) if _is_title(found.group(2))]
     follows = [
-        not text[one.end() : two.start()].strip() for one, two in zip(lines, lines[1:], strict=False)
+        not text[one.end() : two.start()].strip()
+        for one, two in zip(lines, lines[1:], strict=False)
     ]
     accepted: dict[int, tuple[int, str]] = {}
     last: tuple[int, ...] = ()
