@@ -138,7 +138,7 @@ def _saving_problems(config: DictConfig) -> Iterator[str]:
 
 
 def _rate_problems(config: DictConfig) -> Iterator[str]:
-    key, kind = f"{KEY}.lr_decay_to", f"{_ACTOR}.optim.lr_scheduler_type"
+    key, kind = f"{KEY}.lr_decay_to", f"{ACTOR}.optim.lr_scheduler_type"
     decay, scheduler = _get(config, key), _get(config, kind)
     if decay is not None and scheduler != "constant":
         yield (

@@ -6,6 +6,7 @@
     global_step_7/data.pt    where the data stood, and what data it was
     global_step_7/.saving    while it is written, until the tracker names it
     history.jsonl            the numbers of all steps so far, see history
+    best.json                the saved step with the lowest validation KL; it is kept
     latest_checkpointed_iteration.txt    "7"; written last
     .running                 locked by the run that trains here
     runs.txt                 a run id for every start, the ones that died included
@@ -29,6 +30,7 @@ import torch
 
 from cartridge_distill.cartridge.formats.stored_tensors import check_archive
 from cartridge_distill.sync.versions import is_run_id
+from cartridge_distill.util.best_step import read_best
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
 from verl_patches.actor.engine_state import check_same_run
@@ -260,6 +262,8 @@ def _write_lines(file: Path, lines: list[str]) -> None:
 def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     """Deletes what is older than the newest ``keep`` complete checkpoints up to ``step``.
 
+    The best step of the validations stays as well.
+
     What a killed save left behind goes as well. Later steps are of a timeline that was left with
     ``resume_path``; they stay until this run has saved steps of its own there.
 
@@ -269,7 +273,8 @@ def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     whole = set(saved_steps(run))
     past = sorted(n for n in map(step_number, run.iterdir()) if n is not None and n <= step)
     kept = [n for n in past if n in whole]
-    kept = kept if keep is None else kept[-keep:]
+    best = read_best(run, step)
+    kept = [n for n in kept if keep is None or n in kept[-keep:] or (best and n == best.step)]
     gone = [step_folder(run, n) for n in past if n not in kept]
     for folder in gone:
         shutil.rmtree(folder)

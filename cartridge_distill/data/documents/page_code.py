@@ -31,7 +31,7 @@ def prose_out_of_code(page: Tag) -> None:
         text = pre.get_text().expandtabs(8)
         if len([line for line in text.splitlines() if line.strip()]) < 2 and len(text) < _SHORT:
             continue
-        base = min((len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip()))
+        base = min(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip())
         mostly = _prose(text) >= _MOSTLY
         paragraphs = [said for said in re.split(r"\n[ \t]*\n", text) if said.strip()]
         if any(_is_prose(said, mostly, base) for said in paragraphs):
