@@ -5,6 +5,9 @@ untrained and the trained cartridge, and with the full document. Scores: KL to t
 model per token, log-loss of the right answer, accuracy of multiple choice by option likelihood,
 and, with --generate, by generated answer as LongHealth is asked.
 
+With --measures, divergence to the full-document model on text that each condition writes itself,
+and from the bare model on unrelated prompts.
+
 Writes into --out: evaluation.json (the table, and sample answers), evaluation.parquet (every
 question under every condition). Stopped or killed, the same command goes on where it was.
 docs/evaluation.md has the formulas and the files.
@@ -31,6 +34,8 @@ from cartridge_distill.evaluation.names import (
     CLOSEST,
     CONDITIONS,
     MAX_NEW_TOKENS,
+    MEASURE_TOKENS,
+    MEASURES,
     NAMED,
     TEMPERATURE,
 )
@@ -95,6 +100,31 @@ def parser(program: str) -> argparse.ArgumentParser:
         action="store_true",
         help="also write the table into the cartridge's own JSON: info and the model card show it",
     )
+    measures = made.add_argument_group(
+        "further measures: on text that each condition writes itself, and on unrelated prompts"
+    )
+    option = measures.add_argument
+    option(
+        "--measures",
+        nargs="+",
+        choices=MEASURES,
+        default=[],
+        metavar="GROUP",
+        help=f"some of: {', '.join(MEASURES)}. own_text has every condition answer every question "
+        "up to four times, which takes a while; the work is said before it begins (default: none)",
+    )
+    option(
+        "--measure-tokens",
+        type=int,
+        default=MEASURE_TOKENS,
+        help="of each text of own_text, at most (%(default)s)",
+    )
+    option(
+        "--measure-temperature",
+        type=float,
+        help="of the sampled texts (default: that of the training's rollouts, as the cartridge "
+        "says)",
+    )
     generated = made.add_argument_group("generated answers, as LongHealth is asked")
     option = generated.add_argument
     option("--generate", action="store_true", help="generate answers, too; takes a while")
@@ -116,12 +146,22 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
     """Runs the command; returns its exit status."""
     made = parser(program)
     options = made.parse_args(arguments)
-    for name, least in (("limit", 1), ("answer_tokens", 1), ("batch", 1), ("max_new_tokens", 1)):
+    for name, least in (
+        ("limit", 1),
+        ("answer_tokens", 1),
+        ("batch", 1),
+        ("max_new_tokens", 1),
+        ("measure_tokens", 1),
+    ):
         value = getattr(options, name)
         if value is not None and value < least:
             made.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if (options.served or options.server) and not options.generate:
         made.error("--server and --served are for generated answers: add --generate")
+    if options.measure_tokens > MEASURE_TOKENS:
+        made.error(f"--measure-tokens {options.measure_tokens}: give {MEASURE_TOKENS} or fewer")
+    if options.measure_temperature is not None and not options.measure_temperature > 0:
+        made.error(f"--measure-temperature {options.measure_temperature}: give more than 0")
     try:
         complete(options)
         from cartridge_distill.evaluation.folder import evaluate_folder

@@ -36,9 +36,15 @@ from cartridge_distill.evaluation.names import (
     BEST_CHUNK,
     FULL_DOCUMENT,
     NO_DOCUMENT,
+    OFF_CONTEXT,
+    OFF_CONTEXT_TOKENS,
+    OWN_TEXT,
+    ROLLOUT_TEMPERATURE,
     TRAINED,
     UNTRAINED,
 )
+from cartridge_distill.evaluation.off_context import OffContextPrompts
+from cartridge_distill.evaluation.own_text import OwnTexts
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.results import check_replaceable, summarise, write_summary
 from cartridge_distill.evaluation.scoring import greedy_answers
@@ -101,6 +107,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     )
     with Journal(options.out, _settings(options, loaded, sampling), say) as journal:
         evaluation.run(loaded.data.questions, loaded.data.prompts, journal, _terminal_progress())
+        _measure(options, loaded, document, conditions, journal)
         results = journal.results()
         described = {
             "model": options.model,
@@ -108,6 +115,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "cartridge": str(options.cartridge),
             "versions": _versions(),
             **({"answers_read_by": options.read_answers} if options.generate else {}),
+            **_measure_settings(options, loaded),
         }
         summary = summarise(results, described, options.seed)
         summary["samples"] = _samples(options, loaded, conditions)
@@ -196,6 +204,57 @@ def _answerer(
     return server, sampling
 
 
+def _measure(
+    options: argparse.Namespace,
+    loaded: _Loaded,
+    document: FullDocument,
+    conditions: Sequence[Condition],
+    journal: Journal,
+) -> None:
+    """The groups of ``--measures``, each with a word of the work before it begins."""
+    common = (loaded.model, loaded.tokenizer)
+    if OWN_TEXT in options.measures:
+        sampling = answers.Sampling(
+            _measure_temperature(options, loaded), options.measure_tokens, options.seed
+        )
+        questions = loaded.data.questions
+        if not questions:
+            raise ConfigError(
+                "--measures own_text: there are no questions, so there is nothing to write to"
+            )
+        texts = OwnTexts(*common, document, conditions, questions, sampling, options.batch)
+        say(
+            f"own texts: {texts.texts} of up to {options.measure_tokens} tokens, under "
+            f"{len(conditions)} conditions; each is read by the teacher, too"
+        )
+        texts.run(journal, _terminal_progress("own texts"))
+    if OFF_CONTEXT in options.measures:
+        ids = loaded.data.documents.ids
+        unrelated = OffContextPrompts(*common, conditions, ids, options.seed, options.batch)
+        say(
+            f"unrelated prompts: {unrelated.prompts}, {OFF_CONTEXT_TOKENS} tokens at most of the "
+            f"bare model's answer to each, under {len(conditions)} conditions"
+        )
+        unrelated.run(journal, _terminal_progress("unrelated prompts"))
+
+
+def _measure_temperature(options: argparse.Namespace, loaded: _Loaded) -> float:
+    if options.measure_temperature is not None:
+        return float(options.measure_temperature)
+    return float(loaded.meta.recipe.get("rollout.temperature", ROLLOUT_TEMPERATURE))
+
+
+def _measure_settings(options: argparse.Namespace, loaded: _Loaded) -> dict[str, Any]:
+    """What the rows of ``--measures`` depend on, by what they are; nothing where there are none."""
+    if not options.measures:
+        return {}
+    found: dict[str, Any] = {"groups": sorted(options.measures)}
+    if OWN_TEXT in options.measures:
+        found["temperature"] = _measure_temperature(options, loaded)
+        found["tokens"] = options.measure_tokens
+    return {"measures": found}
+
+
 def _settings(
     options: argparse.Namespace, loaded: _Loaded, sampling: answers.Sampling | None
 ) -> dict[str, Any]:
@@ -216,6 +275,7 @@ def _settings(
         and [asdict(sampling), options.server, options.served, options.read_answers],
         "seed": options.seed,
         "versions": _versions(),
+        **_measure_settings(options, loaded),
     }
 
 
@@ -300,15 +360,17 @@ def _heard() -> Callable[[int], None]:
     return count
 
 
-def _terminal_progress() -> Callable[[int, int], None]:
+def _terminal_progress(what: str = "evaluating") -> Callable[[int, int], None]:
     """A line on stderr every tenth of the way; on a terminal it overwrites itself."""
-    start = time.monotonic()
+    start, shown = time.monotonic(), -1
 
     def show(done: int, total: int) -> None:
-        if done < total and done * 10 // total == (done - 1) * 10 // total:
+        nonlocal shown
+        if done < total and done * 10 // total == shown:
             return
+        shown = done * 10 // total
         end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        line = f"evaluating: {done * 100 // total} % ({time.monotonic() - start:.0f} s)"
+        line = f"{what}: {done * 100 // total} % ({time.monotonic() - start:.0f} s)"
         print(line, end=end, file=sys.stderr, flush=True)
 
     return show

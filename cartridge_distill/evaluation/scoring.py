@@ -51,7 +51,7 @@ class TeacherAnswers:
     def of(
         cls,
         model: Any,
-        document: Prefix,
+        document: Prefix | None,
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         ends: frozenset[int],
@@ -91,12 +91,17 @@ def kl_sums(model: Any, prefix: Prefix | None, teacher: TeacherAnswers) -> list[
     students = logits.float().log_softmax(-1).split([len(ids) for ids in teacher.answers])
     # Rounding of two equal distributions can end below zero.
     return [
-        max(0.0, _finite(float((expected.exp() * (expected - student)).sum())))
+        max(0.0, finite(float((expected.exp() * (expected - student)).sum())))
         for expected, student in zip(teacher.logprobs, students, strict=True)
     ]
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
+    """The value itself.
+
+    Raises:
+        CartridgeDistillError: it is not finite.
+    """
     if not math.isfinite(value):
         raise CartridgeDistillError(
             "the model's logits are not finite behind one of the prefixes: the cartridge's "
@@ -196,7 +201,7 @@ def continuation_logprobs(
     chosen = torch.tensor([i for ids in continuations for i in ids], device=logits.device)
     logprobs = chosen_logprobs(logits, chosen)
     parts = logprobs.split([len(ids) for ids in continuations])
-    return [_finite(float(part.mean())) for part in parts]
+    return [finite(float(part.mean())) for part in parts]
 
 
 def response_logits(
