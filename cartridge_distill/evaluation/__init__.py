@@ -11,10 +11,12 @@
 ``harness``       all questions under all conditions, a few at a time
 ``journal``       what is done, on disk: a killed evaluation goes on
 ``bootstrap``     intervals
+``shading``       where along a document's text the cartridge goes astray
 ``results``       rows, files, summary
 ``table``         the summary as text
 ``validation``    the scores of a prefix in training
 ``folder``        all of it, for a data folder, a model and a cartridge
+``progress``      what is said meanwhile
 ``command``       ``cartridge-distill eval``: its options
 ``names``         of the table's lines
 ================  ======================================================================

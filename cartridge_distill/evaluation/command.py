@@ -37,6 +37,7 @@ from cartridge_distill.evaluation.names import (
     MEASURE_TOKENS,
     MEASURES,
     NAMED,
+    SHADE_TOKENS,
     TEMPERATURE,
 )
 from cartridge_distill.util.command_line import Parser
@@ -92,6 +93,13 @@ def parser(program: str) -> argparse.ArgumentParser:
     option("--prompts", action="store_true", help="KL on the held-out prompts of val.parquet, too")
     option("--answer-tokens", type=int, default=ANSWER_TOKENS, help="for the KL (%(default)s)")
     option("--samples", type=int, default=5, help="questions with sample answers (%(default)s)")
+    option(
+        "--shade-tokens",
+        type=int,
+        default=SHADE_TOKENS,
+        help="of each document (the first four), whose divergence the report shows token by token; "
+        "0 for none (%(default)s)",
+    )
     option("--seed", type=int, default=0, help="of sampling and bootstrap (%(default)s)")
     option("--dtype", default="float32", choices=DTYPES, help="of the model (%(default)s)")
     option("--batch", type=int, default=8, help="questions at once; memory (%(default)s)")
@@ -152,6 +160,7 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
         ("batch", 1),
         ("max_new_tokens", 1),
         ("measure_tokens", 1),
+        ("shade_tokens", 0),
     ):
         value = getattr(options, name)
         if value is not None and value < least:

@@ -34,3 +34,6 @@ NAMED, CLOSEST = "named", "closest"
 TEMPERATURE = 0.3
 MAX_NEW_TOKENS = 512
 """Of generated answers, as the Cartridges paper asks LongHealth."""
+
+SHADE_TOKENS = 2000
+"""Tokens of a document whose divergence the report shows one by one, at most."""
