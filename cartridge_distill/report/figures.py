@@ -17,6 +17,11 @@ from cartridge_distill.report import colours
 from cartridge_distill.report.groups import Group, TokenAxis
 from cartridge_distill.report.reading import Interval, Metrics, Run
 
+PERCENT = frozenset(
+    {"accuracy", "generated_accuracy", "generated_match", "topk_overlap", "repetition", "ended"}
+)
+"""Metrics of a table that are shares of something."""
+
 _LOSS = "actor/loss"
 _STAGES = {
     "rollout": "timing_s/rollout",
@@ -69,6 +74,14 @@ _VALIDATION = (
 )
 _TRAINING = (
     _Curve(_LOSS, "Training loss", "per response token; by default the KL to the teacher"),
+    _Curve("actor/loss_general", "Loss of general rows", "whose teacher is the bare model"),
+    _Curve("actor/student_entropy", "Entropy of the student", "nats per response token"),
+    _Curve(
+        "actor/topk_overlap",
+        "Top-k overlap",
+        "of the teacher’s likeliest tokens, those that are the student’s",
+        percent=True,
+    ),
 )
 _HEALTH = (
     _Curve(
@@ -100,7 +113,8 @@ def curves(groups: Sequence[Group], axis: TokenAxis | None) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def _layout(**more: Any) -> dict[str, Any]:
+def layout(**more: Any) -> dict[str, Any]:
+    """What all plots have in common, and what one has besides."""
     return {
         "template": "none",
         "margin": {"l": 52, "r": 14, "t": 10, "b": 44},
@@ -124,7 +138,7 @@ def _layout(**more: Any) -> dict[str, Any]:
 
 
 def _curve(spec: _Curve, groups: Sequence[Group], axis: TokenAxis | None) -> Figure | None:
-    figure = go.Figure(layout=_layout())
+    figure = go.Figure(layout=layout())
     for place, group in enumerate(groups):
         _draw_group(figure, spec, group, place, axis)
     if not figure.data:
@@ -164,7 +178,7 @@ def _draw_group(
             y=[*high, *reversed(low)],
             meta=there_and_back,
             fill="toself",
-            fillcolor=_translucent(style.colour),
+            fillcolor=translucent(style.colour),
             line={"width": 0},
             mode="lines",
             hoverinfo="skip",
@@ -229,7 +243,7 @@ def _stages(groups: Sequence[Group], axis: TokenAxis | None) -> Figure | None:
         return _stages_of_one(groups[0].runs[0], axis)
     means = [(html.escape(group.name), _mean_seconds(group)) for group in groups]
     figure = go.Figure(
-        layout=_layout(
+        layout=layout(
             barmode="stack",
             hovermode="closest",
             showlegend=True,
@@ -269,7 +283,7 @@ def _stages_of_one(run: Run, axis: TokenAxis | None) -> Figure | None:
     if not found:
         return None
     figure = go.Figure(
-        layout=_layout(
+        layout=layout(
             barmode="stack",
             bargap=0,
             showlegend=True,
@@ -326,7 +340,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
     if not shown:
         return None
     names = [html.escape(mark.name) for mark, _ in shown]
-    percent = metric.endswith("accuracy")
+    percent = metric in PERCENT
     figure = go.Figure(
         go.Scatter(
             x=[found.mean for _, found in shown],
@@ -343,7 +357,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
             hovertemplate="%{y}: %{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
             "<extra></extra>",
         ),
-        layout=_layout(
+        layout=layout(
             height=78 + 34 * len(shown),
             hovermode="closest",
             margin={"l": 10, "r": 18, "t": 6, "b": 40},
@@ -375,6 +389,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
     return Figure(f"conditions-{metric}", title, "", figure, False)
 
 
-def _translucent(colour: str) -> str:
+def translucent(colour: str) -> str:
+    """A colour ``#rrggbb`` as the ground of a band."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.2)"

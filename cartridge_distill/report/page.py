@@ -24,10 +24,17 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
-from cartridge_distill.report import colours, figures, verdict
+from cartridge_distill.report import colours, figures, positions, verdict
 from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
-from cartridge_distill.report.reading import Condition, Interval, Run, condition_order, read_run
+from cartridge_distill.report.reading import (
+    Condition,
+    Interval,
+    Position,
+    Run,
+    condition_order,
+    read_run,
+)
 from cartridge_distill.util.errors import ReportError
 
 # Columns of the table: metric, heading, unit or remark.
@@ -39,6 +46,15 @@ _METRICS = (
     ("accuracy", "Accuracy", "multiple choice, by likelihood"),
     ("generated_accuracy", "Generated accuracy", "answers written out"),
 )
+_MEASURES = (
+    ("student_kl", "KL on own text", "nats per token, lower is better"),
+    ("student_reverse_kl", "Reverse KL on own text", "nats per token, lower is better"),
+    ("topk_overlap", "Top-20 overlap", "with the teacher’s, on own text"),
+    ("generated_match", "Right in free answer", "contains the right answer"),
+    ("repetition", "Repeated 4-grams", "of own text, lower is better"),
+    ("ended", "Ended", "texts that end by themselves"),
+    ("off_context_kl", "KL off context", "to the bare model, nats per token, lower is better"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Row:
     style: colours.Style
     kv_tokens: int
     metrics: dict[str, Interval | None]
+    positions: list[Position]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -92,10 +109,14 @@ def render(runs: Sequence[Run]) -> str:
     comparison = compare(groups, axis) if len(groups) > 1 else None
     said = verdict.of_one(groups[0]) if len(groups) == 1 else verdict.of_several(comparison, axis)
     rows = condition_rows(groups)
-    shown = [each for each in _METRICS if any(row.metrics.get(each[0]) for row in rows)]
+    tables = [
+        [each for each in metrics if any(row.metrics.get(each[0]) for row in rows)]
+        for metrics in (_METRICS, _MEASURES)
+    ]
     marks = [figures.Mark(row.name, row.style, row.metrics) for row in rows]
-    pictures = [figures.conditions(marks, *each) for each in shown]
-    above = [picture for picture in pictures if picture is not None]
+    pictures = [figures.conditions(marks, *each) for metrics in tables for each in metrics]
+    lines = [positions.Line(row.name, row.style, row.positions) for row in rows]
+    above = [each for each in pictures if each is not None] + positions.figures(lines)
     curves = figures.curves(groups, axis)
     script = _own("page.js")
     environment = Environment(
@@ -109,7 +130,8 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("page.html").render(
         names=[group.name for group in groups],
         verdict=said,
-        metrics=shown,
+        tables=[metrics for metrics in tables if metrics],
+        percents=figures.PERCENT,
         rows=rows,
         confidence=_confidence(runs),
         seeds=max(len(group.runs) for group in groups),
@@ -180,7 +202,8 @@ def condition_rows(groups: Sequence[Group]) -> list[Row]:
             elif any(seen == row.condition for seen, _ in found):
                 name = f"{row.condition}, {group.name}"
             style = colours.of_run(place) if trained else colours.of_condition(row.condition)
-            found.append((row.condition, Row(name, style, row.kv_tokens, row.metrics)))
+            shown = Row(name, style, row.kv_tokens, row.metrics, row.positions)
+            found.append((row.condition, shown))
     found.sort(key=lambda pair: condition_order(pair[0]))
     return [row for _, row in found]
 
@@ -215,7 +238,8 @@ def _mean_rows(group: Group) -> list[Condition]:
         if len(same) < len(tables) or any(row.kv_tokens != first.kv_tokens for row in same):
             continue
         metrics = {metric: _mean([row.get(metric) for row in same]) for metric in first.metrics}
-        rows.append(first.model_copy(update={"metrics": metrics}))
+        along = positions.mean_positions([row.positions for row in same])
+        rows.append(first.model_copy(update={"metrics": metrics, "positions": along}))
     return rows
 
 

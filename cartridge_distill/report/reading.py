@@ -52,12 +52,27 @@ class Interval(BaseModel):
         return self
 
 
+class Position(BaseModel):
+    """Divergences at some positions of the texts that a condition wrote; None where none was."""
+
+    first: int = Field(ge=1)
+    last: int
+    student_kl: Interval | None = None
+    student_reverse_kl: Interval | None = None
+
+    def get(self, metric: str) -> Interval | None:
+        """By its name in the evaluation's metrics."""
+        found = {"student_kl": self.student_kl, "student_reverse_kl": self.student_reverse_kl}
+        return found[metric]
+
+
 class Condition(BaseModel):
     """One row of the table. ``metrics`` by name; None where one was not measured."""
 
     condition: str
     kv_tokens: int
     metrics: dict[str, Interval | None]
+    positions: list[Position] = []
 
     def get(self, metric: str) -> Interval | None:
         return self.metrics.get(metric)

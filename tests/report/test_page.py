@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -181,3 +182,61 @@ def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
     run = made.write_run(tmp_path / "run")
     with pytest.raises(ReportError, match="twice"):
         write_report([run, tmp_path / "." / "run"], tmp_path / "r.html")
+
+
+def measured(entry: dict[str, Any], kl: float, points: int = 8) -> dict[str, Any]:
+    """A condition as an evaluation with ``--measures`` writes it."""
+    positions = [
+        {
+            "first": n,
+            "last": n,
+            "tokens": 9,
+            "student_kl": made.interval(kl * n, 0.1),
+            "student_reverse_kl": made.interval(2 * kl * n, 0.1),
+        }
+        for n in range(1, points + 1)
+    ]
+    more = {"student_kl": made.interval(kl, 0.1), "generated_match": made.interval(0.5, 0.1)}
+    return {**entry, "metrics": entry["metrics"] | more, "positions": positions}
+
+
+def figures_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_a_curve_over_position_for_every_condition(tmp_path: Path) -> None:
+    entries = [
+        measured(entry, 0.1 * place) for place, entry in enumerate(made.evaluation()["conditions"])
+    ]
+    run = made.write_run(tmp_path / "run", evaluated=made.evaluation(conditions=entries))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "KL on own text" in page and "Right in free answer" in page
+    figures = figures_of(page)
+    for metric, factor in (("student_kl", 1), ("student_reverse_kl", 2)):
+        traces = figures[f"positions-{metric}"]["data"]
+        lines = {trace["name"]: trace for trace in traces if "markers" in trace["mode"]}
+        assert list(lines) == [entry["condition"] for entry in entries]
+        found = lines["trained cartridge"]
+        assert found["x"] == pytest.approx(range(1, 9))
+        assert found["y"] == pytest.approx([factor * 0.3 * n for n in range(1, 9)])
+    plain = made.write_run(tmp_path / "plain")
+    without = write_report([plain], tmp_path / "p.html").read_text()
+    assert "KL on own text" not in without and "positions-student_kl" not in figures_of(without)
+
+
+def test_seeds_share_a_curve_where_all_have_it(tmp_path: Path) -> None:
+    runs = []
+    for seed, points in ((0, 8), (1, 5)):
+        entries = [
+            measured(each, 0.1 + 0.2 * seed, points) for each in made.evaluation()["conditions"]
+        ]
+        evaluated = made.evaluation(conditions=entries, seed=seed)
+        runs.append(
+            made.write_run(tmp_path / f"{seed}", name="one", seed=seed, evaluated=evaluated)
+        )
+    [row, *_] = condition_rows(group_runs([read_run(run) for run in runs]))
+    assert [each.first for each in row.positions] == [1, 2, 3, 4, 5]
+    means = [each.student_kl.mean for each in row.positions if each.student_kl]
+    assert means == pytest.approx([0.2 * n for n in range(1, 6)])
