@@ -9,6 +9,11 @@
 ``answers``       generated answers, as LongHealth is asked
 ``named_option``  which option an answer names
 ``harness``       all questions under all conditions, a few at a time
+``own_text``      the divergence to the teacher on text that a condition writes itself
+``free_answers``  is a free answer right, does it repeat itself?
+``off_context``   how much a condition changes answers to unrelated prompts
+``measure_rows``  the rows of these measures
+``measures``      what the rows come to: scores, and the curve over position
 ``journal``       what is done, on disk: a killed evaluation goes on
 ``bootstrap``     intervals
 ``shading``       where along a document's text the cartridge goes astray

@@ -13,6 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT
 from cartridge_distill.report import colours
 from cartridge_distill.report.groups import Group, TokenAxis
 from cartridge_distill.report.reading import Interval, Metrics, Run
@@ -32,6 +33,8 @@ _STAGES = {
 _STEP_SECONDS = "timing_s/step"
 _LEGEND_ABOVE = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 _BOUND = "actor/logprob_diff/bound"
+_REFERENCES = {"val/kl": "kl", "val/log_loss": "log_loss", "val/accuracy": "accuracy"}
+"""Curves of held-out questions, and the evaluation's metric of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Figure:
     Attributes:
         key: its id in the page.
         curve: whether its x axis is steps or tokens, as the reader chooses.
+        flat: what it shows never changes, and is said here in words; "" where it does.
     """
 
     key: str
@@ -48,6 +52,7 @@ class Figure:
     note: str
     plot: Any
     curve: bool = True
+    flat: str = ""
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = self.plot.to_plotly_json()
@@ -83,6 +88,10 @@ _TRAINING = (
         percent=True,
     ),
 )
+_OPTIMIZER = (
+    _Curve("actor/grad_norm", "Gradient norm", "before it is clipped"),
+    _Curve("actor/lr", "Learning rate", "of the step"),
+)
 _HEALTH = (
     _Curve(
         "actor/logprob_diff/max",
@@ -109,7 +118,7 @@ def curves(groups: Sequence[Group], axis: TokenAxis | None) -> list[Figure]:
     """Every curve that at least one run has."""
     figures = [_curve(spec, groups, axis) for spec in (*_VALIDATION, *_TRAINING)]
     figures.append(_stages(groups, axis))
-    figures += [_curve(spec, groups, axis) for spec in _HEALTH]
+    figures += [_curve(spec, groups, axis) for spec in (*_OPTIMIZER, *_HEALTH)]
     return [figure for figure in figures if figure is not None]
 
 
@@ -152,9 +161,19 @@ def _curve(spec: _Curve, groups: Sequence[Group], axis: TokenAxis | None) -> Fig
             figure.update_yaxes(dtick=1)
     if spec.percent:
         figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
+    flat = _flat(spec, [value for trace in figure.data for value in trace.y])
     if spec.key == "actor/logprob_diff/max":
         _draw_bound(figure, groups, axis)
-    return Figure(spec.key.replace("/", "-"), spec.title, spec.note, figure)
+    if spec.key in _REFERENCES:
+        _draw_references(figure, _REFERENCES[spec.key], groups, axis)
+    return Figure(spec.key.replace("/", "-"), spec.title, spec.note, figure, flat=flat)
+
+
+def _flat(spec: _Curve, values: Sequence[float]) -> str:
+    """The one value that a curve has throughout."""
+    if min(values) != max(values):
+        return ""
+    return f"{100 * values[0]:.0f} %" if spec.percent else f"{values[0]:.3g}"
 
 
 def _draw_group(
@@ -230,6 +249,39 @@ def _draw_bound(figure: Any, groups: Sequence[Group], axis: TokenAxis | None) ->
             textposition="top left",
             cliponaxis=False,
             name="bound",
+            hoverinfo="skip",
+        )
+
+
+def _draw_references(
+    figure: Any, metric: str, groups: Sequence[Group], axis: TokenAxis | None
+) -> None:
+    """What the best chunk and the full document come to in the evaluation of the same questions.
+
+    Only where one group is drawn: the questions of several runs may differ.
+    """
+    evaluation = groups[0].runs[0].evaluation if len(groups) == 1 else None
+    if evaluation is None:
+        return
+    steps = sorted({place for trace in figure.data for place in trace.meta["step"]})
+    meta = _places([steps[0], steps[-1]], groups[0].runs, axis)
+    for name in (BEST_CHUNK, FULL_DOCUMENT):
+        row = evaluation.get(name)
+        found = row.get(metric) if row is not None else None
+        if found is None:
+            continue
+        colour = colours.of_condition(name).colour
+        figure.add_scatter(
+            x=meta["step"],
+            y=[found.mean, found.mean],
+            meta=meta,
+            mode="lines+text",
+            line={"dash": "dot", "width": 1.5, "color": colour},
+            text=["", name],
+            textposition="top left",
+            textfont={"color": colour},
+            cliponaxis=False,
+            name=name,
             hoverinfo="skip",
         )
 

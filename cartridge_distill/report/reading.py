@@ -24,6 +24,7 @@ from cartridge_distill.report.questions import (
     read_questions,
 )
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
+from cartridge_distill.report.shading import SHADING_FILE, Shading
 from cartridge_distill.util.errors import ReportError
 
 EVALUATION_FILE = "evaluation.json"
@@ -150,6 +151,7 @@ class Run:
     evaluation: Evaluation | None
     questions: Questions | None
     prompts: Questions | None
+    shading: Shading | None
     recipe: Recipe | None
 
     @property
@@ -174,6 +176,7 @@ def read_run(folder: Path) -> Run:
         _read_json(evaluated / EVALUATION_FILE, Evaluation),
         read_questions(evaluated / QUESTIONS_FILE),
         read_prompts(evaluated / PROMPTS_FILE),
+        _read_json(evaluated / SHADING_FILE, Shading),
         _read_json(folder / RECIPE_FILE, Recipe),
     )
 
