@@ -56,6 +56,11 @@ RETIRED: dict[str, tuple[str, tuple[str, ...]]] = {
         "cartridge",
         ("cartridge_distill/cartridge/",),
     ),
+    # An installed package has no such script.
+    r"training/prepare_data\.py": (
+        "`cartridge-distill prepare`",
+        ("cartridge_distill/", "verl_patches/config/checks", "verl_patches/actor/"),
+    ),
     r"\bour own format\b": ("the native format", ("cartridge_distill/", "docs/")),
 }
 

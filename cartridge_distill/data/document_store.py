@@ -30,7 +30,7 @@ class DocumentStore:
         path = Path(path)
         if not path.is_file():
             raise DocumentError(
-                f"documents file {path} does not exist; training/prepare_data.py writes it"
+                f"documents file {path} does not exist; `cartridge-distill prepare` writes it"
             )
         if path.suffix not in (".parquet", ".jsonl"):
             raise DocumentError(f"documents file {path}: expected .parquet or .jsonl")

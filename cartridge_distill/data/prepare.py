@@ -1,4 +1,4 @@
-"""What training/prepare_data.py does: reads, cuts, makes prompts, writes the training files."""
+"""``cartridge-distill prepare``: reads, cuts, makes prompts, writes the training files."""
 
 from __future__ import annotations
 
@@ -86,8 +86,7 @@ def check_options(options: argparse.Namespace) -> None:
         return
     if options.server is None:
         raise ConfigError(
-            f"--recipe self_study needs --server URL: a server of the base model. {HOW_TO_START}; "
-            "`cartridge-distill serve` speaks another protocol."
+            f"--recipe self_study needs --server URL: a server of the base model. {HOW_TO_START}"
         )
     if options.val_rows is not None:
         raise ConfigError("With --recipe self_study, say --held-out FRACTION, not --val-rows.")

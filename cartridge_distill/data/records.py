@@ -223,7 +223,7 @@ def load_questions(path: Path) -> list[Question]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is not a file of evaluation questions ({error!r}). "
-            "Write it with training/prepare_data.py."
+            "Write it with `cartridge-distill prepare`."
         ) from error
 
 

@@ -121,8 +121,8 @@ def model_identity(name_or_path: str | Path, commit: str | None = None) -> str:
         if commit is None:
             raise ConfigError(
                 f"{str(name_or_path)!r} is no folder, and its revision on the Hub is not known, so "
-                "answers cannot be kept for it; give the folder of a snapshot as model.path, or "
-                "no teacher_cache"
+                "answers cannot be kept for it; give the folder of a snapshot in place of the id, "
+                "or keep none"
             )
         return f"{name_or_path}@{commit}"
     digest = hashlib.sha256()

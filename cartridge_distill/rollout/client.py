@@ -178,7 +178,7 @@ class TokasaurusClient:
             raise RolloutError(
                 f"{self.url} takes no uploads: it is a bare server. Put the gateway in front of it "
                 "(python -m cartridge_distill.gateway --help), or give the server's cartridge "
-                "directory as this machine sees it (SYNC_DIR)"
+                "directory as this machine sees it (--sync-dir; SYNC_DIR for the run script)"
             ) from error
 
     async def complete(

@@ -102,7 +102,7 @@ def document_id_of(info: Any, key: str, row: int) -> str:
     if value is None:
         raise DocumentError(
             f"sample {row} (extra_info {info!r}) has no {key!r}; without its document the teacher "
-            "would be the bare model. Prepare the data with training/prepare_data.py, or set "
+            "would be the bare model. Write the data with `cartridge-distill prepare`, or set "
             "actor_rollout_ref.actor.cartridge.document_key"
         )
     return str(value)
