@@ -137,8 +137,8 @@ class Mixing:
         self.totals = TokenCounts.from_saved(state)
 
 
-class TeacherAnswers:
-    """The agent loop's side: made once a worker, asked for each sample.
+class RolloutTeacher:
+    """The teacher in rollouts: made once a worker, asked for each sample that it is to write.
 
     Args:
         config: veRL's whole configuration.
@@ -206,7 +206,7 @@ class TeacherAnswers:
         return answer, labels
 
 
-def teacher_answers(config: Any, model_config: Any) -> TeacherAnswers | None:
+def rollout_teacher(config: Any, model_config: Any) -> RolloutTeacher | None:
     """Where the teacher ever writes; None where only the student does."""
     fraction = config.actor_rollout_ref.actor.cartridge.on_policy_fraction
-    return TeacherAnswers(config, model_config) if Schedule.of(fraction).needs_teacher else None
+    return RolloutTeacher(config, model_config) if Schedule.of(fraction).needs_teacher else None
