@@ -27,6 +27,11 @@ class DocumentStore:
 
     @classmethod
     def from_file(cls, path: str | Path) -> DocumentStore:
+        """The documents of a ``.parquet`` or ``.jsonl`` file of ``document_id`` and ``text``.
+
+        Raises:
+            DocumentError: it is not there or cannot be read, or a row is wrong; the row is named.
+        """
         path = Path(path)
         if not path.is_file():
             raise DocumentError(
@@ -57,6 +62,7 @@ class DocumentStore:
 
     @property
     def ids(self) -> list[str]:
+        """All ids, in the order of the file."""
         return list(self._texts)
 
     def text(self, document_id: str) -> str:

@@ -76,6 +76,7 @@ class MemoryPlan:
 
     @property
     def peak_stage(self) -> str:
+        """The stage that takes most."""
         return max(self.stages, key=self.of_stage)
 
     @property

@@ -54,6 +54,7 @@ class Condition(BaseModel):
     metrics: dict[str, Interval | None]
 
     def get(self, metric: str) -> Interval | None:
+        """The interval of a metric; None where it was not measured."""
         return self.metrics.get(metric)
 
 
@@ -78,6 +79,7 @@ class Evaluation(BaseModel):
     versions: dict[str, str] = {}
 
     def get(self, condition: str) -> Condition | None:
+        """A condition's row; None where it was not asked for."""
         return next((row for row in self.conditions if row.condition == condition), None)
 
     @model_validator(mode="after")
@@ -106,6 +108,7 @@ class Metrics:
 
     @property
     def steps(self) -> list[int]:
+        """Ascending."""
         return list(self.by_step)
 
     def series(self, key: str) -> list[Point]:
@@ -117,6 +120,7 @@ class Metrics:
         ]
 
     def has(self, key: str) -> bool:
+        """Whether any step logged a number under the key."""
         return any(row.get(key) is not None for row in self.by_step.values())
 
 
@@ -132,6 +136,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
+        """As the recipe says, else as the evaluation does; None where nothing does."""
         if self.recipe is not None:
             return self.recipe.seed
         return self.evaluation.seed if self.evaluation is not None else None

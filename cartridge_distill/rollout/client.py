@@ -157,7 +157,11 @@ class TokasaurusClient:
         )
 
     async def models(self) -> list[str]:
-        """Names of the models the server has loaded."""
+        """Names of the models the server has loaded.
+
+        Raises:
+            RolloutError: as :meth:`complete`; or the answer does not follow the protocol.
+        """
         body = await self._http.json("GET", "/v1/models")
         try:
             return [card.id for card in ModelList.model_validate(body).data]

@@ -99,6 +99,7 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """The body as text; what is no UTF-8 is replaced."""
         return self.body.decode(errors="replace")
 
 

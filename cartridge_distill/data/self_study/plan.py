@@ -87,6 +87,7 @@ class StudyChunk:
 
     @property
     def span(self) -> str:
+        """``start:end``, in characters of the teacher's text."""
         return f"{self.start}:{self.end}"
 
 
@@ -146,6 +147,7 @@ class Plan:
         return random.Random(f"{self.seed}/pass {turn}").sample(numbers, len(numbers))
 
     def task(self, number: int) -> Task:
+        """The task of a number from 0; the same whenever it is asked for."""
         turn, place = divmod(number, len(self.chunks))
         chunk = self.chunks[self._order(turn)[place]]
         rng = random.Random(f"{self.seed}/task {number}")
