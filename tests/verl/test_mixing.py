@@ -28,8 +28,9 @@ from tests.tiny import (
 )
 from tests.verl.test_rollout_proxy import PATIENCE, SAMPLING, sync
 from verl_patches.rollout.agent_loop import CartridgeAgentLoop
+from verl_patches.rollout.teacher import EPOCH, PLAN, rollout_teacher
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
-from verl_patches.trainer.mixing import EPOCH, PLAN, Mixing, rollout_teacher
+from verl_patches.trainer.mixing import Mixing
 
 TEXT = "The red house stands by the sea. " * 4
 NEW = 6
