@@ -49,7 +49,7 @@ examples:
   the same, judged by your own questions:
     PROGRAM --data handbook/ --questions questions.csv --tokenizer MODEL --out data/handbook
   the same, with prompts that the model writes itself:
-    python -m cartridge_distill.server --model MODEL &
+    cartridge-distill serve --model MODEL &
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook \\
         --recipe self_study --server http://127.0.0.1:10210 --rows 1024
   two patients of LongHealth:

@@ -1,4 +1,4 @@
-"""What training/prepare_data.py does: reads, cuts, makes prompts, writes the training files."""
+"""``cartridge-distill prepare``: reads, cuts, makes prompts, writes the training files."""
 
 from __future__ import annotations
 
@@ -102,10 +102,7 @@ def check_options(options: argparse.Namespace) -> None:
     writes = options.prompt_recipe == SELF_STUDY or options.write_questions
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"
-        raise ConfigError(
-            f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}; "
-            "`cartridge-distill serve` speaks another protocol."
-        )
+        raise ConfigError(f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}")
     if options.prompt_recipe != SELF_STUDY:
         if options.held_out is not None:
             raise ConfigError(

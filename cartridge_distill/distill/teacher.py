@@ -67,10 +67,12 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.model.parameters()).device
 
     @property
     def context(self) -> int | None:
+        """Tokens that the model was made for, document included; None: its config does not say."""
         return getattr(text_config(self.model.config), "max_position_embeddings", None)
 
     def document_ids(self, document_id: str) -> list[int]:
@@ -154,6 +156,7 @@ class Teacher:
 
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
+            ValueError: not as many sequences as masks and ids, or none.
         """
         if not len(sequences) == len(response_masks) == len(document_ids) > 0:
             raise ValueError(

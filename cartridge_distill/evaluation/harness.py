@@ -83,7 +83,7 @@ class Evaluation:
         if not questions and not prompts:
             raise ConfigError(
                 "There are no evaluation questions, and no held-out prompts. Write some with "
-                "training/prepare_data.py."
+                "`cartridge-distill prepare`."
             )
         total = len(self._conditions) * (len(questions) + len(prompts))
         done = sum(question_key(*k) in journal for k in self._keys(len(questions)))

@@ -28,10 +28,9 @@ from cartridge_distill.rollout.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
-from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY, unless_disconnected
 
 _STREAM_BYTES = 2**16
-_CLIENT_WENT_AWAY = 499
 
 
 class Completions:
@@ -95,7 +94,7 @@ class Completions:
             stack.enter_context(self._store.using(ids))
             done = await unless_disconnected(http, self._pass(ids, path, body, whole, stack))
             if done is None:
-                return Response(status_code=_CLIENT_WENT_AWAY)  # nobody reads it
+                return Response(status_code=CLIENT_WENT_AWAY)
             if isinstance(done, StreamingResponse):
                 stack.pop_all()  # the response closes it
             return done

@@ -76,6 +76,7 @@ class Condition(BaseModel):
     positions: list[Position] = []
 
     def get(self, metric: str) -> Interval | None:
+        """The interval of a metric; None where it was not measured."""
         return self.metrics.get(metric)
 
 
@@ -100,6 +101,7 @@ class Evaluation(BaseModel):
     versions: dict[str, str] = {}
 
     def get(self, condition: str) -> Condition | None:
+        """A condition's row; None where it was not asked for."""
         return next((row for row in self.conditions if row.condition == condition), None)
 
     @model_validator(mode="after")
@@ -128,6 +130,7 @@ class Metrics:
 
     @property
     def steps(self) -> list[int]:
+        """Ascending."""
         return list(self.by_step)
 
     def series(self, key: str) -> list[Point]:
@@ -139,6 +142,7 @@ class Metrics:
         ]
 
     def has(self, key: str) -> bool:
+        """Whether any step logged a number under the key."""
         return any(row.get(key) is not None for row in self.by_step.values())
 
 
@@ -156,6 +160,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
+        """As the recipe says, else as the evaluation does; None where nothing does."""
         if self.recipe is not None:
             return self.recipe.seed
         return self.evaluation.seed if self.evaluation is not None else None

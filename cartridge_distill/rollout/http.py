@@ -40,8 +40,8 @@ from cartridge_distill.util.server_url import checked_url
 logger = logging.getLogger(__name__)
 
 HOW_TO_START = (
-    "Start one with `python -m cartridge_distill.server --model MODEL --cartridge-dir DIR`, or "
-    "deploy a real one (modal/), and pass its URL (TOKASAURUS_URL)"
+    "Start one with `cartridge-distill serve --model MODEL`, or a real one (docs/serving.md), and "
+    "name its URL (--server; TOKASAURUS_URL for the run script)"
 )
 CREDENTIAL_VARIABLES = ("TOKASAURUS_API_KEY", "MODAL_PROXY_KEY", "MODAL_PROXY_SECRET")
 CREDENTIALS = (
@@ -99,6 +99,7 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """The body as text; what is no UTF-8 is replaced."""
         return self.body.decode(errors="replace")
 
 

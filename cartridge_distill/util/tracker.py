@@ -24,6 +24,7 @@ _STEP = re.compile(r"global_step_(\d{1,18})")
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """Where a step's checkpoint is, or would be."""
     return run / f"global_step_{step}"
 
 
@@ -85,6 +86,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def has_both_parts(folder: Path) -> bool:
+    """Whether data position and engine state are there; whole or not is :func:`is_whole`."""
     return (folder / DATA_FILE).is_file() and (folder / ENGINE_FOLDER).is_dir()
 
 

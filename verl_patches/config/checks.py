@@ -230,7 +230,7 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
 
 def _document_problems(config: DictConfig) -> Iterator[str]:
     documents = _get(config, f"{KEY}.documents")
-    fix = "set the documents file that training/prepare_data.py wrote beside the prompts"
+    fix = "set the documents file that `cartridge-distill prepare` wrote beside the prompts"
     if not documents:
         yield f"{KEY}.documents=None: the teacher has nothing to read; {fix}"
     elif not Path(str(documents)).expanduser().is_file():
@@ -245,7 +245,7 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
         yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
         return
     questions = _get(config, key)
-    fix = "set the eval.json that training/prepare_data.py wrote beside the prompts"
+    fix = "set the eval.json that `cartridge-distill prepare` wrote beside the prompts"
     if questions is None:
         for name, value, off in (
             ("test_freq", every if every > 0 else None, "-1"),

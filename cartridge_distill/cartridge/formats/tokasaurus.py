@@ -123,6 +123,9 @@ def lay_out(
 
     Returns:
         The place in the file of each tensor's first byte; its bytes are contiguous.
+
+    Raises:
+        CartridgeFormatError: this torch lays a tensor out with another number of bytes.
     """
     parts: dict[str, list[Tensor]] = {}
     numbered: list[tuple[str, Tensor]] = []
