@@ -1,6 +1,8 @@
 """Files to documents: which files of a folder, and the text out of each kind.
 
-    .txt            as it is, less page heads where it has form feeds
+    .txt            as it is, less page heads where it has form feeds (manual_page.py), and as
+                    .rst where it looks so
+    .rst            less directives, comments and addresses (restructured.py)
     .md, .markdown  less front matter, comments, images and addresses (markdown.py)
     .html, .htm     the page's main part as Markdown, less navigation (page.py)
     .pdf            the text of its pages, less running heads (pdf.py, page_lines.py)
@@ -19,10 +21,12 @@ from pathlib import Path
 
 from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.decoding import decode
+from cartridge_distill.data.documents.manual_page import without_head
 from cartridge_distill.data.documents.markdown import clean_markdown
 from cartridge_distill.data.documents.page import read_page
 from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
 from cartridge_distill.data.documents.pdf import read_pdf
+from cartridge_distill.data.documents.restructured import clean_restructured, looks_restructured
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
 from cartridge_distill.util.lfs import about, is_pointer
@@ -155,8 +159,16 @@ _Read = tuple[str | None, str, Sequence[str], Form]
 
 def _plain(data: bytes, name: str) -> _Read:
     decoded = decode(data, name)
-    text = plain_letters(decoded.text)
+    name_of_page, text = without_head(plain_letters(decoded.text))
+    if looks_restructured(text):
+        text = clean_restructured(text)
     text = text_of_pages(text.split("\f"), divided=False)
+    return name_of_page or first_heading(text, "plain"), text, _noted(decoded.note), "plain"
+
+
+def _restructured(data: bytes, name: str) -> _Read:
+    decoded = decode(data, name)
+    text = clean_restructured(plain_letters(decoded.text))
     return first_heading(text, "plain"), text, _noted(decoded.note), "plain"
 
 
@@ -184,6 +196,7 @@ KINDS: dict[str, Callable[[bytes, str], _Read]] = {
     ".txt": _plain,
     ".md": _markdown,
     ".markdown": _markdown,
+    ".rst": _restructured,
     ".html": _html,
     ".htm": _html,
     ".pdf": _pdf,
