@@ -34,7 +34,8 @@ def numbered_headings(text: str) -> dict[int, tuple[int, str]]:
     """Offset of the line -> (depth, the heading with its number)."""
     lines = [found for found in _LINE.finditer(text) if _is_title(found.group(2))]
     follows = [
-        not text[one.end() : two.start()].strip() for one, two in pairwise(lines)
+        not text[one.end() : two.start()].strip() and _number(one) < _number(two)
+        for one, two in pairwise(lines)
     ]
     again = {_key(found): place for place, found in enumerate(lines)}
     accepted: dict[int, tuple[int, str]] = {}
@@ -42,12 +43,16 @@ def numbered_headings(text: str) -> dict[int, tuple[int, str]]:
     for place, found in enumerate(lines):
         if _in_contents(follows, place) or again[_key(found)] != place:
             continue
-        number = tuple(map(int, found.group(1).split(".")))
+        number = _number(found)
         if _continues(last, number):
             last = number
             title = " ".join(found.group().split())
             accepted[found.start()] = (min(_DEEPEST, len(number)), title)
     return accepted if len(accepted) >= _FEWEST else {}
+
+
+def _number(found: re.Match[str]) -> tuple[int, ...]:
+    return tuple(map(int, found.group(1).split(".")))
 
 
 def _is_title(said: str) -> bool:

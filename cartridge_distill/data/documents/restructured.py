@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 
 _DIRECTIVE = re.compile(r"^([ \t]*)\.\.(?:[ \t]+(?P<said>[^\n]*))?$")
-_NAMED = re.compile(r"(?:\|(?P<stands_for>[^|\n]+)\|[ \t]+)?(?P<name>[\w:+-]+)::[ \t]*(?P<rest>.*)$")
+_NAMED = re.compile(
+    r"(?:\|(?P<stands_for>[^|\n]+)\|[ \t]+)?(?P<name>[\w:+-]+)::[ \t]*(?P<rest>.*)$"
+)
 _TARGET = re.compile(r"(?:_[^\n]*:|__)(?:[ \t]|$)")
 _FOOTNOTE = re.compile(r"\[[^\]\n]+\][ \t]+(?P<rest>.*)$")
 _CODE = frozenset(
@@ -20,7 +22,18 @@ _CODE = frozenset(
     + ("testcode", "ipython", "productionlist", "math", "graphviz", "raw")
 )
 _UNSEEN = frozenset(
-    ("image", "figure", "contents", "toctree", "index", "raw", "include", "meta", "role", "default-role")
+    (
+        "image",
+        "figure",
+        "contents",
+        "toctree",
+        "index",
+        "raw",
+        "include",
+        "meta",
+        "role",
+        "default-role",
+    )
     + ("currentmodule", "module", "highlight", "sectnum", "target-notes", "tags", "only")
 )
 _LINK = re.compile(r"`(?P<said>[^`<>]*?)\s*<[^`<>]*>`_{1,2}", re.S)
