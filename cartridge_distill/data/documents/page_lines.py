@@ -2,7 +2,7 @@
 
 Taken out: page numbers (a number whose distance from the count of pages is the same on several
 pages), running heads (a line at the top or the foot of a page that stands there on several, or
-there but for its numbers, or as TeX sets the heads of a book: "CHAPTER 4. SIMPLE EXAMPLE"), and
+before its "4 / 57", or as TeX sets the heads of a book: "CHAPTER 4. SIMPLE EXAMPLE"), and
 lines of contents ("Harbours . . . . 12"). Put together: words that were divided at a line end.
 """
 
@@ -24,6 +24,7 @@ _LEADERS = re.compile(
 _NUMBER = re.compile(r"^\W*(\d{1,4})\b\W*|\W*\b(\d{1,4})\W*$")
 _ROMAN = re.compile(r"^\W*[ivxlcdm]+\W*$")
 _BOOK_HEAD = re.compile(r"^(?:\w+ \d{1,2}|\d{1,2}(?:\.\d{1,2})+)\. \S")
+_OF_PAGES = re.compile(r"\d{1,4}\s*(?:/|of|von|van|de|di|sur|из)\s*\d{1,4}\W*$", re.I)
 _PAGE_OF = re.compile(
     r"^\W*(?:page|seite|página|pagina|стр\.?)\s*\d+(?:\s*\W\s*\d+|\s+\w+\s+\d+)?\W*$", re.I
 )
@@ -131,8 +132,8 @@ def _marks(line: str, count: int) -> set[tuple[str, str]]:
         marks.add(("book", ""))
     if said[-1] not in ".!?;,:。！？；，：" and any(char.isalpha() for char in said):
         marks.add(("words", said))
-        if number:
-            marks.add((re.sub(r"\d+", "#", said), _WITH_WORDS))
+    if of_pages := _OF_PAGES.search(said):
+        marks.add((f"of pages {said[: of_pages.start()]}", _WITH_WORDS))
     return marks
 
 
