@@ -158,6 +158,10 @@ def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Sou
         ConfigError: records that cannot be read or are not in LongHealth's schema.
         DocumentError: documents that cannot be read.
     """
+    if not data.strip():
+        raise ConfigError(
+            "--data is empty, and would mean this folder. Name the data; . is this folder."
+        )
     path = Path(data)
     remote = data == "longhealth" or data.startswith(("http://", "https://"))
     are_records = remote or path.suffix.lower() == ".json" and not path.is_dir()
