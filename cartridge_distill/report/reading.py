@@ -197,6 +197,8 @@ def read_metrics(path: Path) -> Metrics:
 def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
     try:
         record = json.loads(line)
+    except RecursionError:
+        raise ReportError(f"{path} is nested too deep for a file of ours") from None
     except json.JSONDecodeError as error:
         raise ReportError(
             f"{place}: not JSON ({error}). Delete a line that a killed run left half written"

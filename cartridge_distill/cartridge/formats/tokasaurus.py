@@ -71,7 +71,9 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
             f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus; its "
             "model worker dies of such a cartridge"
         )
-    write_snapshot(cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite)
+    write_snapshot(
+        cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite, checksums=True
+    )
 
 
 def write_snapshot(
@@ -80,12 +82,15 @@ def write_snapshot(
     base_model: str,
     more_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    checksums: bool = False,
 ) -> Path:
     """Writes one version: plain lists of tensors, the token count also in ``config.yaml``.
 
     Args:
         base_model: recorded; the real server reads it and does not check it.
         more_files: further text files of the directory, by name.
+        checksums: of the numbers, in the zip that ``cartridge.pt`` is. Readers here compare them;
+            they take longer than the writing, so a version that is served at once has none.
 
     Raises:
         FileExistsError: the directory is there; the server never loads an id twice.
@@ -93,7 +98,8 @@ def write_snapshot(
     """
 
     def fill(scratch: Path) -> None:
-        _save(snapshot.parts, scratch / TOKASAURUS_WEIGHTS)
+        weights = scratch / TOKASAURUS_WEIGHTS
+        torch.save(snapshot.parts, weights) if checksums else _save(snapshot.parts, weights)
         write_config(scratch, snapshot.num_tokens, base_model)
         for name, text in (more_files or {}).items():
             (scratch / name).write_text(text)
