@@ -197,9 +197,7 @@ def read_metrics(path: Path) -> Metrics:
 def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
     try:
         record = json.loads(line)
-    except RecursionError:
-        raise ReportError(f"{path} is nested too deep for a file of ours") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{place}: not JSON ({error}). Delete a line that a killed run left half written"
         ) from None
@@ -228,6 +226,8 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
         return None
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except RecursionError:
+        raise ReportError(f"{path} is nested too deep for a file of ours") from None
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
@@ -236,3 +236,5 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ReportError(f"{path}: {where}: {first['msg']}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ReportError(f"{path}: not JSON that is read: {error}") from None

@@ -89,6 +89,11 @@ class Journal:
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
         torn = whole < len(data)
+        if torn and not whole and not data.startswith(b"{"):
+            raise ConfigError(
+                f"{self.path} is not a journal, or damaged: it has no line, and does not begin as "
+                "one. Move it away to start afresh."
+            )
         if torn:
             self._file.truncate(whole)
         lines = data[:whole].splitlines()

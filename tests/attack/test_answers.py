@@ -14,7 +14,7 @@ import random
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.http import ClientSettings
 from cartridge_distill.util.content_digest import digest_of
 from cartridge_distill.util.errors import RolloutError
+from tests.attack.damage import damages
 from tests.conftest import StartServer
 from tests.tiny import VOCAB
 
@@ -103,17 +104,6 @@ class Sender:
                 return error
 
 
-def damaged(answer: bytes) -> Iterator[bytes]:
-    """Every bit changed, and every beginning."""
-    for place in range(len(answer)):
-        for bit in range(8):
-            changed = bytearray(answer)
-            changed[place] ^= 1 << bit
-            yield bytes(changed)
-    for length in range(len(answer)):
-        yield answer[:length]
-
-
 async def _try_all(answer: bytes, wanted: Iterable[bytes]) -> Counter[str]:
     counts: Counter[str] = Counter()
     async with Sender(answer).running() as sender:
@@ -132,8 +122,7 @@ async def _try_all(answer: bytes, wanted: Iterable[bytes]) -> Counter[str]:
 
 
 def test_damage_on_the_way_never_changes_what_is_trained_on(answer: bytes) -> None:
-    every = list(damaged(answer))
-    wanted = random.Random(SEED).sample(every, QUICK)
+    wanted = [damage.data for damage in damages(answer, QUICK, SEED)]
     body = answer.index(b"\r\n\r\n") + 4
     # A digit of a token's id, and a letter of a packed log-prob: what nothing else would notice.
     for place in (answer.index(b"[[") + 2, answer.index(b"packed_chosen_logprobs") + 32):
@@ -148,7 +137,7 @@ def test_damage_on_the_way_never_changes_what_is_trained_on(answer: bytes) -> No
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_every_bit_and_every_beginning(answer: bytes) -> None:
-    counts = asyncio.run(_try_all(answer, damaged(answer)))
+    counts = asyncio.run(_try_all(answer, (damage.data for damage in damages(answer))))
     print(f"\n{len(answer)} bytes: {counts.total()} answers: {dict(sorted(counts.items()))}")
     assert counts.total() == 9 * len(answer)
 

@@ -90,11 +90,14 @@ def read(path: Path) -> StoredCartridge:
     tensors = read_safetensors(weights, (_SHA256,))
     if list(tensors) != [_TENSOR]:
         raise CartridgeFormatError(f"{weights} holds {sorted(tensors)}, expected [{_TENSOR!r}]")
-    tokens, frozen = _number(config, "num_virtual_tokens"), _number(config, "num_frozen_tokens", 0)
-    layers, heads = _number(config, "num_layers"), _number(config, "num_attention_heads")
-    width = _number(config, "token_dim")
+    file = path / ADAPTER_CONFIG
+    tokens, layers, heads, width = (
+        _number(config, name, file)
+        for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+    )
+    frozen = _number(config, "num_frozen_tokens", file, least=0)
     if width % heads:
-        raise CartridgeFormatError(f"token_dim={width} does not divide by {heads} kv heads")
+        raise CartridgeFormatError(f"{file}: token_dim={width} does not divide by {heads} kv heads")
     table_PE = tensors[_TENSOR]
     if tuple(table_PE.shape) != (tokens, layers * 2 * width):
         raise CartridgeFormatError(
@@ -203,10 +206,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _number(config: dict[str, Any], name: str, least: int = 1) -> int:
+def _number(config: dict[str, Any], name: str, file: Path, least: int = 1) -> int:
     value = config.get(name)
     if type(value) is not int or value < least:
         raise CartridgeFormatError(
-            f"{ADAPTER_CONFIG}: {name} is {value!r}, expected a number of {least} or more"
+            f"{file}: {name} is {value!r:.60}, expected a number of {least} or more"
         )
     return value

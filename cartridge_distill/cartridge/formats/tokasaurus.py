@@ -189,8 +189,11 @@ def read_config(path: Path) -> Any:
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CartridgeFormatError(f"{path} cannot be read: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # dates, numbers of any length, keys that are none: in any way
+        reason = str(error) or type(error).__name__
+        raise CartridgeFormatError(f"{path} cannot be read: {reason}") from error
     if isinstance(config, dict) and not _OF_A_TRAINING & config.keys():
         refuse_unknown(config, _KNOWN, str(path))
     return config
