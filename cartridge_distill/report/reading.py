@@ -18,6 +18,7 @@ from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUME
 from cartridge_distill.report.questions import QUESTIONS_FILE, Questions, read_questions
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.json_text import no_name_twice
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
@@ -225,7 +226,8 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
     if not path.exists():
         return None
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        return kind.model_validate(json.loads(text, object_pairs_hook=no_name_twice))
     except RecursionError:
         raise ReportError(f"{path} is nested too deep for a file of ours") from None
     except json.JSONDecodeError as error:

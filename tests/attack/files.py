@@ -1,7 +1,7 @@
 """Every kind of file that is read here, and what reads it: for a fuzzer over files.
 
 Run as a program, it damages the files of one kind again and again in a process whose memory is
-limited, and prints what became of it as a line of JSON::
+limited, and prints what became of it as a line of JSON (``all`` for a line each)::
 
     python -m tests.attack.files native FOLDER --count 200 --seed 0
 
@@ -318,7 +318,7 @@ def attack(name: str, folder: Path, count: int | None, seed: int) -> Counter[str
     kind.write(folder)
     whole = {file: (folder / file).read_bytes() for file in kind.files}
     truth = kind.read(folder)
-    _limit_memory()
+    before = _limit_memory()
     counts: Counter[str] = Counter()
     for file, data in whole.items():
         for damage in itertools.chain(structural(file, data), damages(data, count, seed)):
@@ -330,29 +330,35 @@ def attack(name: str, folder: Path, count: int | None, seed: int) -> Counter[str
             counts[f"{damage.kind}: {found}"] += 1
         (folder / file).write_bytes(data)
     assert kind.read(folder) == truth
+    resource.setrlimit(resource.RLIMIT_AS, before)
     return counts
 
 
-def _limit_memory() -> None:
+def _limit_memory() -> tuple[int, int]:
+    """Returns the limit that was."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = now + MORE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    return before
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=["all", *KINDS])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, help="damages of each file (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        counts = attack(options.kind, options.folder, options.count, options.seed)
-    except Wrong as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(dict(sorted(counts.items()))))
+    for name in KINDS if options.kind == "all" else [options.kind]:
+        folder = options.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            counts = attack(name, folder, options.count, options.seed)
+        except Wrong as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(json.dumps({"of": name, **dict(sorted(counts.items()))}), flush=True)
     return 0
 
 
