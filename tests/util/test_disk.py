@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
 from cartridge_distill.util.disk import DiskFailed, DiskFull, named_disk
 from cartridge_distill.util.errors import SyncError
+from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.parquet import write_table
 from tests.tiny import random_cartridge, tiny_model
 
 # In a process of its own, whose files may not be larger than some kilobytes: the system's error is
@@ -35,6 +38,8 @@ from cartridge_distill.cartridge.checkpoint import write_cartridge
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
 from cartridge_distill.util.disk import DiskFull
 from cartridge_distill.util.errors import SyncError
+from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.parquet import write_table
 snapshot = Snapshot.take(random_cartridge(tiny_model(), 64).state_dict(), torch.float32)
 stored = StoredCartridge(snapshot, CartridgeMeta("tiny"))
 where = Path(sys.argv[1])
@@ -128,3 +133,18 @@ def test_a_read_only_disk_is_named_by_every_writer(small_disk: Path) -> None:
 def test_a_server_takes_every_error_of_the_system_for_one_of_the_disk(tmp_path: Path) -> None:
     with pytest.raises(DiskFailed, match="No such file"), named_disk(tmp_path, whatever=True):
         (tmp_path / "gone" / "file").write_text("x")
+
+
+def test_journals_and_tables_name_the_disk_too(small_disk: Path) -> None:
+    table = pa.table({"text": [str(number) * 40 for number in range(10_000)]})
+    with pytest.raises(DiskFull, match=f"the disk of {small_disk} "):
+        write_table(table, small_disk / "rows.parquet")
+    (small_disk / "rows.parquet").unlink(missing_ok=True)
+    journal = Journal(small_disk / "rows.jsonl", {"seed": 0})
+    journal.append({"task": 0})
+    with pytest.raises(DiskFull, match=f"the disk of {small_disk} "):
+        journal.append({"task": 1, "text": "x" * 10**6})
+    journal.append({"task": 2})  # where there is room for it
+    journal.close()
+    with Journal(small_disk / "rows.jsonl", {"seed": 0}) as journal:
+        assert journal.rows == [{"task": 0}, {"task": 2}] and not journal.torn
