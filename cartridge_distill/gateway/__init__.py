@@ -12,6 +12,7 @@ and puts them where the server reads them. Start it with ``python -m cartridge_d
 ``completions``  completion requests: limits, cartridges that are there, the way through
 ``uploads``      ``PUT /cartridges/{id}``: streamed to the disk, checked, made to work
 ``store``        the versions on disk: immutable, counted, kept within a bound
+``verifying``    are the files of a version those that were uploaded?
 ``lock``         one gateway a directory
 ``process``      the server process: started, watched, drained, started again
 ``commands``     what that process is
