@@ -28,6 +28,7 @@ from cartridge_distill.rollout.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
+from cartridge_distill.util.content_digest import HEADER, is_of
 from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY, unless_disconnected
 
 _STREAM_BYTES = 2**16
@@ -156,6 +157,8 @@ class Completions:
             if upstream.content_length is None and not whole:
                 return _Stream(self._chunks(upstream), stack, upstream.status, media_type)
             answer = await upstream.read()
+            if not is_of(upstream.headers.get(HEADER), answer):
+                raise ServerDown("the server's answer was changed on its way here; ask again")
         except aiohttp.ClientError as error:
             raise ServerDown(
                 f"the server process broke off this request ({type(error).__name__}); ask again"

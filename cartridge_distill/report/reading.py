@@ -26,6 +26,7 @@ from cartridge_distill.report.questions import (
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
 from cartridge_distill.report.shading import SHADING_FILE, Shading
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.json_text import no_name_twice
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -228,7 +229,7 @@ def read_metrics(path: Path) -> Metrics:
 def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{place}: not JSON ({error}). Delete a line that a killed run left half written"
         ) from None
@@ -256,7 +257,10 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
     if not path.exists():
         return None
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        return kind.model_validate(json.loads(text, object_pairs_hook=no_name_twice))
+    except RecursionError:
+        raise ReportError(f"{path} is nested too deep for a file of ours") from None
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
@@ -265,3 +269,5 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ReportError(f"{path}: {where}: {first['msg']}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ReportError(f"{path}: not JSON that is read: {error}") from None

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pyarrow import ArrowException, parquet
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
+from cartridge_distill.util.parquet import read_rows
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
@@ -101,9 +101,10 @@ def _rows(config: DictConfig, split: str) -> int | None:
         if file.suffix != ".parquet" or not file.is_file():
             return None
         try:
-            total += parquet.read_metadata(file).num_rows
-        except (ArrowException, OSError) as error:
-            reason = about(file) if pointer_in(file) else f"{file} is no parquet file: {error}"
+            # All of it: veRL's reader does not compare the checksums.
+            total += len(read_rows(file))
+        except (ConfigError, OSError) as error:
+            reason = about(file) if pointer_in(file) else str(error)
             raise ConfigError(f"data.{split}_files: {reason}") from error
     most = _get(config, f"data.{split}_max_samples")
     return min(total, most) if isinstance(most, int) and most > 0 else total
