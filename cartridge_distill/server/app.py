@@ -17,7 +17,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -117,8 +117,11 @@ class Service:
             raise HTTPException(400, str(error)) from error
         return admitted.job, await self.compute(admitted)
 
-    async def admit(self, request: AnyRequest) -> Admitted:
+    async def admit(self, request: AnyRequest, document: Sequence[int] = ()) -> Admitted:
         """Reads a request and finds its cartridges; nothing is computed yet.
+
+        Args:
+            document: token ids that a chat is asked behind.
 
         Raises:
             Refused: the request cannot be served.
@@ -126,7 +129,7 @@ class Service:
         """
         # Tokenizing and reading files take time; the event loop goes on meanwhile.
         if is_work(request):
-            job = await asyncio.to_thread(to_job, request, self.tokenizer, self.limits)
+            job = await asyncio.to_thread(to_job, request, self.tokenizer, self.limits, document)
         else:
             job = to_job(request, self.tokenizer, self.limits)
         prefix = None
