@@ -179,9 +179,9 @@ class Terminal:
         notes = ["" for _ in self._shown]
 
         def drawn() -> Table:
-            table = Table(*(Text(one.heading()) for one in self._shown), expand=True)
-            for column in table.columns:
-                column.ratio = 1
+            table = Table(expand=True)
+            for one in self._shown:
+                table.add_column(Text(one.heading()), ratio=1)
             table.add_row(*(Text(text) for text in texts))
             if any(notes):
                 table.add_section()
