@@ -5,15 +5,15 @@ A *cartridge* is a trainable key/value prefix of P tokens that stands in for a l
 this table, and ``tests/test_layers.py`` holds that:
 
 ==============  ==============================================================================
-``util``        errors, files, journals, processes
+``util``        errors, files, journals, processes, parts of every server and command
 ``cartridge``   the prefix, trainable and as data; files of every format; the Hub
 ``rollout``     the Tokasaurus protocol, client side
 ``sync``        publishing a version that the server will serve next
-``engines``     repairs of other inference servers
 ``model``       the frozen model: prompts, packing, attention, the one forward
 ``data``        documents, records, prompts, self-study, training files
 ``distill``     teacher, loss, who writes what, checks, training state
-``server``      an embedded server that speaks the protocol (CPU or one GPU)
+``server``      an embedded server that speaks the protocol, and the routes of every server here
+``engines``     other inference servers: vLLM through its connector, Tokasaurus repaired
 ``gateway``     uploads, versions and a token, in front of a server
 ``evaluation``  what the trained cartridge is worth
 ``report``      one HTML file about one run or several

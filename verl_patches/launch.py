@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cartridge_distill.distill.run_length import RunLength
 from cartridge_distill.report.recipe import seed_of, write_recipe
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
-from cartridge_distill.util.next_command import next_command, program, say_next
+from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
 from cartridge_distill.util.secrecy import clean_arguments, clean_text
-from cartridge_distill.util.tracker import tracked_step
+from verl_patches.config.run_length import RunLength
 from verl_patches.launching import checks
-from verl_patches.launching.command import command, environment, overrides
+from verl_patches.launching.command import command, environment, model_path, overrides
 from verl_patches.launching.configured import configuration
-from verl_patches.launching.following import causes, log_file, shown
+from verl_patches.launching.following import StepLines, causes, log_file
+from verl_patches.launching.result import Result, check_place, publish
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
+from verl_patches.trainer.tracker import tracked_step
 
 _DESCRIPTION = """\
 Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version
@@ -66,12 +69,25 @@ exit status: 0 trained; 1 or veRL's own: it failed; 2 refused before anything st
 """
 
 
-class TrainingFailed(ChildFailed):
-    """veRL ended with an error; ``status`` is its exit status, as a shell counts it."""
+QUIET_SECONDS = 60.0
+# Of these the same command ends the same way.
+_REFUSED = re.compile(
+    r"\b(?:ConfigError|OtherSettings|CartridgeFormatError|DocumentError|AttentionCompileError"
+    r"|ModuleNotFoundError|ImportError)\b"
+)
 
-    def __init__(self, message: str, status: int) -> None:
+
+class TrainingFailed(ChildFailed):
+    """veRL ended with an error.
+
+    Attributes:
+        status: its exit status, as a shell counts it.
+        again: may the same command do better? Not where a setting or a file was refused.
+    """
+
+    def __init__(self, message: str, status: int, again: bool = True) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.again = status, again
 
 
 def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
@@ -80,7 +96,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
     Raises:
         ConfigError: a setting that cannot be.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cartridge-distill train",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -92,7 +108,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run, argparse.Namespace]:
     option("--dry-run", action="store_true", help="check everything, print the command, train not")
     option("--show-config", action="store_true", help="print veRL's settings in YAML, train not")
     option("--only-check", action="store_true", help="look at veRL and server, and end")
-    option("--verbose", action="store_true", help="print all that veRL says, not a line a step")
+    option("-v", "--verbose", action="store_true", help="print all that veRL says")
     parser.add_argument("override", nargs="*", metavar="name=value", help="settings of veRL")
     given = vars(parser.parse_intermixed_args(list(arguments)))
     names = ("config", "dry_run", "show_config", "only_check", "verbose")
@@ -115,29 +131,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return dry_run(run)
         checks.check_here(run)
         check_saved(run)
+        check_place(run.folder)
     except KeyboardInterrupt:
         return 130
     except CartridgeDistillError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    record(run, typed)
     try:
         with Supervisor() as supervisor:
-            cartridge = train(run, supervisor, own.verbose)
+            saved = train(run, supervisor, own.verbose, lambda: record(run, typed))
+        result = None if saved is None else publish_best(run)
     except KeyboardInterrupt:
-        print(f"\nstopped; every process of the run was ended. {how_to_go_on(run)}")
+        print(f"\nstopped: {how_to_go_on(run)}")
         return 130
     except TrainingFailed as error:
         said = clean_text(str(error))  # the end of the log, too
-        print(
-            f"\n{said}\nthe run ended with status {error.status}, see above; {how_to_go_on(run)}",
-            file=sys.stderr,
-        )
+        hint = how_to_go_on(run) if error.again else "fix what the cause names, then start it again"
+        print(f"\n{said}\nerror: the run ended with status {error.status}; {hint}", file=sys.stderr)
         return error.status
     except CartridgeDistillError as error:
-        print(f"\nthe run ended, but {error}", file=sys.stderr)
+        print(f"\nerror: the run ended, but {error}", file=sys.stderr)
         return 1
-    print_next(run, cartridge)
+    print_next(run, result)
     return 0
 
 
@@ -170,11 +185,24 @@ def record(run: Run, arguments: Sequence[str]) -> None:
     """``recipe.json`` in the run's folder: what repeats it."""
     settings = overrides(run)
     typed = [*shlex.split(program()), "train", *arguments]
-    write_recipe(run.folder, typed, settings, seed_of(settings), name=run.label, model=run.model)
+    model = model_path(run.model)
+    data = None if run.data is None else str(run.data.expanduser().absolute())
+    write_recipe(
+        run.folder, typed, settings, seed_of(settings), name=run.label, model=model, data=data
+    )
 
 
-def train(run: Run, supervisor: Supervisor, verbose: bool = False) -> Path | None:
+def train(
+    run: Run,
+    supervisor: Supervisor,
+    verbose: bool = False,
+    started: Callable[[], None] = lambda: None,
+) -> Path | None:
     """Runs veRL to its end, with one line a step printed.
+
+    Args:
+        started: called when the trainer has taken the settings and the folder, just before the
+            first step. A start that is refused has changed nothing that tells of the run.
 
     Returns:
         The folder of the last saved cartridge; None where nothing was to be saved.
@@ -187,12 +215,14 @@ def train(run: Run, supervisor: Supervisor, verbose: bool = False) -> Path | Non
     length = wanted(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = log_file(run.folder)
-    say(f"veRL's log: {log} (a minute or so until the first step: Ray and its workers)")
+    say(f"   log: {shorter(log)}; the first step comes in a minute or so")
     child = supervisor.start(command(run), log, environment(run))
-    status = follow(child, log, (lambda line: line) if verbose else shown, "veRL")
+    status = follow(child, log, StepLines(verbose, started), "veRL", QUIET_SECONDS)
     if status != 0:
-        said = [*(f"cause: {line}" for line in causes(log)), tail(log)]
-        raise TrainingFailed("\n".join(said), status if status > 0 else 128 - status)
+        found = causes(log)
+        said = [*(f"cause: {line}" for line in found), tail(log, 25 if verbose or not found else 4)]
+        again = not any(_REFUSED.search(cause) for cause in found)
+        raise TrainingFailed("\n".join(said), status if status > 0 else 128 - status, again)
     return last_cartridge(run, length) if length.saves else None
 
 
@@ -226,6 +256,11 @@ def last_cartridge(run: Run, length: RunLength) -> Path:
     return folder
 
 
+def publish_best(run: Run) -> Result:
+    """Copies the best cartridge of a run that ended well to RUN/cartridge."""
+    return publish(run.folder, checkpoints(run), saved_step(run))
+
+
 def checkpoints(run: Run) -> Path:
     """Where they are saved: below the run's folder, unless an override says otherwise."""
     return Path(configuration(run).trainer.default_local_dir).expanduser().absolute()
@@ -257,24 +292,20 @@ def how_to_go_on(run: Run) -> str:
     except CartridgeDistillError as error:
         return str(error)
     if step == 0:
-        return "no step was saved. The same command starts from the beginning."
+        return "no step was saved; the same command starts from the beginning"
     return (
-        f"the last step that was saved is {step}. Start the same command again: it goes on from "
-        f"there ({checkpoints(run)})."
+        f"step {step} is saved; the same command goes on from there ({shorter(checkpoints(run))})"
     )
 
 
-def print_next(run: Run, cartridge: Path | None) -> None:
+def print_next(run: Run, result: Result | None) -> None:
     """What was made, and the commands that use it."""
-    print(f"\nmetrics:   {run.folder}/metrics.jsonl")
-    print(f"cartridge: {cartridge or 'none saved, for trainer.save_freq is -1'}")
-    commands = []
-    if cartridge is not None and run.data is not None:
-        used = ("--model", run.model, "--cartridge", cartridge)
-        out = run.folder / "evaluation"
-        commands.append(next_command("eval", *used, "--data", run.data, "--out", out))
-        commands.append(next_command("chat", *used))
-    say_next(*commands, next_command("report", run.folder))
+    folder = shorter(run.folder)
+    print(f"\nmetrics:   {folder}/metrics.jsonl")
+    none = "none saved, for trainer.save_freq is -1"
+    print(f"cartridge: {none if result is None else result.line()}")
+    commands = [] if result is None else [next_command(name, folder) for name in ("eval", "chat")]
+    say_next(*commands, next_command("report", folder))
 
 
 if __name__ == "__main__":

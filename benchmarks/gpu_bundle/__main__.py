@@ -101,7 +101,8 @@ def make(out: Path, python: str, most: int) -> list[Path]:
         ConfigError, DemoModelError: something could not be had.
         FileExistsError: the folder holds what this command did not write.
     """
-    fresh_folder(out)
+    names = ("*.gz", "parts.json", "install.py", "on_node.sh", "stages.txt")
+    fresh_folder(out, ("*.gz", *(f"call*/{name}" for name in names)))
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as name:
         work = Path(name)
         project = archives(ROOT, project_files(), "project", out)

@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     out: Path = options.out.resolve()
     try:
-        fresh_folder(out)
+        fresh_folder(out, ("table.md", "figures/**", "logs/**", "demo/**", "loop/**"))
         for folder in (out / "figures", out / "logs", *filter(None, [options.deliver])):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

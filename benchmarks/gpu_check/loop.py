@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 from benchmarks.bases import ROOT, SHAPES, make_base
 from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say
-from verl_patches import demo
+from verl_patches.pipeline import stages
+from verl_patches.pipeline.settings import RUN_FILES, Distillation, as_run
 
 RECORDS = ROOT / "cartridge_distill" / "data" / "examples" / "demo.json"
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt")
@@ -90,21 +91,31 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out.resolve()
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     try:
-        fresh_folder(out)
-        (out / "cartridges").mkdir()
+        fresh_folder(out, (*RUN_FILES, "record.json", "model/**"))
         say("== model with random weights, and a document")
         model = out / "model"
         write_model(options.shape, options.tokenizer, dtype, options.device, model)
         length = write_record(options.tokenizer, options.document, out / "record.json")
         say(f"   {options.shape} in {dtype}; a document of {length} tokens")
-        names = ("device", "steps", "prompts", "response", "tokens", "threads")
-        typed = [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
-        typed += ["--model", str(model), "--data", str(out / "record.json"), "--out", str(out)]
-        asked = demo.parse([*typed, "--test-every", "0", "--name", "loop"])
+        asked = Distillation(
+            documents=str(out / "record.json"),
+            model=str(model),
+            out=out,
+            name="loop",
+            tokens=options.tokens,
+            steps=options.steps,
+            batch=options.prompts,
+            response_tokens=options.response,
+            test_every=0,
+            save_every=options.steps,
+            device=options.device,
+            dtype=dtype,
+            threads=options.threads,
+        )
         with Supervisor() as supervisor:
-            demo.prepare_data(asked, str(model), out, supervisor)
-            url = demo.start_server(asked, str(model), out, supervisor)
-            demo.train(demo.training(asked, str(model), url, out), supervisor)
+            found = stages.prepare_data(asked, out, supervisor)
+            url = stages.start_server(asked, supervisor)
+            stages.train(as_run(asked, url, found), supervisor, verbose=False)
     except (ChildFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -26,6 +26,14 @@ RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 CARTRIDGE_FOLDER = "cartridge"
 CHECKPOINTS_FOLDER = "checkpoints"
+RUN_FILES = (
+    *(RECIPE_FILE, METRICS_FILE, "distill.json", "*.log", "report.html"),
+    *("data/train.parquet", "data/val.parquet", "data/documents.jsonl", "data/eval.json"),
+    *("evaluation/evaluation*.json", "evaluation/evaluation*.parquet", "evaluation/*.jsonl"),
+    *(f"{CARTRIDGE_FOLDER}/cartridge.json", f"{CARTRIDGE_FOLDER}/cartridge.safetensors"),
+    *(f"{CHECKPOINTS_FOLDER}/**", "cartridges/**", "tensorboard/**", "wandb/**"),
+)
+"""What a run writes into its folder, as patterns; anything else there is somebody's own."""
 _META_FILE, _WEIGHTS_FILE = "cartridge.json", "cartridge.safetensors"  # the native format's
 _ADAPTER_FILE = "adapter_config.json"  # PEFT's
 _CONFIG_FILE = "config.yaml"  # Tokasaurus'
@@ -34,7 +42,7 @@ _CONFIG_FILE = "config.yaml"  # Tokasaurus'
 def is_run(source: str | Path) -> bool:
     """Is it a run's folder, and not a cartridge?"""
     folder = Path(source).expanduser()
-    if not folder.is_dir() or any(folder.glob("*.pt")):
+    if not str(source) or not folder.is_dir() or any(folder.glob("*.pt")):
         return False
     if any((folder / name).is_file() for name in (_META_FILE, _WEIGHTS_FILE, _ADAPTER_FILE)):
         return False
@@ -111,6 +119,11 @@ def model_of(source: str | Path) -> str | None:
 
         return base_model_of(read_config(path / _CONFIG_FILE))
     return None
+
+
+def data_of(run: str | Path) -> str | None:
+    """The folder of a run's data, as its recipe says it; None where it says nothing."""
+    return _text(Path(run).expanduser() / RECIPE_FILE, "data")
 
 
 def _text(file: Path, name: str) -> str | None:

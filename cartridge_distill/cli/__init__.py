@@ -1,8 +1,12 @@
 """The command line ``cartridge-distill``.
 
-===========  =====================================================================
-``main``     the commands, their options and help
-``doctor``   what is there, what fits together, and the fix for what does not
-``serve``    cartridges behind OpenAI's chat API
-===========  =====================================================================
+================  ================================================================
+``main``          the commands, their options and help
+``doctor``        what is there, what fits together, and the fix for what does not
+``untrained``     ``init``: a cartridge before its first step
+``serve``         the rollout server for training, or cartridges behind OpenAI's chat API
+``chat``          the options of a conversation in the terminal
+``conversation``  the conversation itself
+``describe``      what ``info`` shows of a cartridge
+================  ================================================================
 """

@@ -16,6 +16,7 @@ def described(stored: StoredCartridge) -> list[Table]:
     """What is known, a line each, with dotted names for what is inside; then the results."""
     rows: dict[str, Any] = {**stored.shape(), "dtype": stored.dtype_name()}
     rows["bytes"] = f"{stored.snapshot.num_bytes:,}"
+    rows["sha256"] = stored.sha256 or "none in the file: a changed bit would not be seen"
     metrics = dict(stored.meta.metrics)
     results = [row for row in metrics.pop("results", None) or [] if isinstance(row, Mapping)]
     for name, value in (stored.meta.as_dict() | {"metrics": metrics}).items():

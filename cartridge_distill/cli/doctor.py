@@ -354,12 +354,11 @@ def _describe_documents(path: Path) -> str:
 
 
 def _describe_rows(path: Path, documents: Path) -> str:
-    import pandas as pd
-
     from cartridge_distill.data.document_store import DocumentStore
     from cartridge_distill.util.errors import ConfigError
+    from cartridge_distill.util.parquet import read_rows
 
-    rows = pd.read_parquet(path)
+    rows = read_rows(path)
     missing = [name for name in ("prompt", "data_source", "extra_info") if name not in rows]
     if missing:
         raise ConfigError(f"{path} lacks the columns {missing}; it has {list(rows.columns)}")

@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from cartridge_distill.cartridge.run_folder import resolve_cartridge
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.extras import require
@@ -33,9 +34,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Cartridges: a document's worth of context in a small trainable KV cache.
 
-    `demo` shows the whole loop. From a document to a cartridge in use: `prepare`, `serve`, `train`,
-    `eval`, `report`, `chat`; `doctor` says what is missing; `convert` and `push` take it to the
-    tools of others.
+    `distill` goes from a document to a cartridge in one go, and `demo` shows it. `chat`, `serve`,
+    `eval`, `report`, `info` and `push` take the folder of a run. `prepare`, `train` and `eval` are
+    its steps; `doctor` says what is missing; `convert` is for the tools of others.
     """,
 )
 # Options that another program reads: they are passed on as they are.
@@ -73,7 +74,7 @@ def _in_words(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (CartridgeDistillError, OSError) as error:
-            typer.echo(clean_text(f"{type(error).__name__}: {error}"), err=True)
+            typer.echo(clean_text(f"error: {error}"), err=True)
             raise typer.Exit(1) from None
 
     return run
@@ -163,6 +164,17 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASSED_ON)
 @_in_words
+def distill(context: typer.Context) -> None:
+    """From documents to a cartridge in one go: prepare, serve, train, evaluate, report.
+
+    `cartridge-distill distill handbook/ --model MODEL`
+    """
+    _needs("distill", context)
+    _become("verl_patches.distill", context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+@_in_words
 def demo(context: typer.Context) -> None:
     """The whole loop on a CPU or one GPU with a small real model: ten minutes, ends in a table."""
     _needs("demo", context)
@@ -199,7 +211,9 @@ def init(
 @app.command()
 @_in_words
 def info(
-    cartridge: Annotated[str, typer.Argument(help="File, directory or hub id, of any format.")],
+    cartridge: Annotated[
+        str, typer.Argument(help="Run, file, directory or hub id, of any format.")
+    ],
     model: Annotated[str | None, typer.Option(help="Does it fit this model?")] = None,
 ) -> None:
     """Show what a cartridge is: shape, model, document; recipe, curve and figures it has."""
@@ -211,7 +225,7 @@ def info(
         from cartridge_distill.model.reading import read_model_config
 
         config = read_model_config(model)
-    stored = read_cartridge(cartridge, config)
+    stored = read_cartridge(resolve_cartridge(cartridge), config)
     for table in described(stored):
         Console().print(table)
     if model is not None:
@@ -270,7 +284,7 @@ def report(
 @app.command()
 @_in_words
 def convert(
-    source: Annotated[str, typer.Argument(help="File, directory or hub id, of any format.")],
+    source: Annotated[str, typer.Argument(help="Run, file, directory or hub id, of any format.")],
     target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
     to: Annotated[Kind, typer.Option(help="Format to write.")],
     dtype: Annotated[Dtype | None, typer.Option(help="As stored by default: every bit.")] = None,
@@ -287,7 +301,7 @@ def convert(
     from cartridge_distill.cartridge.formats.peft import VERSIONS
 
     written = checkpoint.convert(
-        source,
+        resolve_cartridge(source),
         target,
         to.value,
         base_model=base_model,
@@ -311,7 +325,7 @@ def compose(
     from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
     from cartridge_distill.cartridge.compose import compose as join
 
-    joined = join([read_cartridge(part) for part in parts], base_model)
+    joined = join([read_cartridge(resolve_cartridge(part)) for part in parts], base_model)
     write_cartridge(joined, out, "native", overwrite)
     typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
 
@@ -319,7 +333,7 @@ def compose(
 @app.command()
 @_in_words
 def push(
-    source: Annotated[str, typer.Argument(help="File or directory, of any format.")],
+    source: Annotated[str, typer.Argument(help="Run, file or directory, of any format.")],
     target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
     base_model: BaseModel = None,
     public: Annotated[bool, typer.Option(help="A cartridge tells what its document says.")] = False,
@@ -333,7 +347,7 @@ def push(
     from cartridge_distill.cartridge.hub import push as send
 
     where = send(
-        source,
+        resolve_cartridge(source),
         target,
         base_model=base_model,
         private=not public,

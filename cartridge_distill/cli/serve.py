@@ -207,7 +207,7 @@ def _serve(
         app,
         log_level="warning",
         timeout_graceful_shutdown=3,
-        **uvicorn_options(settings.idle_s),
+        **uvicorn_options(settings.idle_s, settings.max_connections),
     )
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 import typer
 
-from cartridge_distill.cartridge.checkpoint import CartridgeMeta, write_cartridge
+from cartridge_distill.cartridge.checkpoint import (
+    META_FILE,
+    CartridgeMeta,
+    read_meta,
+    write_cartridge,
+)
+from cartridge_distill.cartridge.formats.detect import check_replaceable
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
@@ -17,7 +23,9 @@ from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.model.reading import read_model_config, read_tokenizer
+from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.extras import require
+from cartridge_distill.util.files import check_writable
 
 
 def make(
@@ -38,14 +46,14 @@ def make(
             starts it from noise.
         tokens, frozen: of the cartridge; the first ``frozen`` are never trained.
         seed: of the noise.
-        overwrite: replace a cartridge that is there.
+        overwrite: replace a cartridge that is there, and was not trained.
 
     Raises:
-        CartridgeDistillError: model or document cannot be read, or do not fit.
+        CartridgeDistillError: model or document cannot be read, or do not fit; or ``out`` holds
+            something else than an untrained cartridge.
         FileExistsError: ``out`` is there and ``overwrite`` is false.
     """
-    if out.exists() and not overwrite:  # before the model is loaded
-        raise FileExistsError(f"{out} is already there; --overwrite replaces a cartridge")
+    _check_target(out, overwrite)  # before the model is loaded
     meta = CartridgeMeta(base_model=model, model_fingerprint=weights_fingerprint(model))
     if document is None:
         cartridge = TrainableCache.from_random(read_model_config(model), tokens, frozen, seed)
@@ -64,3 +72,19 @@ def make(
         meta.recipe["init"] = {"from": "text"}
     snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
     write_cartridge(StoredCartridge(snapshot, meta), out, "native", overwrite)
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        check_writable(out, "OUT")
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{out} is already there; fix: name another, or --overwrite an untrained cartridge"
+        )
+    check_replaceable(out)
+    if (out / META_FILE).is_file() and (step := int(read_meta(out).get("step") or 0)):
+        raise ConfigError(
+            f"{out} was trained for {step} steps and is not replaced by an untrained one; fix: "
+            "name another, or delete it yourself"
+        )

@@ -6,7 +6,8 @@ Reads LongHealth's JSON schema (its `benchmark_v5.json`, or the fictional record
     train.parquet     the prompts to train on, in veRL's schema; each names its document by id
     val.parquet       prompts of the same kind, kept aside
     documents.jsonl   what the teacher reads, each document once
-    eval.json         the records' multiple-choice questions, none of which is trained on
+    eval.json         multiple-choice questions, none of which is trained on: the records' own,
+                      those of --questions, or those that the model writes
 
 Recipes, that is, where the prompts come from:
 
@@ -45,6 +46,8 @@ examples:
     PROGRAM --tokenizer MODEL_DIR --out data/demo
   a folder of your own; MODEL is the model that will be trained:
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook
+  the same, judged by your own questions:
+    PROGRAM --data handbook/ --questions questions.csv --tokenizer MODEL --out data/handbook
   the same, with prompts that the model writes itself:
     python -m cartridge_distill.server --model MODEL &
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook \\
@@ -93,6 +96,40 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     )
     option("--seed", type=int, default=0, help="same seed, same files (%(default)s)")
 
+    group = parser.add_argument_group("questions that the cartridge is judged by")
+    group.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="your own: .csv, .json or .jsonl with `question`, `answer`, and where you have them "
+        "`wrong` answers, the `document`, and a `stem` (docs/data.md)",
+    )
+    group.add_argument(
+        "--write-questions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="have the server's model write and answer so many, and keep those whose answer stands "
+        "in the document and is not known without it; needs --server",
+    )
+
+    group = parser.add_argument_group("rows that have nothing to do with a document")
+    group.add_argument(
+        "--general-fraction",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="of the training rows, added to --rows: their teacher is the bare model, so that the "
+        "cartridge leaves unrelated prompts alone; 0.05 is usual (%(default)s)",
+    )
+    group.add_argument(
+        "--general-prompts",
+        type=Path,
+        metavar="FILE",
+        help="what they ask: .txt with a prompt a line, or .jsonl with a prompt key (default: the "
+        "128 prompts of this package)",
+    )
+
     group = parser.add_argument_group("how much the teacher reads at once")
     group.add_argument(
         "--teacher-context",
@@ -115,9 +152,9 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         help="of an answer at most, --response-tokens of the training (%(default)s)",
     )
 
-    group = parser.add_argument_group("self_study")
+    group = parser.add_argument_group("what the model writes: self_study, --write-questions")
     option = group.add_argument
-    option("--server", metavar="URL", help="that serves the base model; needed")
+    option("--server", metavar="URL", help="that serves the base model; needed for these")
     option("--wait", type=float, default=60, help="seconds to wait for it (%(default)s)")
     option(
         "--held-out",
@@ -129,7 +166,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         "--chunk-tokens",
         type=int,
         default=1024,
-        help="of the document, before the model when it writes a prompt (%(default)s)",
+        help="of the document, before the model when it writes (%(default)s)",
     )
     option(
         "--openings",
@@ -143,7 +180,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         "--attempts",
         type=int,
         default=4,
-        help="generations for each prompt wanted, at most: bad ones are dropped (%(default)s)",
+        help="generations for each one wanted, at most: bad ones are dropped (%(default)s)",
     )
     option("--concurrency", type=int, default=32, help="requests in flight (%(default)s)")
     return parser.parse_args(arguments)

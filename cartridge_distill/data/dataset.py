@@ -23,6 +23,7 @@ from cartridge_distill.data.decontamination import Guard, check_held_out
 from cartridge_distill.data.documents.source import Source
 from cartridge_distill.data.records import Question, save_documents, save_questions
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.parquet import write_table
 
 Row = dict[str, Any]
 
@@ -145,7 +146,7 @@ def write_dataset(
     check_held_out(train, val)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("val", val)):
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), out / f"{name}.parquet")
+        write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), out / f"{name}.parquet")
     save_documents(
         out / "documents.jsonl", [part.document for source in sources for part in source.parts]
     )

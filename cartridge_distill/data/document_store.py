@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.data.records import sha256_of
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import DocumentError
 from cartridge_distill.util.lfs import refuse_pointers
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DocumentStore:
     """Documents by id, from a ``.parquet`` or ``.jsonl`` file with ``document_id`` and ``text``.
 
     Raises:
-        DocumentError: the file is missing, lacks a column, repeats an id or holds an empty text.
+        DocumentError: the file is missing, lacks a column, repeats an id, holds an empty text, or
+            one that has another SHA-256 than stands beside it.
     """
 
     def __init__(self, texts: Mapping[str, str], source: str = "memory") -> None:
         for document_id, text in texts.items():
             if not isinstance(text, str) or not text.strip():
                 raise DocumentError(f"{source}: document {document_id!r} is empty")
+            if not _is_text(text):
+                raise DocumentError(
+                    f"{source}: document {document_id!r} holds half a character (a lone "
+                    "surrogate), which is no text; write the file anew"
+                )
         self._texts = dict(texts)
         self.source = source
 
@@ -50,7 +60,15 @@ class DocumentStore:
                 raise DocumentError(f"{path}, row {number}: document_id is {row['document_id']!r}")
             if row["document_id"] in texts:
                 raise DocumentError(f"{path}: document {row['document_id']!r} appears twice")
-            texts[row["document_id"]] = row["text"]
+            written, text = row.get("sha256"), row["text"]
+            if isinstance(written, str) and _is_text(text) and written != sha256_of(text):
+                raise DocumentError(
+                    f"{path}: the text of document {row['document_id']!r} is not the one that was "
+                    f"written: SHA-256 {sha256_of(text)}, and sha256={written!r:.80} stands beside "
+                    "it. Take another copy of the file; if you have changed the text by hand, take "
+                    "sha256 out of its row"
+                )
+            texts[row["document_id"]] = text
         if not texts:
             raise DocumentError(f"{path} holds no document")
         return cls(texts, str(path))
@@ -70,13 +88,17 @@ class DocumentStore:
         return self._texts[document_id]
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
 def _rows(path: Path) -> list[Any]:
     """Raises OSError or ValueError."""
     refuse_pointers(path)
     if path.suffix == ".parquet":
-        import pandas as pd
+        from cartridge_distill.util.parquet import read_rows
 
-        return pd.read_parquet(path).to_dict("records")
+        return read_rows(path).to_dict("records")
     found = []
     for number, line in enumerate(json_text.decode(path.read_bytes()).split("\n"), 1):
         try:

@@ -16,8 +16,12 @@ from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
+from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
 from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
+from cartridge_distill.data.questions.reading import add_questions
+from cartridge_distill.data.questions.writing import QuestionSettings, write_questions
+from cartridge_distill.data.questions.writing import made_with as questions_made_with
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.data.self_study.sifting import Sifted
 from cartridge_distill.data.self_study.writing import (
@@ -35,18 +39,27 @@ from cartridge_distill.util.journal import Journal
 from cartridge_distill.util.pasting import pasted_setting
 
 SELF_STUDY = "self_study"
+SHOWN = 5  # questions, so that a person sees what they are like
 
 
 def run(options: argparse.Namespace) -> None:
     """Reads, cuts, makes prompts and writes."""
     check_options(options)
     check_replaceable(options.out)  # before anything is read or written by a model
+    if options.questions is not None and not options.questions.is_file():
+        raise ConfigError(f"--questions {options.questions}: there is no such file")
+    general = read_prompts(options.general_prompts)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
     limit = PromptLimit(tokenizer, options.prompt_tokens)
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
+    if options.questions is not None:
+        sources = add_questions(sources, options.questions, options.seed)
+        say(f"{sum(len(source.questions) for source in sources)} questions for the evaluation")
+    if options.write_questions:
+        sources = asyncio.run(own_questions(sources, tokenizer, options))
     if options.prompt_recipe == SELF_STUDY:
         train, val = asyncio.run(self_study(sources, tokenizer, options))
     else:
@@ -56,6 +69,10 @@ def run(options: argparse.Namespace) -> None:
             say=say,
             limit=limit,
         )
+    if options.general_fraction:
+        about_documents = len(train)
+        train = with_general(train, general, options.general_fraction, options.seed, limit)
+        say(f"{len(train) - about_documents} general rows, whose teacher is the bare model, added")
     limit.check(
         [row["prompt"] for row in [*train, *val]], "the prompts", "allow more with --prompt-tokens"
     )
@@ -71,24 +88,36 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuses what does not belong to the prompt recipe.
+    """Refuses what does not belong to the prompt recipe, and what would be ignored.
 
     Raises:
         ConfigError: names the option and the fix.
     """
-    if options.prompt_recipe != SELF_STUDY:
-        for name in ("server", "held_out"):
-            if getattr(options, name) is not None:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} belongs to --recipe self_study, not to "
-                    f"{options.prompt_recipe}; leave it out, or choose that prompt recipe."
-                )
-        return
-    if options.server is None:
+    count_for(options.general_fraction, options.rows)
+    if options.general_prompts is not None and not options.general_fraction:
         raise ConfigError(
-            f"--recipe self_study needs --server URL: a server of the base model. {HOW_TO_START}; "
+            f"--general-prompts {options.general_prompts} would be ignored: say how many rows are "
+            "made of them, with --general-fraction (0.05 is usual)"
+        )
+    writes = options.prompt_recipe == SELF_STUDY or options.write_questions
+    if writes and options.server is None:
+        asked = "--write-questions" if options.write_questions else "--recipe self_study"
+        raise ConfigError(
+            f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}; "
             "`cartridge-distill serve` speaks another protocol."
         )
+    if options.prompt_recipe != SELF_STUDY:
+        if options.held_out is not None:
+            raise ConfigError(
+                f"--held-out belongs to --recipe self_study, not to {options.prompt_recipe}; "
+                "leave it out, or choose that prompt recipe."
+            )
+        if options.server is not None and not writes:
+            raise ConfigError(
+                "--server belongs to --recipe self_study and to --write-questions; with --recipe "
+                f"{options.prompt_recipe} alone no model writes: leave it out"
+            )
+        return
     if options.val_rows is not None:
         raise ConfigError("With --recipe self_study, say --held-out FRACTION, not --val-rows.")
 
@@ -148,6 +177,69 @@ def teacher_context(options: argparse.Namespace) -> int | None:
     return int(limit)
 
 
+def study_plan(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> Plan:
+    """What the model has before it when it writes."""
+    return Plan(
+        sources,
+        options.chunk_tokens,
+        options.seed,
+        lambda text: len(render_document(tokenizer, text)),
+        options.openings,
+    )
+
+
+async def own_questions(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> list[Source]:
+    """The sources with questions that the server's model has written and answered.
+
+    Raises:
+        ConfigError: other settings than those of the questions that are already there, or none
+            that is good enough.
+        RolloutError: the server is not there, refuses, or has gone.
+    """
+    settings = QuestionSettings(
+        questions=options.write_questions,
+        write_tokens=options.write_tokens,
+        temperature=options.temperature,
+        attempts=options.attempts,
+        concurrency=options.concurrency,
+        seed=options.seed,
+        openings=options.openings,
+    )
+    plan = study_plan(sources, tokenizer, options)
+    patience = ClientSettings(startup_timeout_s=options.wait, max_connections=options.concurrency)
+    path = options.out / "questions.jsonl"
+    async with TokasaurusClient(options.server, patience) as client:
+        await client.wait_until_ready()
+        about = questions_made_with(plan, tokenizer, settings, await client.models())
+        with Journal(path, about) as journal, tqdm(unit=" questions", mininterval=1) as bar:
+            say(f"{settings.questions} questions to write from {len(plan.chunks)} chunks")
+            found = await write_questions(
+                client, tokenizer, plan, journal, settings, partial(show_progress, bar)
+            )
+            tried = len(journal.rows)
+    added = found.added_to(sources, options.seed)
+    good = sum(len(source.questions) for source in added) - sum(
+        len(source.questions) for source in sources
+    )
+    say(f"{good} questions kept of {tried}:")
+    for reason, count in found.dropped.most_common():
+        say(f"   {count} dropped: {reason}")
+    for asked in found.kept[:SHOWN]:
+        say(f"   {asked.question} -> {asked.answer}")
+    if len(found.kept) > SHOWN:
+        say(f"   ... all of them: {options.out / 'eval.json'}")
+    if good == 0:
+        raise ConfigError(
+            "no question is good enough to judge a cartridge by: use a larger model, --openings "
+            "for a small one, more --attempts, or write some yourself (--questions FILE)"
+        )
+    return added
+
+
 async def self_study(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[list[Row], list[Row]]:
@@ -170,13 +262,7 @@ async def self_study(
         concurrency=options.concurrency,
         seed=options.seed,
     )
-    plan = Plan(
-        sources,
-        settings.chunk_tokens,
-        settings.seed,
-        lambda text: len(render_document(tokenizer, text)),
-        options.openings,
-    )
+    plan = study_plan(sources, tokenizer, options)
     guard = Guard([question for source in sources for question in source.questions])
     patience = ClientSettings(startup_timeout_s=options.wait, max_connections=options.concurrency)
     path = options.out / "self_study.jsonl"

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.distill.loss import LOSSES
+from cartridge_distill.distill.loss import LOSSES, get_loss
 from cartridge_distill.distill.mixing import Schedule
 from cartridge_distill.model.attention import BACKENDS as ATTENTIONS
 from cartridge_distill.sync.versions import is_run_name
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, nearest
 
 INITS = ("text", "random", "checkpoint")
 TRANSPORTS = ("shared_dir", "http")
@@ -53,7 +53,7 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
 
     def one_of(field: str, known: tuple[str, ...]) -> None:
         if getattr(config, field) not in known:
-            refuse(field, f"unknown; choose one of {', '.join(known)}")
+            refuse(field, f"unknown{nearest(getattr(config, field), known)}")
 
     at_least("num_tokens", 2, "one frozen and one trained token are the least a cartridge can have")
     at_least("num_frozen_tokens", 1, "Tokasaurus cannot read a cartridge without a frozen token")
@@ -64,9 +64,12 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
             f"nothing is left to train of num_tokens={tokens}; set it below {tokens} (1 is usual)",
         )
     above_zero("lr", "the cartridge would not learn")
+    decay = config.lr_decay_to
+    if decay is not None and (not _is_number(decay) or not 0 <= decay <= 1):
+        refuse("lr_decay_to", "a part of the rate; set a number from 0 to 1, or null for no decay")
     one_of("init", INITS)
     if config.init == "checkpoint" and not config.checkpoint_path:
-        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a repo id")
+        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a hub id")
     if config.init != "checkpoint" and config.checkpoint_path:
         refuse(
             "checkpoint_path",
@@ -76,6 +79,14 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     if not isinstance(config.document_key, str) or not config.document_key:
         refuse("document_key", "name the key in extra_info that holds the document's id")
     one_of("loss", tuple(LOSSES))
+    if config.loss in LOSSES:
+        try:
+            get_loss(config.loss, config.loss_weight)
+        except ConfigError as error:
+            refuse("loss_weight", str(error).partition(f"{config.loss_weight!r}")[2].lstrip(": "))
+    at_least("skip_first_tokens", 0, "the first so many tokens of an answer have no loss")
+    if config.max_token_loss is not None:  # null has no bound
+        above_zero("max_token_loss", "no token would have a gradient")
     at_least("topk", 1, "the loss compares the teacher's k likeliest tokens (20 is usual)")
     above_zero("kl_temperature", "logits are divided by it (1.0 leaves them alone)")
     one_of("attention", ATTENTIONS)

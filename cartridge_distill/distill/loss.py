@@ -1,22 +1,25 @@
-"""What is minimised: a divergence between teacher and student, per response token.
+"""What is minimised: a divergence between teacher and student, per response token, by its name.
 
 The teacher is known by its K most likely tokens, with probabilities of the full softmax; what is
 left of its mass is one more outcome, the *tail*. Without it (veRL's truncated, clamped top-k KL)
 the loss and its gradient vanish while much mass is elsewhere, and at p = q the gradient does not.
-Nothing here knows about batches or veRL: N tokens in, N losses out.
+One loss is over the *student's* K most likely tokens instead, and asks the teacher about them.
+Nothing here knows about batches or veRL: N tokens in, N losses out. The formulas are in
+``divergences``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cartridge_distill.distill import divergences
+from cartridge_distill.distill.divergences import Divergence, Rule
 from cartridge_distill.model.logprobs import ROWS_AT_ONCE, tempered
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,61 @@ class TeacherTopK:
         logprobs: ``[N, K]`` float32 log-probs under the full softmax.
         chosen: ``[N]`` log-probs of the tokens that stand there, where they were asked for.
         finite: a bool on the device: no logit was NaN or +inf. Nobody has looked at it yet.
+        asked: what it says of tokens that somebody else chose, where it was asked.
     """
 
     ids: Tensor
     logprobs: Tensor
     chosen: Tensor | None = None
     finite: Tensor | None = None
+    asked: TeacherTopK | None = None
 
     @classmethod
-    def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> TeacherTopK:
-        """Top-k of ``[N, V]`` logits divided by ``temperature``."""
-        ids, logprobs, totals = [], [], []
-        for rows in logits.split(ROWS_AT_ONCE):
+    def from_logits(
+        cls, logits: Tensor, k: int, temperature: float = 1.0, asked_ids: Tensor | None = None
+    ) -> TeacherTopK:
+        """Top-k of ``[N, V]`` logits divided by ``temperature``.
+
+        Args:
+            asked_ids: ``[N, K]`` further tokens to be told of, in ``asked``; none twice in a row.
+        """
+        ids, logprobs, totals, asked = [], [], [], []
+        for at, rows in enumerate(logits.split(ROWS_AT_ONCE)):
             scaled = tempered(rows, temperature)
-            top, at = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
+            top, best = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
             total = torch.logsumexp(scaled, dim=-1, keepdim=True)
-            ids.append(at)
+            ids.append(best)
             logprobs.append(top - total)
             totals.append(total)
+            if asked_ids is not None:
+                others = asked_ids[at * ROWS_AT_ONCE : at * ROWS_AT_ONCE + len(rows)]
+                asked.append(torch.gather(scaled, 1, others) - total)
         # NaN or +inf anywhere in a row makes its sum so; a token that is ruled out, -inf, does not.
         finite = torch.isfinite(torch.cat(totals)).all()
-        return cls(torch.cat(ids), torch.cat(logprobs), finite=finite)
+        told = None if asked_ids is None else cls(asked_ids, torch.cat(asked))
+        return cls(torch.cat(ids), torch.cat(logprobs), finite=finite, asked=told)
+
+    def split(self, counts: Sequence[int]) -> list[TeacherTopK]:
+        """Of so many places each; all share ``finite``, which is of the whole."""
+        sizes = list(counts)
+        chosen = [None] * len(sizes) if self.chosen is None else self.chosen.split(sizes)
+        asked = [None] * len(sizes) if self.asked is None else self.asked.split(sizes)
+        parts = zip(self.ids.split(sizes), self.logprobs.split(sizes), chosen, asked, strict=True)
+        return [TeacherTopK(i, lp, c, self.finite, a) for i, lp, c, a in parts]
+
+    @classmethod
+    def join(cls, parts: Sequence[TeacherTopK]) -> TeacherTopK:
+        """One after the other; all have the same fields."""
+        chosen = [part.chosen for part in parts if part.chosen is not None]
+        finite = [part.finite for part in parts if part.finite is not None]
+        asked = [part.asked for part in parts if part.asked is not None]
+        return cls(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat(chosen) if chosen else None,
+            torch.stack(finite).all() if finite else None,
+            cls.join(asked) if asked else None,
+        )
 
     @property
     def tail_logprob(self) -> Tensor:
@@ -57,121 +94,102 @@ class TeacherTopK:
         return torch.log(-torch.expm1(mass)).float()
 
 
-def _student_topk(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs ``[N, K]`` of the teacher's tokens and ``[N]`` of everything else.
-
-    The tail is summed up from its own logits, not taken as 1 - sum(top): exact also when the
-    student is nearly sure.
-
-    Returns:
-        Those two, and ``[N]`` the logsumexp of the logits divided by the temperature.
-    """
-    scaled = tempered(logits, temperature)
-    total = torch.logsumexp(scaled, dim=-1, keepdim=True)
-    top = torch.gather(scaled, 1, ids) - total
-    rest = torch.logsumexp(scaled.scatter(1, ids, float("-inf")), dim=-1, keepdim=True)
-    return top, (rest - total)[:, 0], total[:, 0]
+def top_ids(logits: Tensor, k: int) -> Tensor:
+    """``[N, K]`` the most likely tokens of ``[N, V]`` logits, most likely first."""
+    most = min(k, logits.shape[-1])
+    return torch.cat([rows.topk(most, dim=-1).indices for rows in logits.split(ROWS_AT_ONCE)])
 
 
-def _times_log(mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """mass * log_ratio with 0 * inf = 0, as the limit has it."""
-    return torch.where(mass > 0, mass * log_ratio, torch.zeros_like(mass))
+@dataclass(frozen=True)
+class Loss:
+    """One of :data:`LOSSES`, ready to be computed.
 
-
-class _ForwardKLTopK(torch.autograd.Function):
-    """KL(teacher || student) over K tokens and the tail, with its gradient in closed form.
-
-    With q the student's softmax, q_t its tail mass, p and p_t the teacher's:
-    d/dz_v = (q_v - p_v) / tau inside the top k, q_v * (1 - p_t / q_t) / tau outside. One ``[N, V]``
-    buffer instead of autograd's several, and no cancellation when q_t is tiny.
+    Attributes:
+        name: in the settings.
+        rule: the formula, over K tokens and the tail.
+        asks: the K tokens are the student's, and the teacher is asked about them
+            (``Teacher.score(asked_ids=...)``).
+        divergence: zero, with a zero gradient, where teacher and student agree.
+        weighted: a rule for a weight; None where the loss has none.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, ids: Tensor, logprobs: Tensor, tail: Tensor, temperature: float
-    ) -> Tensor:
-        losses, totals, rests = [], [], []
-        for z, i, lp, lt in zip(
-            *(x.split(ROWS_AT_ONCE) for x in (logits, ids, logprobs, tail)), strict=True
-        ):
-            top, rest, total = _student_topk(z, i, temperature)
-            p, p_tail = lp.exp(), lt.exp()
-            loss = _times_log(p, lp - top).sum(-1) + _times_log(p_tail, lt - rest)
-            losses.append(loss)
-            totals.append(total)
-            rests.append(rest)
-        ctx.save_for_backward(logits, ids, logprobs, tail, torch.cat(totals), torch.cat(rests))
-        ctx.temperature = temperature
-        return torch.cat(losses)
+    name: str
+    rule: Rule
+    asks: bool = False
+    divergence: bool = True
+    weighted: Callable[[float], Rule] | None = None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, ids, logprobs, tail, total, rest = ctx.saved_tensors
-        tau = ctx.temperature
-        out = torch.empty_like(logits)
-        for at in range(0, logits.shape[0], ROWS_AT_ONCE):
-            rows = slice(at, at + ROWS_AT_ONCE)
-            # In place: [rows, V] is far larger than a cache, and fresh memory costs page faults.
-            q = (tempered(logits[rows], tau) - total[rows, None]).exp_()
-            # p_t / q_t; where the teacher has no tail the ratio is 0 whatever the student has.
-            ratio = torch.where(torch.isneginf(tail[rows]), 0.0, torch.exp(tail[rows] - rest[rows]))
-            scale = grads[0][rows, None] / tau
-            inside = (torch.gather(q, 1, ids[rows]) - logprobs[rows].exp()) * scale
-            out[rows] = q.mul_((1.0 - ratio[:, None]) * scale).scatter_(1, ids[rows], inside)
-        return out, None, None, None, None
+    def __call__(self, logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
+        """Nats for each token.
+
+        Args:
+            logits: ``[N, V]`` student logits.
+            teacher: distributions at the same N places, taken at the same temperature.
+
+        Returns:
+            ``[N]``; a divergence is never negative but for rounding.
+
+        Raises:
+            ValueError: the teacher was not asked about the student's tokens, and must be.
+        """
+        told = teacher.asked if self.asks else teacher
+        if told is None:
+            raise ValueError(f"loss {self.name!r} is over tokens that the teacher was not asked of")
+        tail = told.tail_logprob
+        if told.ids.shape[1] == logits.shape[1]:
+            tail = torch.full_like(tail, float("-inf"))  # what 1 - sum(p) leaves of V is rounding
+        found: Tensor = Divergence.apply(
+            logits, told.ids, told.logprobs, tail, temperature, self.rule
+        )
+        return found
 
 
-def forward_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) over the teacher's top k and the tail, in nats.
+EVEN = 0.5
+"""The weight of a loss that has one, where the settings name none."""
 
-    Args:
-        logits: ``[N, V]`` student logits.
-        teacher: distributions at the same N places, taken at the same temperature.
-
-    Returns:
-        ``[N]``, never negative but for rounding; zero with zero gradient when both agree.
-    """
-    tail = teacher.tail_logprob
-    if teacher.ids.shape[1] == logits.shape[1]:
-        tail = torch.full_like(tail, float("-inf"))  # all of V: what 1 - sum(p) leaves is rounding
-    loss: Tensor = _ForwardKLTopK.apply(logits, teacher.ids, teacher.logprobs, tail, temperature)
-    return loss
-
-
-def topk_cross_entropy(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
-    """-sum p log q over the teacher's top k, as in the Cartridges paper (arXiv 2506.06266)."""
-    scaled = tempered(logits, temperature)
-    top = torch.gather(scaled, 1, teacher.ids) - torch.logsumexp(scaled, dim=-1, keepdim=True)
-    return -(teacher.logprobs.exp() * top).sum(-1)
-
-
-def reverse_kl_topk(logits: Tensor, teacher: TeacherTopK, temperature: float = 1.0) -> Tensor:
-    """KL(student || teacher) over the teacher's top k and the tail, in nats, ``[N]``."""
-    top, tail, _ = _student_topk(logits, teacher.ids, temperature)
-    inside = (top.exp() * (top - teacher.logprobs)).sum(-1)
-    if teacher.ids.shape[1] == logits.shape[1]:
-        return inside  # all of V: there is no tail
-    # A teacher without a tail would make any student tail infinitely wrong; float32 has no such
-    # certainty, so its tail is at least the smallest mass that float32 tells from none.
-    teacher_tail = teacher.tail_logprob.clamp(min=-16.0)
-    return inside + _times_log(tail.exp(), tail - teacher_tail)
-
-
-LossFunction = Callable[[Tensor, TeacherTopK, float], Tensor]
-
-LOSSES: dict[str, LossFunction] = {
-    "forward_kl_topk": forward_kl_topk,
-    "topk_cross_entropy": topk_cross_entropy,
-    "reverse_kl": reverse_kl_topk,
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        # KL(teacher || student) over the teacher's top k and the tail
+        Loss("forward_kl_topk", divergences.forward_kl),
+        # -sum p log q over the teacher's top k, as in the Cartridges paper (arXiv 2506.06266)
+        Loss("topk_cross_entropy", divergences.cross_entropy, divergence=False),
+        # KL(student || teacher) over the teacher's top k and the tail
+        Loss("reverse_kl", divergences.reverse_kl),
+        # the same over the student's top k: what the student says and the teacher would not
+        Loss("reverse_kl_student_topk", divergences.reverse_kl, asks=True),
+        Loss("kl_mix", divergences.kl_mix(EVEN), weighted=divergences.kl_mix),
+        Loss(
+            "jensen_shannon", divergences.jensen_shannon(EVEN), weighted=divergences.jensen_shannon
+        ),
+    )
 }
 
 
-def get_loss(name: str) -> LossFunction:
-    """A loss by its name in the config.
+def get_loss(name: str, weight: float | None = None) -> Loss:
+    """A loss by its name in the settings.
+
+    Args:
+        weight: of ``kl_mix`` the reverse KL's part, of ``jensen_shannon`` the teacher's in the
+            mixture; above 0 and below 1. None is an even mixture.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, a weight that makes no sense or that the loss would ignore.
     """
     if name not in LOSSES:
-        raise ConfigError(f"loss {name!r} is unknown; choose one of {sorted(LOSSES)}")
-    return LOSSES[name]
+        raise ConfigError(f"loss {name!r} is unknown{nearest(name, LOSSES)}")
+    loss = LOSSES[name]
+    if weight is None:
+        return loss
+    if loss.weighted is None:
+        takers = [each.name for each in LOSSES.values() if each.weighted is not None]
+        raise ConfigError(
+            f"{weight!r} would be ignored with loss={name}; set null, or a loss that has a weight: "
+            f"{', '.join(takers)}"
+        )
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1:
+        raise ConfigError(
+            f"{weight!r}: set a number above 0 and below 1; the ends are the losses "
+            "forward_kl_topk and reverse_kl"
+        )
+    return replace(loss, rule=loss.weighted(float(weight)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,6 +22,19 @@ from cartridge_distill.util.errors import ConfigError
 
 STUDENT = "student"
 TEACHER = "teacher"
+
+COLD_START = "cold_start"
+"""A schedule by its name: the teacher writes the first steps, then the student takes over."""
+
+COLD_STEPS = 16
+_COLD = re.compile(rf"{COLD_START}(?::(?P<steps>[0-9]+))?")
+
+
+_HOW = (
+    "set a number from 0 (the teacher writes) to 1 (the student writes), a list of "
+    f"[step, fraction] pairs, e.g. [[0,0.0],[16,0.0],[32,1.0]], or {COLD_START}:16 (the teacher "
+    "writes the first 16 steps, then the student takes over in as many)"
+)
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,21 @@ class Schedule:
 
     @classmethod
     def of(cls, value: Any) -> Schedule:
-        """From a number, or from a list of (step, fraction) pairs.
+        """From a number, a list of (step, fraction) pairs, or ``cold_start`` and ``cold_start:N``.
+
+        ``cold_start:N`` is ``[[N, 0.0], [2 * N, 1.0]]``: the teacher alone writes the first N
+        steps, over the next N the student takes over in a straight line; N is 16 where it is not
+        said.
 
         Raises:
             ConfigError: anything else, fractions outside 0 to 1, steps that do not increase.
         """
         if _is_number(value):
             return cls(((0, _fraction(value)),))
-        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-            raise ConfigError(
-                "set a number from 0 (the teacher writes) to 1 (the student writes), or a list of "
-                "[step, fraction] pairs, e.g. [[0,0.0],[16,0.0],[32,1.0]]"
-            )
+        if isinstance(value, str):
+            return cls._named(value)
+        if not isinstance(value, Sequence) or not value:
+            raise ConfigError(_HOW)
         points: list[tuple[int, float]] = []
         for point in value:
             if isinstance(point, str) or not isinstance(point, Sequence) or len(point) != 2:
@@ -59,6 +76,16 @@ class Schedule:
                 raise ConfigError(f"step {step} after step {points[-1][0]}: steps must increase")
             points.append((step, _fraction(fraction)))
         return cls(tuple(points))
+
+    @classmethod
+    def _named(cls, name: str) -> Schedule:
+        found = _COLD.fullmatch(name)
+        if found is None:
+            raise ConfigError(_HOW)
+        steps = COLD_STEPS if found["steps"] is None else int(found["steps"])
+        if steps < 1:
+            raise ConfigError(f"{COLD_START} of {steps} steps: give 1 or more, or leave it out")
+        return cls(((steps, 0.0), (2 * steps, 1.0)))
 
     def at(self, step: int) -> float:
         """The fraction at a step."""

@@ -230,9 +230,6 @@ class StepLevel:
         return None
 
 
-VERSION_FIGURES = ("tokens", "xx", "xy", "yy")
-
-
 def version_figures(trainer: Tensor, previous: Tensor, server: Tensor, counted: Tensor) -> Tensor:
     """Is the server nearer to this version or to the one before: sums for a regression.
 
@@ -246,7 +243,8 @@ def version_figures(trainer: Tensor, previous: Tensor, server: Tensor, counted: 
         counted: ``[N]`` bool, the tokens that count.
 
     Returns:
-        ``[4]`` float64, :data:`VERSION_FIGURES`; what is not finite is left out.
+        ``[4]`` float64: how many tokens, and the sums of x x, x y and y y over them; what is not
+        finite is left out.
     """
     middle = (trainer + previous) / 2
     x = scaled(previous - trainer, middle)

@@ -3,6 +3,10 @@
 No second model and no second server. A document's KV is computed once, kept (bounded, least
 recently used out) and reused for every sample and every step. A sample without its document is an
 error that names it; nothing is scored by the bare model instead.
+
+The one exception is asked for by name: the document id ``BARE``, None, of rows that the data label
+as general (``cartridge_distill.data.general``). Their teacher is the bare model, with its
+begin-of-text.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +23,7 @@ from torch import Tensor, nn
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.general import BARE
 from cartridge_distill.distill.loss import TeacherTopK
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
@@ -36,6 +42,8 @@ class Teacher:
             ``functools.partial(cartridge_distill.model.prompts.render_document, tokenizer)``.
         max_cached: how many documents' KV is kept.
         backend: attention backend.
+        begin: what the model always begins with, for ``BARE``, normally
+            ``cartridge_distill.model.prompts.begin_of_text(tokenizer)``; None where no row is so.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Teacher:
         render: Callable[[str], list[int]],
         max_cached: int = 8,
         backend: str = "auto",
+        begin: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.documents = documents
@@ -53,6 +62,8 @@ class Teacher:
         self.backend = backend
         self.prefills = 0  # how often a document's KV was computed; a metric
         self._cache: OrderedDict[str, Prefix] = OrderedDict()
+        self._begin = None if begin is None else list(begin)
+        self._bare: Prefix | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,14 +87,31 @@ class Teacher:
             )
         return ids
 
+    def bare_prefix(self) -> Prefix | None:
+        """What stands before a general sample: the begin-of-text's KV; None for nothing.
+
+        Raises:
+            DocumentError: this teacher was not told what the bare model begins with.
+        """
+        if self._begin is None:
+            raise DocumentError(
+                "a sample is labelled as general, and this teacher was not told what the bare "
+                "model begins with (Teacher(begin=...))"
+            )
+        if self._begin and self._bare is None:
+            self._bare = self._prefill(self._begin)
+        return self._bare
+
+    def _prefill(self, ids: Sequence[int]) -> Prefix:
+        tokens = on_device(ids, self.device, torch.long)
+        return prefix_from_tokens(self.model, tokens, self.backend)
+
     def prefix(self, document_id: str) -> Prefix:
         """The document's KV, computed on first use."""
         if document_id in self._cache:
             self._cache.move_to_end(document_id)
             return self._cache[document_id]
-        ids = self.document_ids(document_id)
-        tokens = on_device(ids, self.device, torch.long)
-        prefix = prefix_from_tokens(self.model, tokens, self.backend)
+        prefix = self._prefill(self.document_ids(document_id))
         self.prefills += 1
         self._cache[document_id] = prefix
         while len(self._cache) > self.max_cached:
@@ -91,7 +119,7 @@ class Teacher:
         return prefix
 
     @contextmanager
-    def _forwarding(self, document_ids: Sequence[str]) -> Iterator[None]:
+    def _forwarding(self, document_ids: Sequence[str | None]) -> Iterator[None]:
         """Stands around the forwards of one :meth:`score`; several ranks have more to do here."""
         yield
 
@@ -100,10 +128,11 @@ class Teacher:
         self,
         sequences: Sequence[Tensor],
         response_masks: Sequence[Tensor | HostMask],
-        document_ids: Sequence[str],
+        document_ids: Sequence[str | None],
         k: int,
         temperature: float = 1.0,
         chosen_at: float | None = None,
+        asked_ids: Tensor | None = None,
     ) -> TeacherTopK:
         """The teacher's distributions over the counted tokens; the host waits for nothing.
 
@@ -111,11 +140,13 @@ class Teacher:
             sequences: B ``[length]`` id tensors (prompt + response), without the document.
             response_masks: B ``[length]`` bool masks of the tokens that count: their distributions
                 are returned. On the host, or the host waits for them.
-            document_ids: B ids.
+            document_ids: B ids, ``BARE`` for a general sample.
             k: tokens of the top-k.
             temperature: the logits are divided by it.
             chosen_at: a temperature; when given, the log-probs of the counted tokens themselves are
                 taken at it, too (``chosen``).
+            asked_ids: ``[N, K]`` tokens whose log-probs are returned besides (``asked``), in the
+                order of the result.
 
         Returns:
             One row for each of the N counted tokens, in the order of the sequences. Whether they
@@ -129,39 +160,43 @@ class Teacher:
                 f"{len(sequences)} sequences, {len(response_masks)} masks and {len(document_ids)} "
                 "document ids; a sample has one of each"
             )
-        results: list[list[Tensor]] = [[]] * len(sequences)
         masks = [host_mask(mask) for mask in response_masks]
-        finite = []
+        counts = [int(mask.sum()) for mask in masks]
+        asked = None if asked_ids is None else asked_ids.split(counts)
+        results: list[TeacherTopK | None] = [None] * len(sequences)
         with self._forwarding(document_ids):
             for document_id in dict.fromkeys(document_ids):
                 members = [b for b, other in enumerate(document_ids) if other == document_id]
-                prefix = self.prefix(document_id)
-                longest = max(len(sequences[b]) for b in members)
-                if self.context is not None and prefix.num_tokens + longest > self.context:
-                    raise DocumentError(
-                        f"document {document_id!r} ({prefix.num_tokens} tokens) and a sample of "
-                        f"{longest} tokens exceed the model's context of {self.context}"
-                    )
+                bare = document_id is BARE
+                prefix = self.bare_prefix() if bare else self.prefix(document_id)
+                self._check_length(document_id, prefix, max(len(sequences[b]) for b in members))
                 batch = pack([sequences[b] for b in members]).to(self.device)
                 mask = np.concatenate([masks[b] for b in members])
                 logits = packed_forward(
                     self.model, prefix, batch, batch.predicts(mask), self.backend
                 )
-                top = TeacherTopK.from_logits(logits, k, temperature)
-                assert top.finite is not None
-                finite.append(top.finite)
-                parts = [top.ids, top.logprobs]
+                others = None if asked is None else torch.cat([asked[b] for b in members])
+                told = TeacherTopK.from_logits(logits, k, temperature, others)
                 if chosen_at is not None:
-                    parts.append(chosen_logprobs(logits, batch.tokens(mask), chosen_at))
-                counts = [int(masks[b].sum()) for b in members]
-                for b, *own in zip(members, *(part.split(counts) for part in parts), strict=True):
+                    chosen = chosen_logprobs(logits, batch.tokens(mask), chosen_at)
+                    told = replace(told, chosen=chosen)
+                parts = told.split([counts[b] for b in members])
+                for b, own in zip(members, parts, strict=True):
                     results[b] = own
-        ids, logprobs, *rest = (torch.cat(part) for part in zip(*results, strict=True))
-        chosen = rest[0] if rest else None
-        return TeacherTopK(ids, logprobs, chosen, torch.stack(finite).all())
+        return TeacherTopK.join([own for own in results if own is not None])
+
+    def _check_length(self, document_id: str | None, prefix: Prefix | None, longest: int) -> None:
+        read = 0 if prefix is None else prefix.num_tokens
+        if self.context is not None and read + longest > self.context:
+            before = "what the bare model begins with" if document_id is BARE else None
+            raise DocumentError(
+                f"{before or f'document {document_id!r}'} ({read} tokens) and a sample of "
+                f"{longest} tokens exceed the model's context of {self.context}"
+            )
 
 
-def not_finite(document_ids: Sequence[str]) -> DocumentError:
+def not_finite(document_ids: Sequence[str | None]) -> DocumentError:
     """What to raise when the teacher's logits are not finite."""
-    names = ", ".join(repr(name) for name in list(dict.fromkeys(document_ids))[:3])
+    known = list(dict.fromkeys(document_ids))[:3]
+    names = ", ".join("none (general)" if name is BARE else repr(name) for name in known)
     return DocumentError(f"the teacher's logits are not finite for a document among {names}")

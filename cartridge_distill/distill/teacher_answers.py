@@ -1,5 +1,7 @@
 """Answers that the teacher writes: the base model, the document before the prompt, no cartridge.
 
+Before a general prompt (``data.general``) stands what the bare model begins with, and no document.
+
 They come from the same server as the student's. A document that is missing, or too long together
 with the prompt, is an error before anything is asked: an answer without its document would be the
 bare model's. That the server really read the document is proven later, when the trainer compares
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.general import BARE
 from cartridge_distill.data.records import Document
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import DocumentError
@@ -103,6 +106,7 @@ class TeacherWriter:
         base_model: stands for the model's weights, see
             :func:`cartridge_distill.model.identity.model_identity`.
         cache: None writes every answer.
+        begin: what the bare model begins with, before general prompts.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class TeacherWriter:
         temperature: float,
         base_model: str,
         cache: AnswerCache | None = None,
+        begin: Sequence[int] = (),
     ) -> None:
         self._documents = documents
         self._render = render
@@ -122,22 +127,28 @@ class TeacherWriter:
         self._temperature = temperature
         self._base_model = base_model
         self._cache = cache
+        self._begin = list(begin)
         self._rendered: dict[str, tuple[str, list[int]]] = {}
 
-    def _document(self, document_id: str) -> tuple[str, list[int]]:
-        """SHA-256 of the text, and its token ids."""
+    def _document(self, document_id: str | None) -> tuple[str, list[int]]:
+        """SHA-256 of the text, and its token ids; of no document what the bare model begins with.
+
+        The one hash that is empty is of no text, so that a cache cannot take one for the other.
+        """
+        if document_id is BARE:
+            return "", self._begin
         if document_id not in self._rendered:
             text = self._documents.text(document_id)
             self._rendered[document_id] = Document.of(document_id, text).sha256, self._render(text)
         return self._rendered[document_id]
 
     async def write(
-        self, document_id: str, prompt_ids: Sequence[int], seed: int, ask: Ask
+        self, document_id: str | None, prompt_ids: Sequence[int], seed: int, ask: Ask
     ) -> tuple[Completion, bool]:
         """One answer, and whether it came from the cache.
 
         Args:
-            document_id: of the document that stands before the prompt.
+            document_id: of the document that stands before the prompt; ``BARE`` for none.
             prompt_ids: the prompt alone, as the student gets it.
             seed: of this answer; another one gives another answer.
             ask: called when the cache has none.
@@ -148,8 +159,9 @@ class TeacherWriter:
         sha256, document = self._document(document_id)
         total = len(document) + len(prompt_ids) + self._max_tokens
         if total > self._context:
+            name = "the begin-of-text" if document_id is BARE else f"document {document_id!r}"
             raise DocumentError(
-                f"document {document_id!r} has {len(document)} tokens: with a prompt of "
+                f"{name} has {len(document)} tokens: with a prompt of "
                 f"{len(prompt_ids)} and an answer of up to {self._max_tokens} that is {total}, and "
                 f"the model's context is {self._context}, so the teacher cannot write the answer; "
                 "split the document, or let the student write (on_policy_fraction=1)"

@@ -3,7 +3,8 @@
 Two files beside a saved cartridge: ``training_state.safetensors`` (the optimizer's state and the
 random number generators) and ``training_state.json`` (how far training is, and what it was set up
 with, so that another run's state is refused). Nothing in them depends on the number of ranks, and
-nothing in them is code: no file is read with pickle.
+nothing in them is code: no file is read with pickle. The JSON holds a hash of the tensors and one
+of itself (``content_hash``): a damaged state is refused.
 
 Not here: the cartridge (``checkpoint``), the data position (the trainer's), atomic writing (whoever
 fills the directory does that, so that cartridge and state appear together).
@@ -24,11 +25,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cartridge_distill.cartridge.content_hash import (
+    HASHES,
+    TENSORS,
+    check_hashes,
+    sha256_of_named,
+)
+from cartridge_distill.cartridge.formats.known_keys import refuse_unknown
+from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.sealed import sealed
 
 STATE_FILE = "training_state.safetensors"
 ABOUT_FILE = "training_state.json"
 FORMAT = "cartridge-distill-training-state/1"
+_COUNTS = ("step", "version", "schedule")
+_GENERATORS = frozenset({"torch", "numpy", "numpy_gauss", "python", "python_gauss"})
 
 
 @dataclass(frozen=True)
@@ -98,25 +110,24 @@ def save_state(state: TrainingState, directory: str | Path) -> None:
             if "/" in parameter or "/" in name:
                 raise CartridgeFormatError(f"{parameter!r}, {name!r}: a name must not have a slash")
             tensors[f"optimizer/{parameter}/{name}"] = tensor
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        Path(directory) / STATE_FILE,
-    )
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(saved, Path(directory) / STATE_FILE)
     about = {
         "format": FORMAT,
         "step": state.step,
         "version": state.version,
         "schedule": state.schedule,
         "recipe": state.settings,  # the key of files that are kept
+        TENSORS: sha256_of_named(saved),
     }
-    (Path(directory) / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+    (Path(directory) / ABOUT_FILE).write_text(json.dumps(sealed(about), indent=2) + "\n")
 
 
 def load_state(directory: str | Path) -> TrainingState:
     """Reads both files.
 
     Raises:
-        CartridgeFormatError: one is missing or is not what :func:`save_state` writes.
+        CartridgeFormatError: one is missing or is not what :func:`save_state` has written.
     """
     about_path, state_path = Path(directory) / ABOUT_FILE, Path(directory) / STATE_FILE
     if not about_path.is_file() or not state_path.is_file():
@@ -125,29 +136,51 @@ def load_state(directory: str | Path) -> TrainingState:
             "without its optimizer. Start a new run that begins with that cartridge"
         )
     try:
-        about = json.loads(about_path.read_text())
-        tensors = load_file(state_path)
-    except (ValueError, SafetensorError) as error:
+        about = json_text.load(about_path)
+    except (json_text.JsonError, OSError) as error:
+        raise _damaged(about_path, str(error)) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        told = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise CartridgeFormatError(
-            f"{directory}: the training state is damaged: {error}"
-        ) from error
-    if about.get("format") != FORMAT:
-        raise CartridgeFormatError(
-            f"{about_path} is in format {about.get('format')!r}, this program reads {FORMAT!r}"
+            f"{about_path} is in format {told!r:.80}, this program reads {FORMAT!r}"
         )
+    try:
+        tensors = load_file(state_path)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise _damaged(state_path, str(error)) from error
+    refuse_unknown(about, {"format", *_COUNTS, "recipe", *HASHES}, str(about_path))
+    check_hashes(sha256_of_named(tensors), about, state_path, about_path)
+    for name in _COUNTS:
+        if type(about.get(name)) is not int or about[name] < 0:
+            raise _damaged(about_path, f"{name} is {about.get(name)!r:.60}, not a count")
+    if not isinstance(about.get("recipe"), dict):
+        raise _damaged(about_path, f"recipe is {about.get('recipe')!r:.60}, not an object")
+    rng, optimizer = _sorted_out(tensors, state_path)
+    counts = {name: about[name] for name in _COUNTS}
+    return TrainingState(**counts, optimizer=optimizer, rng=rng, settings=about["recipe"])
+
+
+def _sorted_out(
+    tensors: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The generators' and the optimizer's tensors."""
     rng: dict[str, Tensor] = {}
     optimizer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        kind, *names = key.split("/")
-        if kind == "rng":
-            rng[names[0]] = tensor
-        else:
-            optimizer.setdefault(names[0], {})[names[1]] = tensor
-    return TrainingState(
-        step=about["step"],
-        version=about["version"],
-        schedule=about["schedule"],
-        optimizer=optimizer,
-        rng=rng,
-        settings=about["recipe"],
+        match key.split("/"):
+            case ["rng", name]:
+                rng[name] = tensor
+            case ["optimizer", parameter, name]:
+                optimizer.setdefault(parameter, {})[name] = tensor
+            case _:
+                raise _damaged(file, f"it holds {key[:80]!r}, which is not known here")
+    if missing := _GENERATORS - rng.keys():
+        raise _damaged(file, f"it lacks {', '.join(sorted(missing))}")
+    return rng, optimizer
+
+
+def _damaged(file: Path, reason: str) -> CartridgeFormatError:
+    return CartridgeFormatError(
+        f"{file}: the training state is damaged: {reason}. Go on from an earlier checkpoint "
+        "(trainer.resume_mode=resume_path), or start a new run that begins with the cartridge"
     )

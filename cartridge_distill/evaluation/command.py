@@ -19,6 +19,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from cartridge_distill.cartridge.run_folder import (
+    METRICS_FILE,
+    data_of,
+    is_run,
+    model_of,
+    resolve_cartridge,
+)
 from cartridge_distill.evaluation.names import (
     ANSWER_TOKENS,
     CLOSEST,
@@ -27,27 +34,35 @@ from cartridge_distill.evaluation.names import (
     NAMED,
     TEMPERATURE,
 )
-from cartridge_distill.util.errors import CartridgeDistillError
-from cartridge_distill.util.next_command import next_command, say_next
+from cartridge_distill.util.command_line import Parser
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.files import check_writable
+from cartridge_distill.util.next_command import next_command, say_next, shorter
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser(program: str) -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            f"example:\n  {program} --model MODEL --data data/demo --cartridge runs/demo/cartridge "
-            "\\\n      --out runs/demo/evaluation\n"
+            f"examples:\n  {program} runs/demo\n"
+            f"  {program} --model MODEL --data data/mine --cartridge DIR --out evaluation\n"
         ),
     )
     option = made.add_argument
-    option("--model", required=True, help="folder or hub id of the base model")
-    option("--data", type=Path, required=True, help="folder that `cartridge-distill prepare` wrote")
-    option("--cartridge", required=True, help="trained cartridge: directory, .pt file or repo id")
+    option(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="folder of a run: its cartridge, model and data, and RUN/evaluation for the results",
+    )
+    option("--model", help="folder or hub id of the base model (the run's, or the cartridge's own)")
+    option("--data", type=Path, help="folder that `cartridge-distill prepare` wrote (the run's)")
+    option("--cartridge", help="trained cartridge: directory, .pt file or repo id (the run's)")
     option(
         "--allow-other-model",
         action="store_true",
@@ -57,8 +72,8 @@ def parser(program: str) -> argparse.ArgumentParser:
     option(
         "--out",
         type=Path,
-        default=Path("evaluation"),
-        help="folder for the results; those of an earlier evaluation are replaced (%(default)s)",
+        help="folder for the results; those of an earlier evaluation are replaced (RUN/evaluation, "
+        "or evaluation)",
     )
     option(
         "--conditions",
@@ -108,6 +123,7 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
     if (options.served or options.server) and not options.generate:
         made.error("--server and --served are for generated answers: add --generate")
     try:
+        complete(options)
         from cartridge_distill.evaluation.folder import evaluate_folder
 
         table = evaluate_folder(options)
@@ -119,9 +135,41 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
         return 130
     print(table)
     run = options.out.parent
-    if options.out.name == "evaluation" and (run / "metrics.jsonl").is_file():
-        say_next(next_command("report", run))
+    if options.out.name == "evaluation" and (run / METRICS_FILE).is_file():
+        say_next(next_command("report", shorter(run.absolute())))
     else:
         used = ("--model", options.model, "--cartridge", options.cartridge)
         say_next(next_command("chat", *used))
     return 0
+
+
+def complete(options: argparse.Namespace) -> None:
+    """What was not typed, from the run or the cartridge.
+
+    Raises:
+        ConfigError: it is said nowhere.
+        CartridgeFormatError: the run has no cartridge yet.
+    """
+    if options.run is not None and options.cartridge is None and not is_run(options.run):
+        options.cartridge, options.run = options.run, None  # a cartridge in a run's place
+    run = options.run or (options.cartridge if is_run(options.cartridge or "") else None)
+    options.cartridge = options.cartridge or run
+    if options.cartridge is None:
+        raise ConfigError("nothing to evaluate; fix: name a run's folder, or --cartridge DIR")
+    options.model = options.model or model_of(run or options.cartridge)
+    if options.data is None and run is not None:
+        said = data_of(run)
+        options.data = None if said is None else Path(said)
+    if options.out is None:
+        options.out = Path("evaluation") if run is None else Path(run) / "evaluation"
+    options.cartridge = resolve_cartridge(options.cartridge)
+    missing = [name for name in ("model", "data") if getattr(options, name) is None]
+    if missing:
+        names = " and ".join(f"--{name}" for name in missing)
+        raise ConfigError(f"{options.run or options.cartridge} does not say it; fix: give {names}")
+    if not options.data.is_dir():
+        raise ConfigError(
+            f"--data {options.data}: there is no such folder; fix: name one that "
+            "`cartridge-distill prepare` wrote"
+        )
+    check_writable(options.out, "--out")

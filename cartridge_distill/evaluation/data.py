@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import pandas as pd
-
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.general import is_general
 from cartridge_distill.data.records import Question, load_questions
 from cartridge_distill.model.prompts import Message, render_prompt
 from cartridge_distill.util.errors import ConfigError, DocumentError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS = "eval.json"
 PROMPTS = "val.parquet"
@@ -48,12 +48,14 @@ def load_prompts(
 ) -> list[HeldOutPrompt]:
     """Reads prompts in veRL's schema: ``prompt`` (messages) and ``extra_info`` with the document.
 
+    General rows are about no document and are left out.
+
     Raises:
-        ConfigError: the file is missing, has other columns, or a row names no document.
+        ConfigError: the file is missing or damaged, has other columns, or a row names no document.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is not there: training/prepare_data.py writes held-out prompts")
-    rows = pd.read_parquet(path)
+    rows = read_rows(path)
     missing = {"prompt", "extra_info"} - set(rows.columns)
     if missing:
         raise ConfigError(
@@ -61,6 +63,8 @@ def load_prompts(
         )
     found = []
     for number, (messages, info) in enumerate(zip(rows["prompt"], rows["extra_info"], strict=True)):
+        if is_general(info):
+            continue
         document_id = (info or {}).get(document_key)
         if document_id is None:
             raise ConfigError(f"{path}, row {number}: extra_info has no {document_key!r}")

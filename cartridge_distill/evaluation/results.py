@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cartridge_distill.evaluation.bootstrap import (
     CONFIDENCE,
@@ -27,6 +26,7 @@ from cartridge_distill.evaluation.bootstrap import (
 from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.parquet import write_table
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"
@@ -141,7 +141,7 @@ class Results:
             (folder / name).unlink(missing_ok=True)  # of an earlier evaluation
             if rows:
                 table = pa.Table.from_pylist([asdict(row) for row in rows], schema=kind.SCHEMA)
-                pq.write_table(table, folder / f"{name}.part")
+                write_table(table, folder / f"{name}.part")
                 (folder / f"{name}.part").replace(folder / name)
                 written.append(folder / name)
         return written

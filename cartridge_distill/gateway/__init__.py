@@ -10,15 +10,18 @@ and puts them where the server reads them. Start it with ``python -m cartridge_d
 ``app``          the routes, and what happens at start and stop
 ``guard``        before any route: the bearer token
 ``completions``  completion requests: limits, cartridges that are there, the way through
-``uploads``      ``PUT /cartridges/{id}``: streamed to the disk, checked, made to work
+``chat``         OpenAI's chat API in front of the same completions
+``uploads``      ``PUT /cartridges/{id}``: taken in, bound to its id, made to work
+``receiving``    an upload's bytes: checked on their way to the disk
 ``store``        the versions on disk: immutable, counted, kept within a bound
 ``lock``         one gateway a directory
 ``process``      the server process: started, watched, drained, started again
 ``commands``     what that process is
+``pages``        the pages that versions have taken of its cache; a restart before they run out
 ``model_shape``  what a cartridge of the served model must look like
 ``metrics``      Prometheus
 ===============  ==================================================================
 
-It needs no model library but transformers' configuration reader, and imports neither the
-trainer's nor the embedded server's code: it runs in the real server's environment.
+It needs no model library but transformers' configuration reader, and of the embedded server's code
+it imports the chat API's requests and answers alone: it runs in the real server's environment.
 """

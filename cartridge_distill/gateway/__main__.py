@@ -22,6 +22,7 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_connections import uvicorn_options
 from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
+from cartridge_distill.util.server_url import DEFAULT_PORT
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
@@ -34,6 +35,10 @@ examples:
 
   # the real Tokasaurus, on a GPU box
   python -m cartridge_distill.gateway --backend tokasaurus \\
+      --model meta-llama/Llama-3.2-3B-Instruct --cartridge-dir /data/cartridges --host 0.0.0.0
+
+  # an unmodified vLLM, in its own environment
+  python -m cartridge_distill.gateway --backend vllm --engine-python ~/vllm-env/bin/python \\
       --model meta-llama/Llama-3.2-3B-Instruct --cartridge-dir /data/cartridges --host 0.0.0.0
 
   # this project's own server, on a CPU; what stands after -- goes to the server
@@ -86,7 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "* allows every name (default: the loopback; every name where --host is another address, "
         "for the token is needed there)",
     )
-    parser.add_argument("--port", type=int, default=10210, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="(default: %(default)s)")
     parser.add_argument(
         "--no-token", action="store_true", help="let everybody in; on the loopback only"
     )
@@ -141,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         log_level="warning" if level == "info" else level,
         access_log=False,  # hundreds of rollouts per step; /metrics counts them
         timeout_graceful_shutdown=round(settings.drain_s),
-        **uvicorn_options(settings.idle_s),
+        **uvicorn_options(settings.idle_s, settings.max_connections, settings.other_files),
     )
     print(
         f"gateway on http://{host}:{listener.getsockname()[1]}"

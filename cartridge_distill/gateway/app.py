@@ -23,6 +23,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
@@ -32,6 +33,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
+from cartridge_distill.engines.vllm.launch import PackagePath
 from cartridge_distill.gateway.chat import Chat, error_body, is_openai
 from cartridge_distill.gateway.commands import server_command, server_environment
 from cartridge_distill.gateway.completions import Completions
@@ -57,8 +59,8 @@ from cartridge_distill.server.openai.answers import (
 )
 from cartridge_distill.server.openai.errors import ApiError, from_validation
 from cartridge_distill.server.openai.requests import ChatRequest
-from cartridge_distill.util.disk import DiskFull
-from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.disk import DiskFailed, DiskFull
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.http_errors import add_refusals, first_problem, protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
@@ -100,8 +102,8 @@ class Gateway:
             itself, as SIGTERM would end it.
 
     Raises:
-        ConfigError: the model has no readable configuration, or another gateway has the cartridge
-            directory.
+        ConfigError: the model has no readable configuration, or the cartridge directory cannot be
+            written to, or another gateway has it.
     """
 
     def __init__(self, settings: GatewaySettings, fatal: Callable[[str], None]) -> None:
@@ -114,12 +116,15 @@ class Gateway:
             int(settings.max_disk_gb * 1e9),
             self.metrics,
         )
+        self._package = PackagePath() if settings.backend == "vllm" else None
         self.process = ServerProcess(
             lambda port: server_command(settings, port),
-            server_environment(),
+            server_environment(self._package),
             settings,
             self.metrics,
             fatal,
+            # It will read the versions anew.
+            partial(self.store.check, only_changed=True),
         )
         budget = settings.pages_before_restart if settings.defence == "restart" else None
         self.pages = PageBudget(self.process, budget)
@@ -128,7 +133,18 @@ class Gateway:
         self.uploads = Uploads(
             settings, self.shape, self.store, self.process, self.pages, self.metrics
         )
-        self.lock = DirectoryLock(settings.cartridge_dir)  # last: nothing fails after it
+        self.lock = DirectoryLock(settings.cartridge_dir)
+        try:
+            self.store.open()
+        except DiskFailed as error:
+            self.lock.release()
+            raise ConfigError(f"cartridge_dir: {error}") from error
+
+    def close(self) -> None:
+        """Lets go of what outlives a process, when the server has ended."""
+        self.lock.release()
+        if self._package is not None:
+            self._package.remove()
 
     def body_limit(self, method: str, path: str) -> int:
         """Bytes that a request may bring."""
@@ -158,19 +174,20 @@ def create_app(
             a token, and every name with one: a page that makes a browser ask has no token.
 
     Raises:
-        ConfigError: the model has no readable configuration, or another gateway has the cartridge
-            directory.
+        ConfigError: the model has no readable configuration, or the cartridge directory cannot be
+            written to, or another gateway has it.
     """
     gateway = Gateway(settings, fatal)
     store, process = gateway.store, gateway.process
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        store.open()
         await process.start()  # and no waiting: /ping tells how far it is
+        # Meanwhile: nobody is served before it is known what lies there.
+        await store.check()
         yield
         await process.stop()
-        gateway.lock.release()
+        gateway.close()
 
     app = FastAPI(title="Cartridge gateway", version="1", lifespan=lifespan)
     app.state.gateway = gateway
@@ -267,6 +284,7 @@ def _add_errors(app: FastAPI) -> None:
     add(ServerDown, 503, {"Retry-After": "1"})
     add(NoRoom, 507)
     add(DiskFull, 507)
+    add(DiskFailed, 507)
     add(ClientDisconnect, 499)  # in the middle of its own body; nobody reads the answer
 
     @app.exception_handler(ApiError)

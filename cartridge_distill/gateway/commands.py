@@ -5,11 +5,24 @@ from __future__ import annotations
 import os
 import sys
 
+from cartridge_distill.engines.vllm.launch import (
+    PackagePath,
+    ServeCommand,
+    check_python,
+)
+from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.gateway.settings import TOKEN_VARIABLE, GatewaySettings
+from cartridge_distill.util.http_places import MAX_CONNECTIONS
 
 
 def server_command(settings: GatewaySettings, port: int) -> list[str]:
-    """What is started on the loopback, at ``port``."""
+    """What is started on the loopback, at ``port``.
+
+    Raises:
+        ConfigError: there is no such Python, or an argument that cannot be given.
+    """
+    if settings.backend == "vllm":
+        return _vllm(settings, port)
     if settings.backend == "embedded":
         return [
             *(sys.executable, "-m", "cartridge_distill.server"),
@@ -19,6 +32,8 @@ def server_command(settings: GatewaySettings, port: int) -> list[str]:
             *("--host", "127.0.0.1"),
             *("--port", str(port)),
             *("--max-tokens-per-request", str(settings.max_request_tokens)),
+            # Never fewer than requests that are passed on.
+            *("--max-connections", str(max(MAX_CONNECTIONS, 2 * settings.max_inflight))),
             *settings.server_args,
         ]
     return [
@@ -33,6 +48,28 @@ def server_command(settings: GatewaySettings, port: int) -> list[str]:
     ]
 
 
-def server_environment() -> dict[str, str]:
-    """This process's environment without the token, which the server has no use for."""
-    return {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+def _vllm(settings: GatewaySettings, port: int) -> list[str]:
+    options = Options(
+        cartridge_dir=settings.cartridge_dir,
+        model_name=settings.base_model,
+        max_tokens_per_request=settings.max_request_tokens,
+    )
+    command = ServeCommand(
+        model=settings.model,
+        options=options,
+        host="127.0.0.1",
+        port=port,
+        max_model_len=settings.max_cartridge_tokens + settings.max_request_tokens,
+        more=settings.server_args,
+    )
+    return command.own(check_python(settings.engine_python))
+
+
+def server_environment(package: PackagePath | None = None) -> dict[str, str]:
+    """This process's environment without the token, which the server has no use for.
+
+    Args:
+        package: where a server in another environment finds this package.
+    """
+    found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    return found if package is None else package.environment(found)

@@ -138,6 +138,8 @@ class Completions:
                 "what was uploaded to it: upload it and say source 'local' (or start the gateway "
                 "with --allow-remote-cartridges, which lets the server unpickle downloads)",
             )
+        for ref in remote:  # what lies here under such an id is served as it is
+            self._store.check_served(ref.id)
         return [ref.id for ref in refs if ref.source == "local"]
 
     async def _pass(

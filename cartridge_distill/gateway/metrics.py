@@ -51,6 +51,9 @@ class Metrics:
             ["stage"],
         )
         self.versions = gauge("versions", "Versions on disk")
+        self.refused = gauge(
+            "versions_refused", "Versions on disk that are not as they were uploaded; not served"
+        )
         self.disk_bytes = gauge("disk_bytes", "Bytes of versions on disk")
         self.deleted = counter(
             "versions_deleted_total",

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -54,6 +54,10 @@ def refuse_redirect(response: aiohttp.ClientResponse) -> None:
         )
 
 
+async def _nothing() -> None:
+    pass
+
+
 class ServerProcess:
     """One server process at a time, under one loopback URL.
 
@@ -63,6 +67,7 @@ class ServerProcess:
         settings: timeouts.
         metrics: restarts and state are counted.
         fatal: called with the reason when the process cannot be started.
+        before_restart: done before the process is started again.
 
     Attributes:
         session: HTTP connections to the server, kept alive; for what may be asked twice. Where it
@@ -77,6 +82,7 @@ class ServerProcess:
         settings: GatewaySettings,
         metrics: Metrics,
         fatal: Callable[[str], None],
+        before_restart: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
         self._port = settings.server_port or _free_port()
         self._command = command(self._port)
@@ -84,6 +90,7 @@ class ServerProcess:
         self._settings = settings
         self._metrics = metrics
         self._fatal = fatal
+        self._before_restart = before_restart
         self.url = f"http://127.0.0.1:{self._port}"
         self.life = 0
         self._up = asyncio.Event()
@@ -230,6 +237,8 @@ class ServerProcess:
         failures = 0
         while not self._stopping:
             started = time.monotonic()
+            if self.life:
+                await self._before_restart()
             self._process = _spawn(self._command, self._environment)
             self.life += 1
             ended = asyncio.create_task(_ended(self._process))

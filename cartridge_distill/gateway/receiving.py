@@ -46,6 +46,7 @@ async def receive(
         CartridgeFormatError: malformed, refused by ``check``, cut short, too long, not finite, or
             its tensors have another SHA-256.
         DiskFull: there is no room for it.
+        DiskFailed: it cannot be written.
         Whatever else ``check`` raises.
         After each of these, what was still to come has been read, so that the client, which is
         still sending, gets to see the answer.
@@ -54,7 +55,7 @@ async def receive(
         head, beginning = await _read_head(body)
         check(head.header)
         path = folder / TOKASAURUS_WEIGHTS
-        with named_disk(folder):
+        with named_disk(folder, whatever=True):
             places = lay_out(head.header.tensors(), getattr(torch, head.header.dtype), path)
             with path.open("r+b", buffering=0) as file:
                 weights = _Weights(head, places, file)

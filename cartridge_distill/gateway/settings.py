@@ -17,6 +17,7 @@ from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.rollout.limits import MAX_CHOICES
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
+from cartridge_distill.util.http_places import MAX_CONNECTIONS, OTHER_FILES
 
 TOKEN_VARIABLE = "TOKASAURUS_API_KEY"
 """The same variable on both ends: the gateway asks for it, the client sends it."""
@@ -35,8 +36,11 @@ class GatewaySettings(BaseModel):
     """folder or hub id of the base model; uploads are checked against its shape"""
     model_name: str | None = None
     """what uploads must name as their base model (default: the model)"""
-    backend: Literal["embedded", "tokasaurus"] = "embedded"
-    """the server that is started: this project's own, or the real one"""
+    backend: Literal["embedded", "tokasaurus", "vllm"] = "embedded"
+    """the server that is started: this project's own, Tokasaurus, or an unmodified vLLM"""
+    engine_python: str | None = None
+    """with backend=vllm: the Python of vLLM's own environment (python -m
+    cartridge_distill.engines.vllm --make-environment DIR makes one: DIR/bin/python)"""
     server_args: tuple[str, ...] = ()
     """further arguments of the server process, as they are"""
     cartridge_dir: Path = Path("cartridges")
@@ -66,6 +70,9 @@ class GatewaySettings(BaseModel):
     idle_s: float = Field(default=IDLE_SECONDS, gt=0, le=MAX_IDLE_SECONDS)
     """a client that sends nothing of its request or upload, or reads nothing of its answer, for so
     long is cut off"""
+    max_connections: int = Field(default=MAX_CONNECTIONS, ge=1)
+    """open at once; when more come, those go from which nothing has come for longest, and when all
+    are being answered, more get 503"""
     keep_versions: int = Field(default=4, ge=1)
     """newest versions kept of each run; older ones go when no request uses them"""
     max_disk_gb: float = Field(default=20.0, gt=0)
@@ -89,6 +96,18 @@ class GatewaySettings(BaseModel):
         return value.expanduser().resolve()
 
     @model_validator(mode="after")
+    def _goes_with_backend(self) -> GatewaySettings:
+        if (self.backend == "vllm") != (self.engine_python is not None):
+            raise ValueError(
+                f"backend={self.backend} and engine_python={self.engine_python}: vLLM has an "
+                "environment of its own, whose Python is named with engine_python; the other "
+                "backends run in this one"
+            )
+        if self.backend == "vllm" and self.allow_remote_cartridges:
+            raise ValueError("allow_remote_cartridges: vLLM serves uploads alone; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _cartridge_fits_budget(self) -> GatewaySettings:
         pages = -(-self.max_cartridge_tokens // PAGE_TOKENS)
         if self.defence == "restart" and pages > self.pages_before_restart:
@@ -103,6 +122,11 @@ class GatewaySettings(BaseModel):
     def pages_before_restart(self) -> int:
         """Pages that cartridges may take up in one life of the server (``defence=restart``)."""
         return self.page_budget or self.kv_cache_tokens // PAGE_TOKENS // 2
+
+    @property
+    def other_files(self) -> int:
+        """File descriptors beside the clients' connections: the server's own, and uploads."""
+        return OTHER_FILES + self.max_inflight + 4 * self.max_uploads
 
     @property
     def base_model(self) -> str:

@@ -2,6 +2,8 @@
 
 One directory per version, as the server reads it, with ``version.json`` beside the two files. A
 directory without that file was not put there by a gateway and is not served: nobody checked it.
+One whose files are not those that were uploaded is not served either (``verifying``): it stays as
+it is, for a person to look at.
 
 Versions of a run (``<run>-step-000012``) are kept to the newest few, and the oldest unused ones go
 when the disk bound asks for it. An id of any other form was put there by hand, and stays until it
@@ -10,6 +12,8 @@ is deleted by hand.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import secrets
@@ -26,12 +30,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cartridge_distill.cartridge.formats.tokasaurus import write_config
 from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.gateway.verifying import (
+    Signature,
+    first_problem,
+    problems,
+    read_entries,
+    signature,
+)
 from cartridge_distill.rollout.protocol import sanitise_cartridge_id
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.sync.versions import run_of
 from cartridge_distill.util.disk import named_disk
-from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 from cartridge_distill.util.files import move_into_place
+from cartridge_distill.util.sealed import sealed
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +79,7 @@ class VersionInfo(BaseModel):
 @dataclass
 class _Version:
     info: VersionInfo
+    signature: Signature | None  # of its files, when they were known to be right
     in_use: int = 0
     asked_again_until: float = 0.0  # monotonic; a request for it failed, and its client tries again
 
@@ -92,12 +105,27 @@ class VersionStore:
         # What each id stands for while this gateway lives, also when it is gone, or never worked:
         # the server may hold it still.
         self._content: dict[str, str] = {}
+        # By the names of their folders: what is not served, and why.
+        self._refused: dict[str, str] = {}
 
     def open(self) -> None:
-        """Reads what an earlier gateway left; what it left half-written goes."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.directory / STAGING, ignore_errors=True)
-        (self.directory / STAGING).mkdir()
+        """Reads what an earlier gateway left; what it left half-written goes.
+
+        What the versions hold is not looked at: see :meth:`check`.
+
+        Raises:
+            DiskFailed: the directory cannot be read or written.
+        """
+        with named_disk(self.directory, whatever=True):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.directory / STAGING, ignore_errors=True)
+            (self.directory / STAGING).mkdir(exist_ok=True)
+            found = self._read()
+        for info in sorted(found, key=lambda info: info.created_at):
+            self._remember(info)
+        self._count()
+
+    def _read(self) -> list[VersionInfo]:
         found = []
         for folder in sorted(self.directory.iterdir()):
             if folder.name == STAGING or not folder.is_dir():
@@ -106,18 +134,67 @@ class VersionStore:
                 shutil.rmtree(folder)
                 continue
             try:
-                info = VersionInfo.model_validate_json((folder / VERSION_FILE).read_bytes())
-            except (OSError, ValidationError) as error:
-                logger.warning(
-                    "%s was not put there by a gateway and is not served (%s)",
-                    folder,
-                    type(error).__name__,
-                )
-                continue
-            found.append(info)
-        for info in sorted(found, key=lambda info: info.created_at):
-            self._remember(info)
+                entries = read_entries(folder / VERSION_FILE)
+                info = VersionInfo.model_validate(entries)
+            except FileNotFoundError:
+                logger.warning("%s was not put there by a gateway and is not served", folder)
+            except ValidationError as error:
+                self._refuse(folder, f"{VERSION_FILE}: {first_problem(error)}")
+            except (OSError, CartridgeFormatError) as error:
+                self._refuse(folder, str(error))
+            else:
+                if self.folder(info.id) == folder and info.num_bytes == info.header.data_bytes:
+                    found.append(info)
+                else:
+                    self._refuse(folder, f"{VERSION_FILE} is of another version, {info.id!r}")
+        return found
+
+    # --- are they what was uploaded? ----------------------------------------------------------
+
+    async def check(self, only_changed: bool = False) -> None:
+        """Compares versions with what was uploaded; those that are others are served no more.
+
+        Args:
+            only_changed: only those whose files were written to, or replaced, since they were known
+                to be right. That costs a look at each file's date.
+        """
+        wanted = [
+            version
+            for name, version in self._versions.items()
+            if not only_changed
+            or version.signature is None
+            or version.signature != signature(self.folder(name))
+        ]
+        looked = {version.info.id: signature(self.folder(version.info.id)) for version in wanted}
+        asked = [(v.info.id, self.folder(v.info.id), v.info.header) for v in wanted]
+        found = await asyncio.to_thread(problems, asked) if asked else {}
+        for version in wanted:
+            version_id = version.info.id
+            if self._versions.get(version_id) is not version:
+                continue  # deleted meanwhile
+            if version_id in found:
+                del self._versions[version_id]
+                self._refuse(self.folder(version_id), found[version_id])
+            else:
+                version.signature = looked[version_id]
         self._count()
+
+    def check_served(self, version_id: str) -> None:
+        """Refuses an id whose folder is here and is not served.
+
+        Raises:
+            Unknown: with the reason.
+        """
+        reason = self._refused.get(self.folder(version_id).name)
+        if reason is not None:
+            raise Unknown(
+                f"cartridge {version_id!r} is on the disk and is not served: {reason}. Upload it "
+                "under a new id; whoever runs the gateway may look at its folder, and delete it"
+            )
+
+    def _refuse(self, folder: Path, reason: str) -> None:
+        self._refused[folder.name] = reason
+        logger.error("%s is not served, and left as it is: %s", folder, reason)
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -138,6 +215,7 @@ class VersionStore:
         """
         version = self._versions.get(version_id)
         if version is None:
+            self.check_served(version_id)
             there = list(self._versions)
             shown = ", ".join(there[-10:]) or "none"
             more = f" and {len(there) - 10} older ones" if len(there) > 10 else ""
@@ -179,8 +257,9 @@ class VersionStore:
 
         Raises:
             DiskFull: there is no room for it.
+            DiskFailed: it cannot be written.
         """
-        with named_disk(self.directory):
+        with named_disk(self.directory, whatever=True):
             return Path(tempfile.mkdtemp(dir=self.directory / STAGING))
 
     def folder(self, version_id: str) -> Path:
@@ -208,6 +287,10 @@ class VersionStore:
             )
         if version_id in self._versions:
             return False
+        if (reason := self._refused.get(self.folder(version_id).name)) is not None:
+            raise Conflict(
+                f"cartridge {version_id!r} is on the disk and is not served: {reason}. Use a new id"
+            )
         if self.folder(version_id).exists():
             raise Conflict(
                 f"the directory {self.folder(version_id).name!r} of cartridge {version_id!r} is "
@@ -268,19 +351,21 @@ class VersionStore:
 
         Raises:
             DiskFull: there is no room for it.
+            DiskFailed: it cannot be written.
         """
         info = VersionInfo(
             id=version_id, created_at=time.time(), num_bytes=header.data_bytes, header=header
         )
-        with named_disk(self.directory):
+        with named_disk(self.directory, whatever=True):
             write_config(folder, header.num_tokens, header.base_model)
-            (folder / VERSION_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+            text = json.dumps(sealed(info.model_dump(mode="json")), indent=2)
+            (folder / VERSION_FILE).write_text(text + "\n")
             move_into_place(folder, self.folder(version_id))
         return info
 
     def add(self, info: VersionInfo) -> None:
         """From here on requests may name it; its run is cut to the newest few."""
-        self._remember(info)
+        self._remember(info, signature(self.folder(info.id)))
         run = run_of(info.id)
         if run is not None:
             of_run = [name for name in self._versions if run_of(name) == run]
@@ -298,6 +383,7 @@ class VersionStore:
         Raises:
             Unknown: it is not there.
             Conflict: requests use it.
+            DiskFailed: it cannot be deleted.
         """
         info = self.info(version_id)
         if count := self._versions[version_id].in_use:
@@ -318,14 +404,15 @@ class VersionStore:
             if not version.in_use and run_of(name) is not None and newest[run_of(name)] != name
         ]
 
-    def _remember(self, info: VersionInfo) -> None:
-        self._versions[info.id] = _Version(info)
+    def _remember(self, info: VersionInfo, written: Signature | None = None) -> None:
+        self._versions[info.id] = _Version(info, written)
         self.bind(info.id, info.header)
 
     def _delete(self, version_id: str, reason: str) -> None:
         # A name and no new folder: that needs no room on a disk that may be full.
         gone = self.directory / STAGING / f"gone-{secrets.token_hex(8)}"
-        os.replace(self.folder(version_id), gone)
+        with named_disk(self.directory, whatever=True):
+            os.replace(self.folder(version_id), gone)
         del self._versions[version_id]
         # To free a quarter of a gigabyte takes a tenth of a second; nobody need wait for that.
         threading.Thread(target=shutil.rmtree, args=(gone,), name="delete").start()
@@ -334,4 +421,5 @@ class VersionStore:
 
     def _count(self) -> None:
         self._metrics.versions.set(len(self._versions))
+        self._metrics.refused.set(len(self._refused))
         self._metrics.disk_bytes.set(self.num_bytes)

@@ -77,7 +77,7 @@ class Uploads:
             CartridgeFormatError: not what it must be; nothing is kept.
             Conflict: the id stands for another content.
             NoRoom: the disk bound.
-            DiskFull: the disk itself.
+            DiskFull, DiskFailed: the disk itself.
             ServerDown: the server process did not come up in time, or fails over it; nothing is
                 kept, but the id stands for this content from here on.
         """

@@ -16,9 +16,6 @@ from cartridge_distill.evaluation.names import (
     UNTRAINED,
 )
 
-LIGHT_GROUND = "#ffffff"
-DARK_GROUND = "#14161a"
-
 _BLUE, _VERMILION, _GREEN = "#2a7fd0", "#d5620e", "#0f9272"
 _PINK, _OCHRE, _VIOLET = "#c25a9c", "#a97b12", "#8577d9"
 _GREY, _STONE = "#7d858f", "#91806f"
@@ -68,15 +65,3 @@ def of_run(place: int) -> Style:
 
 def of_condition(name: str) -> Style:
     return CONDITIONS.get(name, Style(_OCHRE, "pentagon"))
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's contrast ratio of two ``#rrggbb`` colours, 1 to 21."""
-    bright, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

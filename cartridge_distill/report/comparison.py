@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 from cartridge_distill.evaluation.names import TRAINED
 from cartridge_distill.report.groups import Group, TokenAxis, value_at
 from cartridge_distill.report.reading import Interval, Run
 
-# Lower is better for both; the first that was measured decides.
+# Lower is better for each; the first that was measured decides. Without questions there are
+# held-out prompts.
 DECIDING = {
     "log_loss": "log-loss of the right answer",
     "kl": "KL to the full document",
+    "prompt_kl": "KL to the full document on held-out prompts",
 }
 
 
@@ -27,12 +29,8 @@ class Standing:
 
     @property
     def mean(self) -> float:
+        """Over the seeds."""
         return mean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over the seeds; None for one seed."""
-        return stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Results question by question (``evaluation.parquet``), for intervals of paired questions.
+"""Results question by question, and prompt by prompt, for intervals of paired ones.
 
 What makes a question hard for every condition moves all their scores together. An interval of a
-share that knows the single questions leaves that out; one made of three intervals cannot.
+share that knows the single questions leaves that out; one made of three intervals cannot. The
+questions stand in ``evaluation.parquet``, the held-out prompts in ``evaluation_prompts.parquet``.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS_FILE = "evaluation.parquet"
-_KEYS = ["document_id", "question_index"]
+PROMPTS_FILE = "evaluation_prompts.parquet"
 # metric -> (summed over the questions, divided by the sum of); None counts the questions
-_RATIOS = {"log_loss": ("log_loss", None), "kl": ("kl_sum", "kl_tokens")}
+_RATIOS: dict[str, tuple[str, str | None]] = {
+    "log_loss": ("log_loss", None),
+    "kl": ("kl_sum", "kl_tokens"),
+    "prompt_kl": ("kl_sum", "kl_tokens"),
+}
 _RESAMPLES = 10_000
 
 Floats = NDArray[np.float64]
@@ -55,23 +60,33 @@ class Questions:
 
 
 def read_questions(path: Path) -> Questions | None:
-    """Reads the file of an evaluation; None where it is not there.
+    """Reads the questions of an evaluation; None where the file is not there.
 
     Raises:
         ReportError: it is no parquet file, lacks columns, or its conditions differ in questions.
     """
+    return _read(path, "question", ["log_loss", "kl_sum", "kl_tokens"])
+
+
+def read_prompts(path: Path) -> Questions | None:
+    """Reads the held-out prompts of an evaluation; as :func:`read_questions`."""
+    return _read(path, "prompt", ["kl_sum", "kl_tokens"])
+
+
+def _read(path: Path, asked: str, columns: list[str]) -> Questions | None:
     if not path.exists():
         return None
-    wanted = ["condition", *_KEYS, "log_loss", "kl_sum", "kl_tokens"]
+    keys = ["document_id", f"{asked}_index"]
+    wanted = ["condition", *keys, *columns]
     try:
-        rows = pd.read_parquet(path, columns=wanted)
-    except (pa.ArrowException, ValueError) as error:
+        rows = read_rows(path, wanted)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
     if rows.empty:
-        raise ReportError(f"{path} holds no question")
-    tables = {name: found.sort_values(_KEYS) for name, found in rows.groupby("condition")}
+        raise ReportError(f"{path} holds no {asked}")
+    tables = {name: found.sort_values(keys) for name, found in rows.groupby("condition")}
     first_name, first = next(iter(tables.items()))
     for name, table in tables.items():
-        if table[_KEYS].to_numpy().tolist() != first[_KEYS].to_numpy().tolist():
-            raise ReportError(f"{path}: {first_name!r} and {name!r} have other questions")
+        if table[keys].to_numpy().tolist() != first[keys].to_numpy().tolist():
+            raise ReportError(f"{path}: {first_name!r} and {name!r} have other {asked}s")
     return Questions(tables)

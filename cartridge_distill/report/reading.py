@@ -16,7 +16,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUMENT, TRAINED
-from cartridge_distill.report.questions import QUESTIONS_FILE, Questions, read_questions
+from cartridge_distill.report.questions import (
+    PROMPTS_FILE,
+    QUESTIONS_FILE,
+    Questions,
+    read_prompts,
+    read_questions,
+)
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
 from cartridge_distill.util.errors import ReportError
 
@@ -128,6 +134,7 @@ class Run:
     metrics: Metrics
     evaluation: Evaluation | None
     questions: Questions | None
+    prompts: Questions | None
     recipe: Recipe | None
 
     @property
@@ -151,6 +158,7 @@ def read_run(folder: Path) -> Run:
         read_metrics(folder / METRICS_FILE),
         _read_json(evaluated / EVALUATION_FILE, Evaluation),
         read_questions(evaluated / QUESTIONS_FILE),
+        read_prompts(evaluated / PROMPTS_FILE),
         _read_json(folder / RECIPE_FILE, Recipe),
     )
 

@@ -52,6 +52,7 @@ class Recipe(BaseModel):
     overrides: list[str] = []
     seed: int
     model: str | None = None
+    data: str | None = None
     environment: dict[str, str] = {}
     versions: dict[str, str] = {}
     git: Commit | None = None
@@ -62,7 +63,7 @@ class Recipe(BaseModel):
     def _cleaned_arguments(cls, value: list[str]) -> list[str]:
         return clean_arguments(value)
 
-    @field_validator("name", "folder", "model", "environment")
+    @field_validator("name", "folder", "model", "data", "environment")
     @classmethod
     def _cleaned(cls, value: Any) -> Any:
         return clean_settings(value)
@@ -85,6 +86,7 @@ def write_recipe(
     *,
     name: str | None = None,
     model: str | None = None,
+    data: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes ``recipe.json``; returns its path.
@@ -96,6 +98,7 @@ def write_recipe(
         seed: what the run's randomness follows from.
         name: of the recipe, the same for all its seeds; by default the folder's name.
         model: folder or hub id of the base model.
+        data: folder that was trained on.
         environment: variables the command reads; those called like a secret are dropped.
     """
     folder = folder.expanduser().absolute()
@@ -106,6 +109,7 @@ def write_recipe(
         overrides=list(overrides),
         seed=seed,
         model=model,
+        data=data,
         environment={
             variable: value
             for variable, value in (environment or {}).items()

@@ -98,10 +98,24 @@ def of_one(group: Group) -> Verdict:
             if len(found) == 1:
                 return _of_run(group.runs[0], found[0], ends[0], metric, title)
             return _of_seeds(found, ends, title)
+    return _without_ends(found)
+
+
+def _without_ends(evaluations: Sequence[Evaluation]) -> Verdict:
+    lacking = [
+        f"the {name}" for name in _ENDS if any(each.get(name) is None for each in evaluations)
+    ]
+    if lacking:
+        return Verdict(
+            f"No verdict: the evaluation lacks {' and '.join(lacking)}, between which it would be "
+            "given.",
+            "All conditions stand in the table that cartridge-distill eval writes by default.",
+            None,
+        )
     return Verdict(
-        "The evaluation lacks the untrained cartridge or the full document, between which a "
-        "verdict could be given.",
-        "Both stand in the table that cartridge-distill eval writes.",
+        "No verdict: no score was measured for the untrained cartridge, the trained one and the "
+        "full document alike.",
+        f"Looked for: {', '.join(DECIDING.values())}.",
         None,
     )
 
@@ -145,22 +159,24 @@ def _of_run(
     room = _room(evaluation)
     figures = f"({untrained.mean:.2f} → {trained.mean:.2f}; full document {full.mean:.2f})"
     chunk = _better_chunk(evaluation, metric, trained)
-    if run.questions is not None and set(_ENDS) <= set(run.questions.tables):
-        share = share_of_questions(run.questions, metric, evaluation.confidence)
-        how = "by bootstrap over the questions, paired"
+    asked = "prompts" if metric == "prompt_kl" else "questions"
+    paired = run.prompts if metric == "prompt_kl" else run.questions
+    if paired is not None and set(_ENDS) <= set(paired.tables):
+        share = share_of_questions(paired, metric, evaluation.confidence)
+        how = f"by bootstrap over the {asked}, paired"
     else:
         share = share_closed(untrained, trained, full, evaluation.confidence)
         how = (
             "from those of the three means, taken as independent, which makes it rather too wide "
-            "than too narrow (evaluation.parquet is not there)"
+            f"than too narrow (their table, one row for each of the {asked}, is not there)"
         )
     level = f"{evaluation.confidence:.0%}".replace("%", " %")
     if share is None:
         return Verdict(
             f"{room} the full document is not measurably better than the untrained cartridge in "
             f"{title} {figures}: there is no gap for training to close.",
-            f"The {level} interval of their difference contains zero: ask more questions, or "
-            "harder ones.",
+            f"The {level} interval of their difference contains zero: ask more {asked}, or harder "
+            "ones.",
             None,
         )
     between = f"[{_percent(share.low)}, {_percent(share.high)}]"

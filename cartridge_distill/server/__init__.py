@@ -6,6 +6,7 @@ teaches), or inside a process with :class:`~cartridge_distill.server.running.Bac
 ==============  ================================================================
 ``settings``    what can be set
 ``app``         HTTP: paths, disconnects, errors
+``answering``   what the routes ask of an engine, whichever computes
 ``protocol``    refusals, requests -> jobs, results -> answers
 ``cartridges``  cartridges by id, loaded once and never again
 ``engine``      one thread, continuous batching

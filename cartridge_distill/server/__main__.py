@@ -16,6 +16,7 @@ from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.known_hosts import KnownHosts
 from cartridge_distill.util.listening import listening_socket
 from cartridge_distill.util.openmp import spinning
+from cartridge_distill.util.server_url import DEFAULT_PORT
 
 EXAMPLES = """\
 examples:
@@ -70,7 +71,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="a further name of this server, as clients write it; others are refused. Repeatable; "
         "* allows every name (default: the loopback, and --host)",
     )
-    add("--port", type=int, default=10210, help="default: 10210; 0 takes a free one")
+    add(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="default: %(default)s; 0 takes a free one",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add(
         "--dtype",
@@ -113,6 +119,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=60.0,
         help="a client that sends nothing of its request, or reads nothing of its answer, for so "
         "long is cut off (default: 60)",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=2048,
+        help="open at once. When more come, those go from which nothing has come for longest; when "
+        "all are being answered, more get HTTP 503 (default: 2048)",
     )
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser.parse_args(arguments)
@@ -167,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             prefix_cache_tokens=options.prefix_cache_tokens,
             cartridge_memory_gb=options.cartridge_memory_gb,
             idle_s=options.idle_s,
+            max_connections=options.max_connections,
         )
         model = load_model(options.model, getattr(torch, options.dtype), options.device)
         tokenizer = read_tokenizer(options.tokenizer or options.model)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -38,19 +37,22 @@ from cartridge_distill.rollout.protocol import (
     ChatCompletionResponse,
     CompletionRequest,
 )
-from cartridge_distill.server.cartridges import CartridgeRefused, CartridgeStore
+from cartridge_distill.server.answering import (
+    Admitted,
+    Answering,
+    end_token_ids,
+    without_truncation,
+)
+from cartridge_distill.server.cartridges import CartridgeStore
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.protocol import (
     AnyRequest,
     Job,
     Limits,
-    Refused,
     chat_response,
     completion_response,
-    is_work,
     longest_text,
     stop_check,
-    to_job,
 )
 from cartridge_distill.server.rows import EngineError, NewToken, Row
 from cartridge_distill.server.sampling import RequestSeeds
@@ -59,19 +61,15 @@ from cartridge_distill.util.disconnect import unless_disconnected
 from cartridge_distill.util.http_errors import add_refusals, protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class Admitted:
-    """A request that can be computed: what to compute, behind which prefix, from which seed."""
+class _WithPrefix(Admitted):
+    """An admitted request with the prefix that stands before its prompt."""
 
-    job: Job
     prefix: Prefix | None
-    seed: int | None
 
 
-class Service:
+class Service(Answering):
     """Model, cartridges and engine behind the routes.
 
     Args:
@@ -91,51 +89,36 @@ class Service:
     ) -> None:
         config = text_config(model.config)
         self.settings = settings
-        self.tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # A call would take these off itself, and must not while another thread tokenizes.
-            backend.no_truncation()
-            backend.no_padding()
+        self.model_name, self.idle_s = settings.model_name, settings.idle_s
+        self.tokenizer = without_truncation(tokenizer)
         self.engine = Engine(model, settings, threads)
         memory = int(settings.cartridge_memory_gb * 1024**3)
         self.store = CartridgeStore(settings.cartridge_dir, model, memory)
         most = settings.max_tokens_per_request or config.max_position_embeddings
         self.limits = Limits(most, config.vocab_size, longest_text(tokenizer, most))
-        self.end_ids = end_token_ids(model, tokenizer)
+        self.end_ids = end_token_ids(getattr(model, "generation_config", None), tokenizer)
         self._seeds = RequestSeeds(settings.seed)
 
-    async def generate(self, request: AnyRequest) -> tuple[Job, list[Completion]]:
-        """Computes all choices of a request.
+    @property
+    def loaded_ids(self) -> list[str]:
+        return self.store.loaded_ids
 
-        Raises:
-            HTTPException: 400 for what cannot be served, 500 or 503 for what may work later.
-        """
-        try:
-            admitted = await self.admit(request)
-        except (Refused, CartridgeRefused) as error:
-            raise HTTPException(400, str(error)) from error
-        return admitted.job, await self.compute(admitted)
+    def start(self) -> None:
+        self.engine.start()
+
+    def stop(self) -> None:
+        self.engine.stop()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.is_alive
 
     async def admit(self, request: AnyRequest, document: Sequence[int] = ()) -> Admitted:
-        """Reads a request and finds its cartridges; nothing is computed yet.
-
-        Args:
-            document: token ids that a chat is asked behind.
-
-        Raises:
-            Refused: the request cannot be served.
-            CartridgeRefused: its cartridge cannot.
-        """
-        # Tokenizing and reading files take time; the event loop goes on meanwhile.
-        if is_work(request):
-            job = await asyncio.to_thread(to_job, request, self.tokenizer, self.limits, document)
-        else:
-            job = to_job(request, self.tokenizer, self.limits)
+        job = await self.read_job(request, document)
         prefix = None
-        if job.cartridges:
+        if job.cartridges:  # reading files takes time
             prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)
-        return Admitted(job, prefix, request.seed)
+        return _WithPrefix(job, request.seed, prefix)
 
     async def compute(
         self,
@@ -143,16 +126,7 @@ class Service:
         on_token: Callable[[int, NewToken], None] | None = None,
         top_logprobs: int = 0,
     ) -> list[Completion]:
-        """Computes all choices of an admitted request.
-
-        Args:
-            on_token: called with (index of the choice, token) as tokens come, in the engine's
-                thread.
-            top_logprobs: how many of the likeliest tokens in each place it is told.
-
-        Raises:
-            HTTPException: 400 for what cannot be computed, 500 or 503 for what may work later.
-        """
+        assert isinstance(admitted, _WithPrefix)
         job = admitted.job
         ids = sorted(ref.id for ref in job.cartridges)
         futures = []
@@ -187,18 +161,6 @@ class Service:
             raise HTTPException(status, str(error)) from error
 
 
-def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: the generation config's, else the tokenizer's."""
-    generation: Any = getattr(model, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        logger.warning("the model names no end token: every answer runs to max_tokens")
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
-
-
 def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     """A finished chat answer as the chunks that the real server streams."""
     common = {
@@ -218,19 +180,19 @@ def _events(answer: ChatCompletionResponse) -> list[dict[str, Any]]:
     return chunks
 
 
-def app_over(service: Service, title: str) -> FastAPI:
-    """An application without routes; the engine's thread starts and stops with it."""
+def app_over(service: Answering, title: str) -> FastAPI:
+    """An application without routes; the engine starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         yield
-        await asyncio.to_thread(service.engine.stop)
+        await asyncio.to_thread(service.stop)
 
     return FastAPI(lifespan=lifespan, title=title)
 
 
-def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
+def create_app(service: Answering, hosts: KnownHosts | None = None) -> FastAPI:
     """The routes.
 
     Args:
@@ -238,7 +200,7 @@ def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
     """
     app = app_over(service, "Tokasaurus protocol, embedded server")
     app.state.service = service
-    protect(app, service.settings.idle_s)
+    protect(app, service.idle_s)
     add_refusals(app)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
 
@@ -276,7 +238,7 @@ def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         card = {
-            "id": service.settings.model_name,
+            "id": service.model_name,
             "created": int(time.time()),
             "object": "model",
             "owned_by": "tokasaurus",
@@ -285,7 +247,7 @@ def create_app(service: Service, hosts: KnownHosts | None = None) -> FastAPI:
 
     @app.get("/custom/cartridge/loaded")
     async def loaded() -> dict[str, list[str]]:
-        return {"ids": service.store.loaded_ids}
+        return {"ids": service.loaded_ids}
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:

@@ -120,16 +120,16 @@ class Engine:
         return ServingBatch(parts, buffers, self._query_heads, self._kv_sources)
 
     def _forward(
-        self, ids: list[int], positions: list[int], wanted: list[int], batch: ServingBatch
+        self, ids: list[int], positions: list[int], logits_to_keep: list[int], batch: ServingBatch
     ) -> Tensor:
-        """Logits ``[len(wanted), V]`` of some of T packed tokens; writes their KV."""
+        """Logits ``[len(logits_to_keep), V]`` of some of T packed tokens; writes their KV."""
         output = self._model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
             serving_batch=batch,
             # Only these rows go through the vocabulary projection.
-            logits_to_keep=torch.tensor(wanted, device=self._device),
+            logits_to_keep=torch.tensor(logits_to_keep, device=self._device),
         )
         logits: Tensor = output.logits[0]
         return logits

@@ -43,7 +43,7 @@ def uvicorn_server(
         log_level=log_level,
         access_log=False,  # hundreds of rollouts per step
         timeout_graceful_shutdown=_GRACE_SECONDS,
-        **uvicorn_options(service.settings.idle_s),
+        **uvicorn_options(service.settings.idle_s, service.settings.max_connections),
     )
     return uvicorn.Server(config)
 

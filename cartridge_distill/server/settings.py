@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cartridge_distill.util.errors import ConfigError, require_counts
 from cartridge_distill.util.http_front import IDLE_SECONDS, MAX_IDLE_SECONDS
-
-DEFAULT_PORT = 10210
+from cartridge_distill.util.http_places import MAX_CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class ServerSettings:
             goes, and its id is refused from then on (an id is never loaded twice).
         idle_s: a client that sends nothing of its request, or reads nothing of its answer, for so
             long is cut off.
+        max_connections: open at once; see :mod:`cartridge_distill.util.http_places`.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -50,10 +50,11 @@ class ServerSettings:
     prefix_cache_min_tokens: int = 128
     cartridge_memory_gb: float = 4.0
     idle_s: float = IDLE_SECONDS
+    max_connections: int = MAX_CONNECTIONS
 
     def __post_init__(self) -> None:
         require_counts(self, "max_batch", "max_kv_tokens", "prefill_tokens", "prefill_chunk")
-        require_counts(self, "prefix_cache_min_tokens")
+        require_counts(self, "prefix_cache_min_tokens", "max_connections")
         if self.prefix_cache_tokens < 0:
             raise ConfigError(
                 f"prefix_cache_tokens={self.prefix_cache_tokens}: must be 0 (keep none) or more"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from cartridge_distill.util.secrecy import clean_text
 
 
@@ -28,6 +31,14 @@ def require_counts(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name}={getattr(settings, name)}: must be at least 1")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what was probably meant, and all there are."""
+    names = list(known)
+    meant = get_close_matches(str(name), names, n=1)
+    guess = f"; did you mean {meant[0]!r}?" if meant else ""
+    return f"{guess} (choose one of {', '.join(names)})"
 
 
 class CartridgeFormatError(CartridgeDistillError, ValueError):

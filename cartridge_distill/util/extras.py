@@ -25,6 +25,7 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {"data": ("bm25s", "pandas", "pyarrow")},
     "report": {"report": _REPORT},
     "doctor --data": {"data": ("pandas", "pyarrow")},
+    "distill": {"train": _TRAIN, "data": _DATA, "report": _REPORT},
     "demo": {"train": (*_TRAIN, "gguf"), "data": _DATA, "report": _REPORT},
 }
 """Command to extras, extra to the modules of it that the command imports."""

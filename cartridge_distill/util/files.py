@@ -16,10 +16,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 
 from cartridge_distill.util.disk import named_disk
+from cartridge_distill.util.errors import ConfigError
 
 OWNED = ".written-by-cartridge-distill"
 """A folder with this file in it was made by :func:`fresh_folder`, and may be made anew."""
@@ -28,23 +30,85 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
-def fresh_folder(folder: Path) -> None:
+def fresh_folder(folder: Path, written: Sequence[str]) -> None:
     """An empty folder, in place of one that an earlier call made.
+
+    The mark says who made the folder, the patterns what was written into it. What matches none of
+    them is somebody's own, and then nothing at all is deleted.
+
+    Args:
+        written: what the command writes, as patterns of paths below the folder: ``*.log`` for
+            files there, ``data/*.parquet``, and ``checkpoints/**`` for all below it.
 
     Raises:
         FileExistsError: something is there that this project did not make; nothing is touched.
     """
     if folder.exists() or folder.is_symlink():
         empty = folder.is_dir() and not any(folder.iterdir())
-        if not empty and not (folder / OWNED).is_file():
-            raise FileExistsError(
-                f"{folder} is there and holds files that this command did not write; name another "
-                "folder with --out, or move it away"
-            )
         if not empty:
+            check_own(folder, written)
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OWNED).touch()
+
+
+def check_own(folder: Path, written: Sequence[str]) -> None:
+    """Is all of a folder this project's, so that it may be deleted? See :func:`fresh_folder`.
+
+    Raises:
+        FileExistsError: it is not.
+    """
+    if folder.is_symlink() or not (folder / OWNED).is_file():
+        raise FileExistsError(
+            f"{folder} is there and holds files that this command did not write; name another "
+            "folder with --out, or move it away"
+        )
+    strange = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if (path.is_symlink() or not path.is_dir())
+        and not _is_of(path.relative_to(folder), written)
+    ]
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise FileExistsError(
+            f"{folder} is this program's and holds files that it did not write: "
+            f"{', '.join(strange[:3])}{more}; move them away, or name another folder with --out"
+        )
+
+
+def _is_of(path: PurePath, written: Sequence[str]) -> bool:
+    if path.name == OWNED:
+        return True
+    for pattern in written:
+        head, all_below, _ = pattern.partition("/**")
+        if all_below and path.parts[0] == head:
+            return True
+        # Part by part: a * does not reach into a folder.
+        parts = pattern.split("/")
+        if len(parts) == len(path.parts) and all(map(fnmatchcase, path.parts, parts)):
+            return True
+    return False
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Can a folder be made, and written to? Asked before the work; nothing is made.
+
+    Args:
+        option: that named it, for the message.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = folder.expanduser().absolute()
+    while not (there.exists() or there.is_symlink()) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigError(f"{option} {folder}: {there} is no folder; fix: give another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} {folder}: {there} cannot be written to; fix: give another {option}"
+        )
 
 
 def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bool) -> None:

@@ -5,7 +5,8 @@ byte of a new connection, for the rest of a request's head, for what is left of 
 reads any more, and for a client that does not read its answer; and a head may have any length. A
 process has some thousand connections, so clients that died, or never meant to speak, would end it.
 
-Bodies of requests that are being served are bounded in ``http_front``.
+How many connections there may be is bounded too, see ``http_places``. Bodies of requests that are
+being served are bounded in ``http_front``.
 """
 
 from __future__ import annotations
@@ -16,19 +17,38 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cartridge_distill.util.http_front import IDLE_SECONDS
+from cartridge_distill.util.http_places import (
+    MAX_CONNECTIONS,
+    OTHER_FILES,
+    REFUSAL,
+    Places,
+    possible,
+)
 
 KEEP_ALIVE_SECONDS = 75
 """Between two requests: longer than a training step's pause between rollouts, mostly."""
 MAX_HEAD_BYTES = 2**16
+_READS_REFUSAL_SECONDS = 1.0
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"content-length: 0\r\nconnection: close\r\n\r\n"
 )
 
 
-def uvicorn_options(idle_s: float = IDLE_SECONDS) -> dict[str, Any]:
-    """Arguments of ``uvicorn.Config`` (and ``uvicorn.run``) for a server with these limits."""
-    kind = type("PatientProtocol", (PatientProtocol,), {"idle_s": idle_s})
+def uvicorn_options(
+    idle_s: float = IDLE_SECONDS,
+    max_connections: int = MAX_CONNECTIONS,
+    other_files: int = OTHER_FILES,
+) -> dict[str, Any]:
+    """Arguments of ``uvicorn.Config`` (and ``uvicorn.run``) for a server with these limits.
+
+    Args:
+        idle_s: how long a client may be silent in the middle of a request.
+        max_connections: open at once.
+        other_files: descriptors that this process needs beside them.
+    """
+    places = Places(possible(max_connections, other_files))
+    kind = type("PatientProtocol", (PatientProtocol,), {"idle_s": idle_s, "places": places})
     # No path speaks websockets; uvicorn would answer an attempt with a 500.
     return {"http": kind, "ws": "none", "timeout_keep_alive": KEEP_ALIVE_SECONDS}
 
@@ -37,6 +57,7 @@ class PatientProtocol(HttpToolsProtocol):
     """One connection."""
 
     idle_s = IDLE_SECONDS
+    places = Places(MAX_CONNECTIONS)
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -44,14 +65,33 @@ class PatientProtocol(HttpToolsProtocol):
         self._writing: asyncio.TimerHandle | None = None  # until it reads
         self._in_head = self._in_body = False
         self._head_bytes = 0
+        self._is_refused = False
 
     # --- what comes ---------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        if self.places.enter(self):
+            self._wait()
+            return
+        self._is_refused = True
+        if not self.places.may_be_told(self):
+            self.transport.abort()
+            return
+        # With its end, and not closed: what the client has sent, and nobody reads, would make the
+        # system throw the answer away.
+        self.transport.write(REFUSAL)
+        self.transport.write_eof()
+        self._waiting = self.loop.call_later(_READS_REFUSAL_SECONDS, self.transport.abort)
+
+    def give_way(self) -> None:
+        """Its place is another's."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        self.places.heard(self)
         was_in_head = self._in_head
         super().data_received(data)
         if self._in_head and was_in_head:
@@ -81,15 +121,20 @@ class PatientProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_body = False
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.places.served(self)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.cycle is None or self.cycle.response_complete:  # else it is that of the next one
+            self.places.answered(self)
         if (self._in_body or self._in_head) and not self.transport.is_closing():
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
         self._stop_watching_writes()
+        self.places.leave(self)
         super().connection_lost(exc)
 
     def _wait(self) -> None:

@@ -2,7 +2,8 @@
 
 The first line says what the rows were made with; a run that goes on must say the same. A line
 counts when it ends: one that was cut off by a kill is taken away on opening, and its row is made
-again. One writer at a time; a second one is refused while the first lives.
+again. Each line holds a hash of itself (``sealed``), so that one with another number is refused.
+One writer at a time; a second one is refused while the first lives.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.same_settings import check_same_settings
+from cartridge_distill.util.sealed import is_sealed, sealed, unsealed
 
 
 class Journal:
@@ -35,12 +37,14 @@ class Journal:
 
     Raises:
         OtherSettings: it was made with others.
-        ConfigError: being written by another process, or not a journal.
+        ConfigError: being written by another process, damaged, or not a journal.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A file of an earlier version has no hashes, and gets none.
+        self._is_sealed = True
         self._file: BinaryIO = path.open("a+b")
         try:
             self._lock()
@@ -65,7 +69,8 @@ class Journal:
         self.rows.extend(map(dict, rows))
 
     def _write(self, *values: Mapping[str, Any]) -> None:
-        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        lines = [sealed(value) if self._is_sealed else dict(value) for value in values]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._file.write(text.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -91,8 +96,12 @@ class Journal:
             self._write(made_with)
             return [], torn
         try:
-            before, *rows = [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
+            found = [dict(json.loads(line)) for line in lines]
+            self._is_sealed = any(map(is_sealed, found))
+            if self._is_sealed and not all(map(is_sealed, found)):
+                raise ValueError("some of its lines have a hash, and some have none")
+            before, *rows = map(unsealed, found)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{self.path} is not a journal, or damaged: {error}. Move it away to start afresh."
             ) from error

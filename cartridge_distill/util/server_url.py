@@ -6,6 +6,9 @@ import urllib.parse
 
 from cartridge_distill.util.errors import ConfigError
 
+DEFAULT_PORT = 10210
+"""Of a rollout server, where nobody says otherwise."""
+
 
 def checked_url(url: str) -> str:
     """A server's base URL, without the slash at its end.

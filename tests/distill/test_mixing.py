@@ -22,6 +22,8 @@ RAMP = [[4, 0.0], [8, 0.5], [10, 1.0]]
         (RAMP, {0: 0.0, 4: 0.0, 6: 0.25, 8: 0.5, 9: 0.75, 10: 1.0, 99: 1.0}),
         (OmegaConf.create(RAMP), {6: 0.25, 99: 1.0}),  # as Hydra hands it over
         (((3, 0.2),), {0: 0.2, 3: 0.2, 4: 0.2}),
+        ("cold_start", {1: 0.0, 16: 0.0, 24: 0.5, 32: 1.0, 99: 1.0}),
+        ("cold_start:2", {1: 0.0, 2: 0.0, 3: 0.5, 4: 1.0}),
     ],
 )
 def test_a_schedule_has_a_fraction_for_every_step(value: Any, expected: dict[int, float]) -> None:
@@ -43,6 +45,9 @@ def test_the_teacher_is_needed_where_any_step_has_a_part_for_it() -> None:
         (True, "set a number from 0"),
         (None, "set a number from 0"),
         ("0.5", "set a number from 0"),
+        ("cold_start:", "set a number from 0"),
+        ("cold_start:-3", "set a number from 0"),
+        ("cold_start:0", "of 0 steps: give 1 or more"),
         ([], "set a number from 0"),
         ([0, 1], "0 is no .step, fraction. pair"),
         ([[0, 0.0, 1.0]], "no .step, fraction. pair"),

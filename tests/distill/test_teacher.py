@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.data.document_store import DocumentStore
-from cartridge_distill.distill.loss import TeacherTopK, forward_kl_topk
+from cartridge_distill.distill.loss import TeacherTopK, get_loss
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import prepare_model
@@ -81,7 +81,9 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
     logits = packed_forward(
         model, oracle.prefix(), batch, batch.predicts(torch.cat(response_masks))
     )
-    loss = forward_kl_topk(logits, judge.score(sequences, response_masks, ["b"] * 4, 20))
+    loss = get_loss("forward_kl_topk")(
+        logits, judge.score(sequences, response_masks, ["b"] * 4, 20)
+    )
     assert loss.abs().max() < 1e-4
     loss.mean().backward()
     gradients = [p.grad for p in oracle.trainable_parameters() if p.grad is not None]

@@ -66,6 +66,20 @@ def _file_names() -> frozenset[str]:
     return frozenset(here | {path.name for folder in folders for path in folder.rglob("*")})
 
 
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
+def test_every_row_stands_in_a_table(page: Path) -> None:
+    """A row without a head above it, or with other columns, is shown as plain text or cut."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
+    tables = [found[0].splitlines() for found in re.finditer(r"(?:^\|.*\n)+", text, re.M)]
+    wrong = []
+    for table in tables:
+        if len(table) < 2 or not re.fullmatch(r"\|([ :]*-+[ :]*\|)+", table[1]):
+            wrong.append(table[0])
+        columns = [len(re.findall(r"(?<!\\)\|", row)) for row in table]
+        wrong += [row for row, n in zip(table, columns, strict=True) if n != columns[0]]
+    assert not wrong, "\n".join(wrong)
+
+
 # The changelog says what was where before.
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], **BY_NAME)
 def test_every_file_in_backquotes_is_there(page: Path) -> None:

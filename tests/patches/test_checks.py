@@ -201,9 +201,13 @@ def settings(**changes: Any) -> SimpleNamespace:
         num_tokens=64,
         num_frozen_tokens=1,
         lr=0.02,
+        lr_decay_to=None,
         init="text",
         document_key="document_id",
         loss="forward_kl_topk",
+        loss_weight=None,
+        skip_first_tokens=0,
+        max_token_loss=None,
         topk=20,
         kl_temperature=1.0,
         attention="auto",
@@ -226,6 +230,8 @@ def test_core_accepts_good_settings() -> None:
     check_cartridge_config(settings(init="checkpoint", checkpoint_path="me/cartridge"))
     check_cartridge_config(settings(run_name="demo-seed_1"))
     check_cartridge_config(settings(max_logprob_diff=None))
+    check_cartridge_config(settings(loss="kl_mix", loss_weight=0.3, max_token_loss=5.0))
+    check_cartridge_config(settings(lr_decay_to=0.02, on_policy_fraction="cold_start:8"))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +249,16 @@ def test_core_accepts_good_settings() -> None:
         {"checkpoint_path": "me/cartridge"},
         {"document_key": ""},
         {"loss": "mse"},
+        {"loss_weight": 0.5},
+        {"loss_weight": 1.0, "loss": "jensen_shannon"},
+        {"skip_first_tokens": -1},
+        {"skip_first_tokens": True},
+        {"max_token_loss": 0},
+        {"max_token_loss": float("inf")},
+        {"lr_decay_to": 1.5},
+        {"lr_decay_to": float("nan")},
+        {"on_policy_fraction": "cold_start:0"},
+        {"on_policy_fraction": "warm_start"},
         {"topk": -1},
         {"kl_temperature": 0},
         {"attention": "loop"},

@@ -168,9 +168,35 @@ def test_without_an_evaluation_there_is_no_verdict(tmp_path: Path) -> None:
 
 
 def test_without_the_ends_there_is_no_verdict(tmp_path: Path) -> None:
-    conditions = made.evaluation()["conditions"][3:]
-    said = of(tmp_path, conditions=conditions)
-    assert said.good is None and "lacks the untrained cartridge" in said.sentence
+    conditions = made.evaluation()["conditions"]
+    said = of(tmp_path / "one", conditions=conditions[3:])
+    assert said.good is None and "lacks the untrained cartridge, between" in said.sentence
+    said = of(tmp_path / "two", conditions=[conditions[3]])
+    assert "lacks the untrained cartridge and the full document, between" in said.sentence
+    for row in conditions:
+        row["metrics"] = {"accuracy": row["metrics"]["accuracy"]}
+    said = of(tmp_path / "none", conditions=conditions)
+    assert said.good is None and "lacks" not in said.sentence
+    assert "log-loss of the right answer" in said.note
+
+
+def test_held_out_prompts_decide_where_there_are_no_questions(tmp_path: Path) -> None:
+    """As an own document without questions is evaluated: all conditions, on prompts alone."""
+    conditions = made.evaluation()["conditions"]
+    for row in conditions:
+        row["metrics"] = {"kl": None, "log_loss": None, "prompt_kl": row["metrics"]["kl"]}
+    folder = made.write_run(tmp_path / "run", evaluated=made.evaluation(conditions=conditions))
+    without = verdict.of_one(group_runs([read_run(folder)])[0])
+    assert "in KL to the full document on held-out prompts (0.91 → 0.64;" in without.sentence
+    assert "each of the prompts, is not there" in without.note
+    questions = made.write_questions(folder)
+    table = pd.read_parquet(questions).rename(columns={"question_index": "prompt_index"})
+    table.drop(columns="log_loss").to_parquet(folder / "evaluation_prompts.parquet")
+    questions.unlink()
+    paired = verdict.of_one(group_runs([read_run(folder)])[0])
+    assert paired.good and "by bootstrap over the prompts, paired" in paired.note
+    share = 100 * (0.905 - 0.637) / 0.905
+    assert f"closes {share:.0f} %" in without.sentence
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,10 @@ def test_rollout_script_sees_a_bad_answer() -> None:
     from verl_patches.rollout.tokasaurus_rollout.test_rollout import Rollout, problems
 
     version = "test-step-000000"
-    stamp = {"cartridge_version": version, "global_steps": 0}
+    labels = {"cartridge_version": version, "global_steps": 0}
 
     def found(**changes: Any) -> list[str]:
-        good = {"token_ids": [1, 2], "log_probs": [-1.0, -0.5], "extra_fields": stamp}
+        good = {"token_ids": [1, 2], "log_probs": [-1.0, -0.5], "extra_fields": labels}
         return problems(Rollout("?", [3], TokenOutput(**(good | changes))), version, 2, 10)
 
     assert found() == []
@@ -123,4 +123,4 @@ def test_rollout_script_sees_a_bad_answer() -> None:
     assert "outside 0..9" in found(token_ids=[1, 10])[0]
     assert "1 log-probs for 2 tokens" in found(log_probs=[-1.0])[0]
     assert "that are none" in found(log_probs=[-1.0, float("nan")])[0]
-    assert "stamped 'old'" in found(extra_fields=stamp | {"cartridge_version": "old"})[0]
+    assert "labelled 'old'" in found(extra_fields=labels | {"cartridge_version": "old"})[0]

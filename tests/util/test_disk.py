@@ -81,7 +81,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
 def test_other_errors_stay_what_they_are() -> None:
     for error in (
-        PermissionError(errno.EACCES, "no"),
+        FileNotFoundError(errno.ENOENT, "no"),
         RuntimeError("shapes differ"),
         ValueError("x (os error 2)"),
     ):

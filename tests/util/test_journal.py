@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,30 @@ def test_other_settings_a_second_writer_and_damage_are_refused(tmp_path: Path) -
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="- seed: 0 there, 1 now"):
         Journal(path, {**MADE_WITH, "seed": 1})
-    path.write_bytes(before.replace(b'{"task": 0}', b'{"task"; 0}'))
+    path.write_bytes(before.replace(b'"task": 0', b'"task"; 0'))
     with pytest.raises(ConfigError, match="damaged"):
         Journal(path, MADE_WITH)
     assert path.stat().st_size == len(before)
+
+
+def test_a_number_that_was_changed_is_refused_and_an_earlier_file_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with Journal(path, MADE_WITH) as journal:
+        journal.append({"task": 3, "score": 1.5}, {"task": 4, "score": 2.5})
+    whole = path.read_bytes()
+    for changed in (
+        whole.replace(b'"score": 1.5', b'"score": 3.5'),
+        whole.replace(b'"seed": 0', b'"seed": 1'),
+        whole.replace(b"entries_sha256", b"entries_sha25v", 1),  # one bit of a name
+        whole.replace(b'"score": 1.5', b"[" * 9000),
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(ConfigError, match=r"rows\.jsonl is not a journal, or damaged"):
+            Journal(path, MADE_WITH)
+    lines = [json.loads(line) for line in whole.splitlines()]
+    plain = [{k: v for k, v in line.items() if k != "entries_sha256"} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in plain))
+    with Journal(path, MADE_WITH) as journal:
+        journal.append({"task": 5})
+        assert [row["task"] for row in journal.rows] == [3, 4, 5]
+    assert b"sha256" not in path.read_bytes()

@@ -22,8 +22,9 @@ from verl_patches.hooks import distill_loss
 
 TEMPERATURE = 0.7
 DOCUMENTS = {"red": "The red house stands by the sea. " * 3, "blue": "The blue boat is new. " * 4}
-Shape = tuple[int, int, str]
-# (prompt, response, document): a response of length 1 and one of the maximum in one batch.
+Shape = tuple[int, int, str | None]
+# (prompt, response, document or None for a general row): a response of length 1 and one of the
+# maximum in one batch.
 SHAPES: list[Shape] = [(5, 1, "red"), (20, 16, "blue"), (3, 4, "red"), (9, 16, "blue")]
 
 
@@ -157,7 +158,8 @@ def rollouts(
         context, sampled_at = prompt.tolist(), temperature
         if row in by_teacher:
             before, sampled_at = None, teacher_temperature
-            context = engine.teacher.document_ids(document) + context
+            read = [] if document is None else engine.teacher.document_ids(document)
+            context = read + context
         logprobs = plain_logprobs(plain, before, context, response.tolist(), sampled_at)
         ones = torch.ones(length, dtype=torch.long)
         ids = torch.cat([prompt, response])
@@ -172,7 +174,10 @@ def rollouts(
             "micro_batch_size_per_gpu": micro_batch,
         },
     )
-    information = [{"document_id": shapes[row][2]} for row in chosen]
+    information = [
+        {"document_id": shapes[row][2], "kind": "started" if shapes[row][2] else "general"}
+        for row in chosen
+    ]
     tu.assign_non_tensor_stack(data, "extra_info", information)
     labels = [
         {"author": "teacher"} if row in by_teacher else {"global_steps": engine.version}

@@ -41,6 +41,7 @@ def run_config(folder: Path, **cartridge: Any) -> Any:
     documents.write_text(json.dumps({"document_id": "red", "text": TEXT}))
     settings = {
         "on_policy_fraction": 0.5,
+        "skip_first_tokens": 0,
         "teacher_temperature": None,
         "teacher_cache": None,
         "documents": str(documents),

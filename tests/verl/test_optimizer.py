@@ -12,6 +12,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from verl.utils import tensordict_utils as tu
 
+from cartridge_distill.distill.token_loss import TokenLoss
 from cartridge_distill.util.errors import OffPolicyError
 from tests.verl.engine_rig import rollouts, step
 from verl_patches.hooks import distill_loss
@@ -46,8 +47,12 @@ def cosine(number: int, warmup: int, total: int, floor: float) -> float:
             {"lr_scheduler_type": "cosine", "lr_warmup_steps": 2, "min_lr_ratio": 0.1},
             [cosine(number, 2, 10, 0.1) for number in range(10)],
         ),
+        (
+            {"lr_warmup_steps": 2, "lr_decay_to": 0.3},
+            [1 / 3, 2 / 3] + [1 - 0.7 * number / 7 for number in range(8)],
+        ),
     ],
-    ids=["warm-up", "warm-up by ratio", "cosine"],
+    ids=["warm-up", "warm-up by ratio", "cosine", "straight down"],
 )
 def test_the_rate_follows_the_schedule_and_so_does_the_cartridge(
     build: Any, optim: dict[str, Any], expected: list[float]
@@ -56,7 +61,9 @@ def test_the_rate_follows_the_schedule_and_so_does_the_cartridge(
 
     Adam's first moves are close to the rate itself, so a rate of zero must not move anything.
     """
-    engine = build(optim=optim)
+    cartridge = {name: optim[name] for name in optim if name == "lr_decay_to"}
+    own = {name: value for name, value in optim.items() if name not in cartridge}
+    engine = build(optim=own, **cartridge)
     for number, part in enumerate(expected):
         rate = engine.optimizer.param_groups[0]["lr"]
         assert rate == pytest.approx(LR * part, abs=1e-9), number
@@ -105,18 +112,19 @@ def test_weight_decay_shrinks_the_trained_tokens_alone(build: Any) -> None:
         torch.testing.assert_close(without - with_decay, LR * 0.5 * initial, atol=1e-6, rtol=1e-3)
 
 
-def test_bfloat16_computes_and_float32_remembers(build: Any) -> None:
+def test_bfloat16_computes_and_float32_remembers(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = build(dtype="bfloat16", max_logprob_diff=0.5)
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     seen: list[torch.dtype] = []
-    original = engine.compute_loss
+    original = TokenLoss.__call__
 
-    def spy(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def spy(loss: TokenLoss, logits: torch.Tensor, *rest: Any) -> Any:
         seen.append(logits.dtype)
-        loss: torch.Tensor = original(logits, *rest)
-        return loss
+        return original(loss, logits, *rest)
 
-    engine.compute_loss = spy
+    monkeypatch.setattr(TokenLoss, "__call__", spy)
     first = sum(step(engine, rollouts(engine))["loss"])
     parameters = engine.cartridge.trainable_parameters()
     engine.forward_backward_batch(rollouts(engine), distill_loss)

@@ -32,8 +32,15 @@ def train(engine: Any, steps: range) -> list[tuple[float, float, float]]:
     return [(loss_of(o), o["metrics"]["grad_norm"], o["metrics"]["lr"]) for o in out]
 
 
-def test_a_resumed_run_is_the_run_that_was_never_stopped(build: Any, tmp_path: Path) -> None:
+STRAIGHT = {"optim": {"lr_warmup_steps": 2}, "lr_decay_to": 0.1, "skip_first_tokens": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, STRAIGHT], ids=["cosine", "straight down"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(
+    build: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Exactly: same process, same kernels, so not a bit may differ."""
+    build = partial(build, **settings)
     engine = build()
     train(engine, range(3))
     engine.save_checkpoint(str(tmp_path / "actor"), global_step=3)

@@ -60,7 +60,7 @@ async def sync(proxy: Any, version: str) -> None:
     await proxy.activate(version)
 
 
-async def test_each_answer_is_stamped_with_the_version_that_made_it(proxy: Any) -> None:
+async def test_each_answer_is_labelled_with_the_version_that_made_it(proxy: Any) -> None:
     assert await proxy.wait_until_ready()
     prompt = [10, 20, 30]
     for step in range(2):

@@ -22,6 +22,7 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from verl.utils.device import get_device_id
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import BaseEngineCtx, EngineRegistry
@@ -29,14 +30,17 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.integrity import weights_checksum
-from cartridge_distill.distill.loss import get_loss
+from cartridge_distill.distill.loss import top_ids
 from cartridge_distill.distill.on_policy import check_versions
+from cartridge_distill.distill.overlap import Overlap
+from cartridge_distill.distill.rates import warmed_and_decayed
 from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.distill.token_loss import TokenLoss
 from cartridge_distill.model.flex import graphs
 from cartridge_distill.model.forward import packed_forward, recomputing_layers
 from cartridge_distill.model.identity import weights_fingerprint
-from cartridge_distill.model.packing import pack
-from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.packing import on_device, pack
+from cartridge_distill.model.prompts import begin_of_text, render_document
 from cartridge_distill.model.warm_up import compile_attention
 from cartridge_distill.util.errors import ConfigError, OffPolicyError
 from verl_patches.actor import engine_state
@@ -50,8 +54,9 @@ from verl_patches.actor.ranks import (
     copy_from_rank_0,
     shard,
 )
-from verl_patches.actor.samples import Samples
+from verl_patches.actor.samples import Samples, later_tokens
 from verl_patches.actor.step_checks import Computed, StepChecks, answer_temperature
+from verl_patches.actor.token_sums import StepSums, token_sums
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 
 
@@ -87,11 +92,12 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
     ) -> None:
         self.settings = cartridge_config_of(model_config)
-        self.compute_loss = get_loss(self.settings.loss)
+        self.token_loss = TokenLoss.of(self.settings)
         self.step = 0
         self.version = 0
         self._step_of_version = 0
         self._stage = StageSeconds()
+        self._sums = StepSums()
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         if self._is_offload_param or self._is_offload_optimizer:
             raise ConfigError(
@@ -114,6 +120,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             render,
             max_cached=self.settings.teacher_cache_documents,
             backend=self.settings.attention,
+            begin=begin_of_text(self.model_config.tokenizer),
         )
         check_memory(self, module, _say)
         compile_attention(module, self.settings.attention, partial(self._around, module), _say)
@@ -151,6 +158,16 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             f"from {self.settings.init}, {time.perf_counter() - start:.0f} s"
         )
 
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """veRL's schedule, or the straight line down of ``lr_decay_to``."""
+        last, optim = self.settings.lr_decay_to, self.optimizer_config
+        if last is None:
+            return super()._build_lr_scheduler(optimizer)
+        total, warmup = optim.total_training_steps, optim.lr_warmup_steps
+        if warmup <= 0:  # as veRL reads them
+            warmup = int(optim.lr_warmup_steps_ratio * total)
+        return LambdaLR(optimizer, warmed_and_decayed(warmup, total, last))
+
     def _remember_frozen_tokens(self) -> None:
         self._frozen_before = [p.detach().clone() for p in self._frozen_tokens()]
 
@@ -169,6 +186,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._check_staleness()
         staleness = self.staleness
         self.checks.begin_batch()
+        self._sums.begin()
         self._stage.take()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -180,6 +198,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             "staleness_max": float(staleness),
             "teacher_prefills": float(self.teacher.prefills),
             "attention_graphs": float(len(graphs())),
+            **self._sums.means(self.teacher.device),
             **{f"seconds/{stage}": value for stage, value in seconds.items()},
         }
         # veRL expects a list a metric: one value a micro-batch, gathered over the ranks.
@@ -189,6 +208,18 @@ class CartridgeEngine(FSDPEngineWithLMHead):
     def _frozen_changed(self) -> bool:
         pairs = zip(self._frozen_before, self._frozen_tokens(), strict=True)
         return bool(torch.stack([(before != now).any() for before, now in pairs]).any())
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Any, forward_only: bool = False
+    ) -> Any:
+        """veRL's, which divides by the tokens of ``loss_mask``: those that have a loss.
+
+        Raises:
+            RolloutError: no token of the batch has one.
+        """
+        if self.token_loss.skip_first:
+            data["loss_mask"] = later_tokens(data["response_mask"], self.token_loss.skip_first)
+        return super().forward_backward_batch(data, loss_function, forward_only)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Any, forward_only: bool
@@ -217,18 +248,24 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 cfg.topk,
                 cfg.kl_temperature,
                 chosen_at=answer_temperature(samples, cfg.teacher_temperature),
+                asked_ids=top_ids(logits.detach(), cfg.topk) if self.token_loss.loss.asks else None,
             )
         with self._stage("loss"):
-            token_loss = self.compute_loss(logits, teacher, cfg.kl_temperature)
+            counted = on_device(self.token_loss.counted(samples.answers), logits.device)
+            token_loss, clipped = self.token_loss(logits, teacher, counted)
             loss, _ = loss_function(
                 model_output={"token_loss": token_loss},
                 data=micro_batch,
                 dp_group=self.get_data_parallel_group(),
             )
-        found = Computed(batch.tokens(response_mask), logits.detach(), teacher, loss)
+            overlap = Overlap.of(logits.detach(), teacher, cfg.kl_temperature)
+            sums = token_sums(overlap, token_loss, clipped, counted, samples.general)
+        tokens = batch.tokens(response_mask)
+        found = Computed(tokens, logits.detach(), teacher, loss, sums)
         metrics: dict[str, Any] = self.checks.run(
             samples, found, self.version, self.staleness > 0, prefix
         )
+        self._sums.add(metrics)
         metrics["response_tokens"] = float(token_loss.numel())
         return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cartridge_distill.cartridge.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
 from cartridge_distill.distill.training_state import (
@@ -35,6 +35,8 @@ CARTRIDGE_FOLDER = "cartridge"
 _CARTRIDGE_SETTINGS = (
     *("num_tokens", "num_frozen_tokens", "lr", "init", "loss", "topk", "kl_temperature", "seed"),
 )
+# Named where they are set alone: a checkpoint from before there were any goes on without them.
+_OPTIONAL_SETTINGS = (*("loss_weight", "skip_first_tokens", "max_token_loss", "lr_decay_to"),)
 _OPTIMIZER_SETTINGS = (
     *("optimizer", "betas", "weight_decay", "clip_grad", "override_optimizer_config"),
     *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
@@ -62,8 +64,12 @@ def settings_of(engine: Any) -> dict[str, Any]:
 
 
 def _settings(engine: Any) -> dict[str, Any]:
+    cartridge = engine.settings
     return {
-        **{f"cartridge.{name}": getattr(engine.settings, name) for name in _CARTRIDGE_SETTINGS},
+        **{f"cartridge.{name}": getattr(cartridge, name) for name in _CARTRIDGE_SETTINGS},
+        **{
+            f"cartridge.{name}": v for name in _OPTIONAL_SETTINGS if (v := getattr(cartridge, name))
+        },
         **{f"optim.{name}": getattr(engine.optimizer_config, name) for name in _OPTIMIZER_SETTINGS},
         "model_dtype": str(engine.engine_config.model_dtype),
     }
@@ -130,8 +136,14 @@ def restore(engine: Any, directory: Path) -> None:
     """
     state = load_state(directory)
     check_same_run(state.settings, settings_of(engine), directory)
-    saved = load_cartridge(directory / CARTRIDGE_FOLDER)
-    engine.cartridge.load_state_dict(saved.state_dict())  # in place: the optimizer keeps them
+    saved = read_cartridge(directory / CARTRIDGE_FOLDER)
+    if saved.meta.step != state.step:
+        raise CartridgeFormatError(
+            f"{directory}: the cartridge is of step {saved.meta.step}, the training state of step "
+            f"{state.step}: they are not of one save. Go on from another checkpoint"
+        )
+    # In place: the optimizer keeps them.
+    engine.cartridge.load_state_dict(dict(saved.snapshot.items()))
     _set_optimizer(engine, state, directory)
     _set_schedule(engine.lr_scheduler, state.schedule)
     set_rng_state(state.rng, engine.cartridge.trainable_keys[0].device)

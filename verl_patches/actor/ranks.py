@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from verl.utils.fsdp_utils import apply_fsdp2
 
+from cartridge_distill.data.general import BARE
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.packing import pack
@@ -71,7 +72,7 @@ class RanksTeacher(Teacher):
     """A teacher that runs the model equally often on every rank."""
 
     @contextmanager
-    def _forwarding(self, document_ids: Sequence[str]) -> Iterator[None]:
+    def _forwarding(self, document_ids: Sequence[str | None]) -> Iterator[None]:
         """All ranks come here together, and wait for each other."""
         own = self._forwards(document_ids)
         most = torch.tensor(own, device=self.device)
@@ -81,12 +82,15 @@ class RanksTeacher(Teacher):
             batch = pack([torch.zeros(1, dtype=torch.long)]).to(self.device)
             packed_forward(self.model, None, batch, backend=self.backend)
 
-    def _forwards(self, document_ids: Sequence[str]) -> int:
-        """Forwards that a call takes: one a document, and one more where its KV is not kept."""
+    def _forwards(self, document_ids: Sequence[str | None]) -> int:
+        """Forwards that a call takes: one a document or none, one more where its KV is not kept."""
         kept = OrderedDict.fromkeys(self._cache)
         count = 0
         for document_id in dict.fromkeys(document_ids):
             count += 1
+            if document_id is BARE:
+                count += self._bare is None and bool(self._begin)
+                continue
             if document_id in kept:
                 kept.move_to_end(document_id)
                 continue

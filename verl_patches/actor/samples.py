@@ -14,9 +14,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from cartridge_distill.data.general import BARE, document_of
 from cartridge_distill.distill.mixing import STUDENT, TEACHER
 from cartridge_distill.model.packing import HostMask, host_mask
-from cartridge_distill.util.errors import DocumentError, RolloutError
+from cartridge_distill.util.errors import RolloutError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Samples:
         response_masks: B bool masks over them, true at the response tokens that are trained on.
         rollout_logprobs: ``[N]`` the server's log-probs of the counted tokens, in order, on the
             host.
-        document_ids: B ids.
+        document_ids: B ids; ``BARE`` for a general sample, whose teacher is the bare model.
         steps: B cartridge steps that made the rollouts; None where a label has none.
         authors: B, who wrote each; a sample without a label is held against the student.
         temperature: that the server sampled at.
@@ -37,7 +38,7 @@ class Samples:
     sequences: list[Tensor]
     response_masks: list[HostMask]
     rollout_logprobs: Tensor
-    document_ids: list[str]
+    document_ids: list[str | None]
     steps: list[int | None]
     authors: list[str]
     temperature: float
@@ -47,7 +48,7 @@ class Samples:
         """Reads veRL's fields, which are on the host: nothing here waits for a device.
 
         Raises:
-            DocumentError: a sample names no document.
+            DocumentError: a sample names no document and is not labelled as general.
             RolloutError: a rollout has no log-probs, or not one for each token.
         """
         sequences = [ids.contiguous() for ids in data["input_ids"].unbind()]
@@ -75,7 +76,9 @@ class Samples:
             rollout_logprobs=torch.cat(
                 [values[torch.from_numpy(m)] for values, m in zip(logprobs, masks, strict=True)]
             ),
-            document_ids=[document_id_of(item, document_key, row) for row, item in enumerate(info)],
+            document_ids=[
+                document_of(item, document_key, f"sample {row}") for row, item in enumerate(info)
+            ],
             steps=[(label or {}).get("global_steps") for label in labels],
             authors=[(label or {}).get("author", STUDENT) for label in labels],
             temperature=float(data["temperature"]),
@@ -84,8 +87,20 @@ class Samples:
     @property
     def by_teacher(self) -> HostMask:
         """``[N]`` bool: the counted tokens that the teacher wrote."""
-        teacher = [author == TEACHER for author in self.authors]
-        return np.repeat(teacher, [int(mask.sum()) for mask in self.response_masks])
+        return self._tokens_of([author == TEACHER for author in self.authors])
+
+    @property
+    def general(self) -> HostMask:
+        """``[N]`` bool: the counted tokens of samples without a document."""
+        return self._tokens_of([document_id is BARE for document_id in self.document_ids])
+
+    @property
+    def answers(self) -> list[int]:
+        """How many tokens of each sample are counted."""
+        return [int(mask.sum()) for mask in self.response_masks]
+
+    def _tokens_of(self, samples: list[bool]) -> HostMask:
+        return np.repeat(samples, self.answers)
 
 
 def column(data: TensorDict, key: str, rows: int) -> list[Any]:
@@ -96,13 +111,23 @@ def column(data: TensorDict, key: str, rows: int) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
-def document_id_of(info: Any, key: str, row: int) -> str:
-    """The id of a sample's document, from its ``extra_info``; DocumentError when there is none."""
-    value = (info or {}).get(key)
-    if value is None:
-        raise DocumentError(
-            f"sample {row} (extra_info {info!r}) has no {key!r}; without its document the teacher "
-            "would be the bare model. Prepare the data with training/prepare_data.py, or set "
-            "actor_rollout_ref.actor.cartridge.document_key"
+def later_tokens(response_mask: Tensor, skip_first: int) -> Tensor:
+    """veRL's nested response mask without the first counted tokens of each answer.
+
+    Raises:
+        RolloutError: nothing is left.
+    """
+    rows = []
+    for row in response_mask.unbind():
+        mask = row.bool()
+        rows.append(mask & (mask.cumsum(0) > skip_first))
+    if not any(row.any() for row in rows):
+        longest = max(int(row.bool().sum()) for row in response_mask.unbind())
+        raise RolloutError(
+            f"actor.cartridge.skip_first_tokens={skip_first} leaves nothing to train on: the "
+            f"longest answer of the batch has {longest} tokens; set it lower, or allow longer "
+            "answers (data.max_response_length)"
         )
-    return str(value)
+    return torch.nested.as_nested_tensor(
+        [row.to(response_mask.dtype) for row in rows], layout=torch.jagged
+    )

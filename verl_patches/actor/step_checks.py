@@ -7,8 +7,8 @@ together, so that the host waits once for student and teacher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -48,12 +48,14 @@ class Computed:
         logits: ``[N, V]`` of the student, detached.
         teacher: distributions over the same tokens, not looked at yet.
         loss: scalar.
+        more: further numbers to be fetched with the rest; scalars, by name.
     """
 
     tokens: Tensor
     logits: Tensor
     teacher: TeacherTopK
     loss: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StepChecks:
@@ -133,6 +135,7 @@ class StepChecks:
             "finite": found.teacher.finite,
             "student_logprob": trainer.mean(),
             "teacher_tail_mass": found.teacher.tail_logprob.exp().mean(),
+            **found.more,
         }
         if counted:
             values["logprob_diff/mean"] = torch.cat(counted).mean()

@@ -18,13 +18,13 @@ from pyarrow import ArrowException, parquet
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
-from cartridge_distill.distill.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
 from verl_patches.config.fixed_settings import ACTOR, MODEL, ROLLOUT, fixed_problems
+from verl_patches.config.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
 from verl_patches.platform.cluster import joins_a_cluster
 
 MIN_RAY_CPUS = 4
@@ -135,6 +135,16 @@ def _saving_problems(config: DictConfig) -> Iterator[str]:
     keep = _get(config, key)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         yield f"{key}={keep!r}: checkpoints that stay; set a whole number, 1 or more, or null"
+
+
+def _rate_problems(config: DictConfig) -> Iterator[str]:
+    key, kind = f"{KEY}.lr_decay_to", f"{ACTOR}.optim.lr_scheduler_type"
+    decay, scheduler = _get(config, key), _get(config, kind)
+    if decay is not None and scheduler != "constant":
+        yield (
+            f"{key}={decay!r} with {kind}={scheduler!r}: two schedules for one rate; set "
+            f"{kind}=constant, or {key}=null"
+        )
 
 
 def _cluster_problems(config: DictConfig) -> Iterator[str]:
@@ -295,6 +305,7 @@ def check_run_config(config: DictConfig) -> None:
         *fixed_problems(config),
         *_batch_problems(config),
         *_run_length_problems(config),
+        *_rate_problems(config),
         *_saving_problems(config),
         *_length_problems(config),
         *_server_problems(config),

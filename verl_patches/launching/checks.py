@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import shlex
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import ClientSettings
+from cartridge_distill.util.command_line import nearest
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, RolloutError
+from cartridge_distill.util.files import check_writable
 from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import say
 from verl_patches.launching.settings import Run
@@ -38,11 +41,58 @@ def check_here(run: Run) -> None:
     Raises:
         ConfigError, NotReady: with the fix.
     """
+    check_loggers(run)
     check_data(run)
     check_settings(run)
     check_prompts(run)
     check_device(run)
     check_folder(run)
+
+
+def check_loggers(run: Run) -> None:
+    """Are those of ``--log-to`` installed?
+
+    Raises:
+        NotReady: one is not.
+    """
+    missing = [name for name in run.loggers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotReady(
+            f"--log-to {run.log_to}: not installed here: {', '.join(missing)}; fix: "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def check_model_name(model: str) -> None:
+    """Can it be a model's? Known at once; reading it takes seconds of imports.
+
+    Raises:
+        ConfigError: it looks like a path, and nothing is there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return
+        raise ConfigError(
+            f"--model {model}: the folder has no config.json; fix: name the folder of a model, or "
+            "a hub id"
+        )
+    if not (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
+        return  # a hub id, or a name that the reading will not find
+    near = near_names(path)
+    raise ConfigError(
+        f"--model {model}: there is no such folder; fix: "
+        + (f"did you mean {' or '.join(near)}?" if near else "name a model's folder, or a hub id")
+    )
+
+
+def near_names(path: Path) -> list[str]:
+    """What lies beside a path that is not there, and is called almost as it is."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+    return [str(path.with_name(name)) for name in nearest(path.name, beside)]
 
 
 def check_verl() -> None:
@@ -206,14 +256,9 @@ def check_prompts(run: Run) -> None:
 
 
 def check_folder(run: Run) -> None:
-    """Can the run's folder be written to? It is made when it is not there.
+    """Can the run's folder be made and written to? Nothing is made here.
 
     Raises:
         NotReady: it cannot.
     """
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotReady(f"--out {run.folder}: {error.strerror}; give another --out") from error
-    if not os.access(run.folder, os.W_OK):
-        raise NotReady(f"--out {run.folder}: cannot be written to; give another --out")
+    check_writable(run.folder, "--out")

@@ -60,7 +60,7 @@ def overrides(run: Run) -> list[str]:
         f"{custom}.tokasaurus_url={url}",
         f"trainer.experiment_name={hydra_value(run.label)}",
         f"trainer.default_local_dir={hydra_value(run.folder / 'checkpoints')}",
-        "trainer.logger=[console,file]",
+        f"trainer.logger=[{','.join(('console', 'file', *run.loggers))}]",
         *run.overrides,
     ]
 
@@ -88,6 +88,7 @@ def environment(run: Run, inherited: Mapping[str, str] = os.environ) -> dict[str
         "VERL_PLATFORM": "" if gpu else "cpu",  # empty: veRL looks which card there is
         "VERL_USE_EXTERNAL_MODULES": "verl_patches.plugin",
         "VERL_FILE_LOGGER_PATH": str(run.folder / "metrics.jsonl"),
+        **_of_loggers(run, inherited),
         **({} if run.threads is None else {"OMP_NUM_THREADS": str(run.threads)}),
         **spinning(inherited),
         # Activations come and go by the megabyte. glibc would give them back to the system each
@@ -98,6 +99,16 @@ def environment(run: Run, inherited: Mapping[str, str] = os.environ) -> dict[str
         "RAY_DEDUP_LOGS": inherited.get("RAY_DEDUP_LOGS", "0"),  # it would fold lines of steps
         **{setting.name: setting.value for setting in missing_settings(inherited, gpu)},
     }
+
+
+def _of_loggers(run: Run, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Where they write, unless the person has said it: into the run's folder."""
+    places = {
+        "tensorboard": ("TENSORBOARD_DIR", run.folder / "tensorboard"),
+        "wandb": ("WANDB_DIR", run.folder),
+    }
+    chosen = [places[name] for name in run.loggers]
+    return {name: inherited.get(name) or str(folder) for name, folder in chosen}
 
 
 def python_path(inherited: Mapping[str, str]) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from cartridge_distill.util.command_line import did_you_mean
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import hydra_value
 from verl_patches.launching.command import overrides
@@ -13,6 +16,8 @@ from verl_patches.manage import find_tree
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+_UNKNOWN = re.compile(r"Could not override '([^']+)'")
 
 
 @cache
@@ -37,6 +42,30 @@ def configuration(run: Run) -> DictConfig:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             return compose(CONFIG_NAME, overrides=[search, *overrides(run)])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"veRL's settings cannot be read: {error}") from error
+        fix = _nearest_key(str(error), run) if run.overrides else ""
+        raise ConfigError(f"veRL's settings cannot be read: {error}{fix}") from error
     finally:
         GlobalHydra.instance().hydra = before
+
+
+def _nearest_key(said: str, run: Run) -> str:
+    """Which key was probably meant, where Hydra knows none of that name."""
+    match = _UNKNOWN.search(said)
+    if match is None:
+        return ""
+    known = keys_of(configuration(replace(run, overrides=())))
+    otherwise = "`cartridge-distill train --show-config` lists them"
+    return f"\n{did_you_mean(match[1].lstrip('+~'), known, otherwise)}"
+
+
+def keys_of(config: Any, before: str = "") -> list[str]:
+    """All dotted keys of a configuration, of groups and of values."""
+    from omegaconf import OmegaConf
+
+    found: list[str] = []
+    for key in config:
+        name = f"{before}{key}"
+        found.append(name)
+        if not OmegaConf.is_missing(config, key) and OmegaConf.is_dict(config._get_node(key)):
+            found += keys_of(config._get_node(key), f"{name}.")
+    return found

@@ -22,6 +22,7 @@ from cartridge_distill.util.server_url import checked_url
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "config"
 CONFIG_NAME = "cartridge_distill"
+LOGGERS = ("wandb", "tensorboard")
 _OVERRIDE = re.compile(r"[~+]{0,2}[\w./@:-]+(=.*)?", re.DOTALL)
 
 
@@ -116,6 +117,10 @@ class Run:
         "(default: none)",
         group=_HOW,
     )
+    log_to: str | None = _setting(
+        "also log to these, with a comma between them: wandb, tensorboard (RUN/tensorboard)",
+        group=_HOW,
+    )
     wait: float = _setting(
         "seconds to wait for the server, a cold start included", 60.0, group=_HOW
     )
@@ -134,6 +139,12 @@ class Run:
             value, choices = getattr(self, about.name), about.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ConfigError(f"{flag(about.name)} {value}: give one of {', '.join(choices)}")
+        unknown = [name for name in self.loggers if name not in LOGGERS]
+        if self.log_to is not None and (unknown or not self.loggers):
+            raise ConfigError(
+                f"--log-to {self.log_to}: {', '.join(unknown) or 'nothing'} is no logger here; "
+                f"fix: give {' or '.join(LOGGERS)}, or both with a comma between them"
+            )
         for override in self.overrides:
             if not _OVERRIDE.fullmatch(override) or not ("=" in override or override[0] == "~"):
                 raise ConfigError(
@@ -143,6 +154,11 @@ class Run:
         for url in self.server:
             checked_url(url)
         _check_no_secrets((*self.overrides, self.model, self.served_model or "", self.name or ""))
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """veRL's loggers beside its console and its file."""
+        return tuple(filter(None, (name.strip() for name in (self.log_to or "").split(","))))
 
     @property
     def label(self) -> str:

@@ -70,7 +70,7 @@ class CartridgeAgentLoop(AgentLoopBase):
                 tokens, logprobs = output.token_ids, output.log_probs
                 labels = output.extra_fields
             else:
-                assert self.teacher is not None  # the worker has a desk where any plan needs one
+                assert self.teacher is not None  # made wherever a plan can name it
                 answer, labels = await self.teacher.write(
                     self.server_manager, prompt_ids, kwargs, uuid4().hex
                 )

@@ -6,7 +6,8 @@ a resumed one none of the steps before. So the numbers are saved with the step i
 a resumed run begin where it goes on: every step is there once, as it was trained.
 
 The file is written as a whole, like the checkpoint's other parts, before the tracker that makes
-the checkpoint count; lines beyond the tracker's step are of a save that was killed.
+the checkpoint count; lines beyond the tracker's step are of a save that was killed. Each line holds
+a hash of itself (``entries_sha256``): a number that was changed on the disk is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
+from cartridge_distill.util.sealed import is_sealed, sealed, unsealed
 
 HISTORY_FILE = "history.jsonl"
 
@@ -45,9 +47,12 @@ class History:
         if not file.is_file():
             return cls()
         try:
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            found = [dict(json.loads(line)) for line in file.read_text().splitlines()]
+            if len(set(map(is_sealed, found))) > 1:
+                raise ValueError("some of its lines have a hash, and some have none")
+            lines = [unsealed(line) for line in found]
             return cls([line for line in lines if line["step"] <= step])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CartridgeFormatError(
                 f"{file} is damaged ({error!r}); the checkpoints do not depend on it: move it "
                 "away, and the run goes on without the numbers of the steps before"
@@ -77,7 +82,7 @@ class History:
         """All lines, in place of those that were there."""
 
         def write(file: Path) -> None:
-            file.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            file.write_text("".join(json.dumps(sealed(line)) + "\n" for line in self.lines))
 
         replace_file(run / HISTORY_FILE, write, overwrite=True)
 

@@ -18,6 +18,7 @@ from verl.utils import tensordict_utils as tu
 
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.general import document_of
 from cartridge_distill.distill.mixing import (
     STUDENT,
     TEACHER,
@@ -29,10 +30,9 @@ from cartridge_distill.distill.mixing import (
 from cartridge_distill.distill.on_policy import check_versions
 from cartridge_distill.distill.teacher_answers import AnswerCache, TeacherWriter
 from cartridge_distill.model.identity import model_identity
-from cartridge_distill.model.prompts import render_document
+from cartridge_distill.model.prompts import begin_of_text, render_document
 from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.util.errors import RolloutError
-from verl_patches.actor.samples import document_id_of
 
 PLAN, EPOCH = "student_writes", "epoch"
 """Columns of a batch on its way out: ``[B, n]`` bool, and how often the data was gone through."""
@@ -49,6 +49,7 @@ class Mixing:
         self.schedule = Schedule.of(config.actor_rollout_ref.actor.cartridge.on_policy_fraction)
         self._seed = config.data.seed
         self._choices: int = config.actor_rollout_ref.rollout.n
+        self._skipped: int = config.actor_rollout_ref.actor.cartridge.skip_first_tokens
         self.totals = TokenCounts()
         self._last: dict[str, float] = {}
 
@@ -113,7 +114,7 @@ class Mixing:
                 length for length, teacher, hit in rows if teacher and not hit
             ),
             teacher_scored=sum(lengths),
-            trained=sum(lengths),
+            trained=sum(max(0, length - self._skipped) for length in lengths),
         )
         self.totals += step
         self._last = {
@@ -172,6 +173,7 @@ class TeacherAnswers:
             temperature=temperature,
             base_model=base_model,
             cache=cache,
+            begin=begin_of_text(model_config.tokenizer),
         )
 
     async def write(
@@ -199,7 +201,7 @@ class TeacherAnswers:
             return Completion(output.token_ids, output.log_probs, reason)
 
         row = int(sample["index"])
-        document_id = document_id_of(sample.get("extra_info"), self._document_key, row)
+        document_id = document_of(sample.get("extra_info"), self._document_key, f"row {row}")
         seed = answer_seed(self._seed, row, int(sample[EPOCH]), int(sample["session_id"]))
         answer, cached = await self._writer.write(document_id, prompt_ids, seed, ask)
         labels = {"author": TEACHER, "cached": cached, "finish_reason": answer.finish_reason}

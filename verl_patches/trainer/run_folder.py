@@ -6,6 +6,7 @@
     global_step_7/data.pt    where the data stood, and what data it was
     global_step_7/.saving    while it is written, until the tracker names it
     history.jsonl            the numbers of all steps so far, see history
+    best.json                the saved step with the lowest validation KL; it is kept
     latest_checkpointed_iteration.txt    "7"; written last
     .running                 locked by the run that trains here
     runs.txt                 a run id for every start, the ones that died included
@@ -27,11 +28,13 @@ from typing import Any
 
 import torch
 
-from cartridge_distill.cartridge.formats.stored_tensors import check_uncompressed
+from cartridge_distill.cartridge.formats.stored_tensors import check_archive
 from cartridge_distill.sync.versions import is_run_id
+from cartridge_distill.util.best_step import read_best
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
-from cartridge_distill.util.tracker import (
+from verl_patches.actor.engine_state import check_same_run
+from verl_patches.trainer.tracker import (
     DATA_FILE,
     SAVING,
     TRACKER,
@@ -43,7 +46,6 @@ from cartridge_distill.util.tracker import (
     step_number,
     tracked_step,
 )
-from verl_patches.actor.engine_state import check_same_run
 
 __all__ = [
     "DATA_FILE",
@@ -217,7 +219,7 @@ def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     file = folder / DATA_FILE
     try:
         with file.open("rb") as source:
-            check_uncompressed(source, file)
+            check_archive(source, file, with_checksums=True)
         saved = torch.load(file, map_location="cpu", weights_only=True)
         position, saved_about = dict(saved["loader"]), dict(saved["about"])
     except Exception as error:  # a damaged file can fail in any way there is
@@ -260,6 +262,8 @@ def _write_lines(file: Path, lines: list[str]) -> None:
 def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     """Deletes what is older than the newest ``keep`` complete checkpoints up to ``step``.
 
+    The best step of the validations stays as well.
+
     What a killed save left behind goes as well. Later steps are of a timeline that was left with
     ``resume_path``; they stay until this run has saved steps of its own there.
 
@@ -269,7 +273,8 @@ def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:
     whole = set(saved_steps(run))
     past = sorted(n for n in map(step_number, run.iterdir()) if n is not None and n <= step)
     kept = [n for n in past if n in whole]
-    kept = kept if keep is None else kept[-keep:]
+    best = read_best(run, step)
+    kept = [n for n in kept if keep is None or n in kept[-keep:] or (best and n == best.step)]
     gone = [step_folder(run, n) for n in past if n not in kept]
     for folder in gone:
         shutil.rmtree(folder)

@@ -26,6 +26,7 @@ from verl.utils.debug import marked_timer
 
 from cartridge_distill.distill.mixing import STUDENT
 from cartridge_distill.distill.on_policy import the_served_version
+from cartridge_distill.util.best_step import note_validation
 from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
 from verl_patches.actor.worker import CartridgeWorker
@@ -252,6 +253,7 @@ class CartridgeTrainer(PPOTrainerSync):
             f"  accuracy {scores['accuracy']:.3f}  {time.monotonic() - start:.1f}s",
             flush=True,
         )
+        note_validation(self._run_folder, self.global_steps, scores["kl"])
         return {f"val/{name}": value for name, value in scores.items()}
 
     # ---------------------------------------------------------------- one step

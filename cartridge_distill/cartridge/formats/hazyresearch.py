@@ -28,7 +28,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     StoredCartridge,
     checked_snapshot,
 )
-from cartridge_distill.cartridge.formats.stored_tensors import check_stored, check_uncompressed
+from cartridge_distill.cartridge.formats.stored_tensors import check_archive, check_stored
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
 from cartridge_distill.util.lfs import about, pointer_in
@@ -124,7 +124,7 @@ def _unpickle(path: Path, mapped: bool) -> Any:
             # Files of torch before 1.6 are no zip, and cannot be mapped.
             is_zip = zipfile.is_zipfile(file)
             if is_zip:
-                check_uncompressed(file, path)
+                check_archive(file, path)
             mapped = mapped and is_zip
             file.seek(0)
             source = str(path) if mapped else file

@@ -2,18 +2,26 @@
 
 The only format that keeps all that is known: base model and revision, step, document, recipe,
 metrics. Training writes float32, the dtype of the master weights; a conversion writes the dtype it
-found.
+found. The JSON holds two hashes, of the tensors and of itself (``content_hash``).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
+from cartridge_distill.cartridge.content_hash import (
+    HASHES,
+    TENSORS,
+    check_entries,
+    check_hashes,
+    sha256_of,
+)
 from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     CartridgeMeta,
@@ -24,6 +32,7 @@ from cartridge_distill.cartridge.snapshot import PARTS
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory, replace_file
+from cartridge_distill.util.sealed import sealed
 
 WEIGHTS_FILE = "cartridge.safetensors"
 META_FILE = "cartridge.json"
@@ -35,8 +44,8 @@ def read(path: Path) -> StoredCartridge:
     """Reads a directory.
 
     Raises:
-        CartridgeFormatError: a file is missing or broken, holds what is not known here, or the JSON
-            is about another cartridge.
+        CartridgeFormatError: a file is missing or broken, holds what is not known here, the JSON is
+            about another cartridge, or one of them is not as it was written.
     """
     described = read_json(path)
     weights = path / WEIGHTS_FILE
@@ -53,15 +62,16 @@ def read(path: Path) -> StoredCartridge:
     except CartridgeFormatError as error:
         raise CartridgeFormatError(f"{path / META_FILE}: {error}") from None
     about_tensors = {**cartridge.shape(), "dtype": cartridge.dtype_name()}
-    refuse_unknown(
-        described, {"format", *about_tensors, *cartridge.meta.as_dict()}, str(path / META_FILE)
-    )
+    known = {"format", *about_tensors, *cartridge.meta.as_dict(), *HASHES}
+    refuse_unknown(described, known, str(path / META_FILE))
     for name, found in about_tensors.items():
         if described.get(name) != found:
             raise CartridgeFormatError(
                 f"{path / META_FILE} says {name}={described.get(name)}, {WEIGHTS_FILE} has {found}"
             )
-    return cartridge
+    sha256 = sha256_of(tensor for _, tensor in snapshot.items())
+    check_hashes(sha256, described, weights, path / META_FILE)
+    return replace(cartridge, sha256=described.get(TENSORS))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
         **cartridge.shape(),
         "dtype": cartridge.dtype_name(),
         **cartridge.meta.as_dict(),
+        TENSORS: sha256_of(tensor for _, tensor in cartridge.snapshot.items()),
     }
 
     def fill(scratch: Path) -> None:
@@ -108,9 +119,10 @@ def record(path: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     """Adds to what a directory says of itself; its tensors stay as they are.
 
     Raises:
-        CartridgeFormatError: it is not of this format.
+        CartridgeFormatError: it is not of this format, or not as it was written.
     """
     described = read_json(path)
+    check_entries(described, path / META_FILE)
     meta = CartridgeMeta.from_dict(described)
     meta.recipe |= recipe
     meta.metrics |= metrics
@@ -119,5 +131,5 @@ def record(path: Path, recipe: Mapping[str, Any], metrics: Mapping[str, Any]) ->
 
 
 def _write_json(described: Mapping[str, Any], file: Path) -> None:
-    text = json.dumps(described, indent=2, default=str, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(described), indent=2, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")

@@ -87,10 +87,12 @@ class StoredCartridge:
     Attributes:
         snapshot: the tensors, in the dtype of the file.
         meta: what the file says about them.
+        sha256: of the tensors, which the file had and which was compared; None where it had none.
     """
 
     snapshot: Snapshot
     meta: CartridgeMeta
+    sha256: str | None = None
 
     def shape(self) -> dict[str, int | list[int]]:
         """The numbers that must agree with a model, and the token counts.
@@ -124,7 +126,7 @@ class StoredCartridge:
             snapshot.check_finite()
         except CartridgeFormatError as error:
             raise CartridgeFormatError(f"too large for {dtype}: {error}") from None
-        return replace(self, snapshot=snapshot)
+        return replace(self, snapshot=snapshot, sha256=None)
 
     def for_model(self, base_model: str | None, revision: str | None = None) -> StoredCartridge:
         """The same, said to be for this model; unchanged where None or its own is given."""

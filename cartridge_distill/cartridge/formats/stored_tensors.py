@@ -1,8 +1,9 @@
-"""No tensor larger than what is stored of it: a small file must not become gigabytes.
+"""Of a ``.pt`` file: what is stored is what was written, and no tensor is larger than that.
 
 A pickled tensor says its shape and strides itself. With a stride of 0 one stored number is a tensor
 of any size, many tensors may share one storage, and a zip may be compressed. None of that costs
-anything until somebody copies the tensors, so it is looked at before.
+anything until somebody copies the tensors, so it is looked at before: a small file must not become
+gigabytes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ from torch import Tensor, nn
 
 from cartridge_distill.util.errors import CartridgeFormatError
 
+_PIECE_BYTES = 2**20
 
-def check_uncompressed(file: BinaryIO, path: Path) -> None:
-    """``torch.save`` compresses nothing; what is compressed can be of any size.
+
+def check_archive(file: BinaryIO, path: Path, with_checksums: bool = False) -> None:
+    """A ``.pt`` file as ``torch.save`` writes it: nothing compressed, nothing changed since.
+
+    What is compressed can be of any size. Each record of the zip has a CRC-32, which ``torch.load``
+    never looks at. A checksum of 0 is none: torch can be told to write none, and that is done where
+    tensors are published.
+
+    Args:
+        with_checksums: each record must have one.
 
     Raises:
-        CartridgeFormatError: a record is compressed, or claims more bytes than the file has.
+        CartridgeFormatError: a record is compressed, claims more bytes than the file has, or has
+            others than those that were written.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(file) as archive:
@@ -32,6 +43,25 @@ def check_uncompressed(file: BinaryIO, path: Path) -> None:
                     f"{path}: {record.filename!r:.60} is compressed, and would be "
                     f"{record.file_size} bytes of a file of {size}; torch.save compresses nothing"
                 )
+            if with_checksums and record.file_size and not record.CRC:
+                raise CartridgeFormatError(
+                    f"{path}: {record.filename!r:.60} has no checksum; torch.save writes one"
+                )
+            _check_record(archive, record, path)
+
+
+def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path) -> None:
+    """Its name stands where its bytes are, and they have its checksum, where it has one."""
+    try:
+        with archive.open(record) as stream:
+            # At the end the reader compares the checksum.
+            while record.CRC and stream.read(_PIECE_BYTES):
+                pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CartridgeFormatError(
+            f"{path}: {record.filename!r:.60} is not as it was written: {error}. Take another copy "
+            "of the file"
+        ) from error
 
 
 def check_stored(tensors: Iterable[Tensor], part: str, path: Path) -> None:

@@ -1,12 +1,15 @@
 """The blocks of a text: headings, code and prose, read by the rules of the kind of text it is.
 
 *Markdown* (also what `reading` makes of HTML): a heading is `# ...` or a line underlined with
-`===` or `---`; code stands in a fence, or indented by four after a blank line outside a list.
+`===` or `---`; code stands in a fence, or after a blank line indented by four: in a list item, or
+in a definition (`:   ...`), by four more than its text.
 
-*Plain text*: nothing is marked up, so nothing is code: a line of `~~~~` fences nothing, and
-`# command` is no heading. A heading is a line underlined with one repeated sign, as in
-reStructuredText (with a line of it above as well, or not; each style that appears is one level
-deeper), or a line in capitals over lines that are indented, as in a manual page.
+*Plain text*: a line of `~~~~` fences nothing, and `# command` is no heading. Code is what is
+indented below a paragraph that ends in `::`, and nothing else. A heading is a line underlined with
+one repeated sign, as in reStructuredText (with a line of it above as well, or not; each style that
+appears is one level deeper), a line in capitals (or of a script without them) over lines that are
+indented, as in a manual page, or a line whose number continues the numbers of the headings before
+(`numbered.py`).
 
 In both, a short line by itself that begins like a title, does not end like a sentence and stands
 over ordinary prose is a heading, too.
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from cartridge_distill.data.documents.numbered import numbered_headings
 from cartridge_distill.util.errors import DocumentError
 
 Form = Literal["markdown", "plain"]
@@ -44,15 +48,15 @@ class Block:
     code: bool = False
 
 
-_FENCE = re.compile(r" {0,3}(?:(`{3,})[^`]*|(~{3,}).*)$")
+_FENCE = re.compile(r"[ \t]*(?:(`{3,})[^`]*|(~{3,}).*)$")
 _HASHES = re.compile(r" {0,3}(#{1,6})[ \t]+(?=\S)")
 _SETEXT = re.compile(r" {0,3}(=+|-{2,})\s*$")
-_INDENTED = re.compile(r"(?: {4}|\t)")
 _RULE = re.compile(r"\s*([!-/:-@\[-`{-~])\1+\s*$")
 ITEM = re.compile(r"[ \t]*(?:[-*+•–][ \t]|\d{1,3}[.)][ \t]|\|)")
-_LIST = re.compile(r"[ \t]*(?:[-*+•–]|\d{1,3}[.)])[ \t]")
-_TITLE_LIKE = re.compile(r"[\W\d]*[^\W\d_].*[^.!?:;,\s]$")
-_COMMAND = re.compile(r"\s*[#$>%]")
+_LIST = re.compile(r"[ \t]*(?:[-*+•–:]|\d{1,3}[.)])(?:[ \t]{1,4}(?=\S)|[ \t])")
+_TITLE_LIKE = re.compile(r"[\W\d]*[^\W\d_].*[^.!?:;,\s。．！？：；，、…]$")
+_NO_TITLE = re.compile(r"[#$>%]|-+\w|--|.*\S@\S")  # a command, an option, a signature
+_EMPHASIS = re.compile(r"\*+|`+")
 _COLUMNS = re.compile(r"\S {3,}\S|\||\t")
 _LONGEST_TITLE = 80
 _SHORTEST_RULE, _LONGEST_RULE = 0.75, 1.2  # of the title above it
@@ -69,7 +73,7 @@ def blocks(text: str, form: Form) -> list[Block]:
     with_titles = [*found]
     for number, (block, after) in enumerate(pairwise(found)):
         if _titles(text, block, form) and not after.depth and not _titles(text, after, form):
-            title = text[block.start : block.end].strip()
+            title = _bare(text[block.start : block.end], form)
             with_titles[number] = Block(block.start, block.end, PLAIN_HEADING, title)
     return with_titles
 
@@ -93,14 +97,20 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
         offset += len(line)
 
 
+def _bare(title: str, form: Form) -> str:
+    """A heading's words, without the marks of emphasis and code around some of them."""
+    title = title.strip()
+    return (_EMPHASIS.sub("", title).strip() or title) if form == "markdown" else title
+
+
 def _titles(text: str, block: Block, form: Form) -> bool:
     """Does this block look like a title without a mark?"""
     if block.end - block.start > 2 * _LONGEST_TITLE:
         return False
-    line = text[block.start : block.end].strip()
+    line = _bare(text[block.start : block.end], form)
     if block.depth or block.code or "\n" in line or len(line) > _LONGEST_TITLE:
         return False
-    if form == "plain" and _COMMAND.match(line):
+    if _NO_TITLE.match(line):
         return False
     first = next((char for char in line if char.isalpha()), "a")
     return bool(_TITLE_LIKE.match(line)) and not first.islower() and not ITEM.match(line)
@@ -115,48 +125,63 @@ def _markdown(text: str) -> Iterator[Block]:
     fence: str | None = None
     fence_start = 0
     indented: int | None = None  # where indented code began
-    in_list = False
+    columns: list[int] = []  # where the text of the open list items begins, the outermost first
     for offset, line in lines_of(text):
         after = offset + len(line)
+        column = _column(line)
         if fence is not None:
             if _closes(line, fence):
                 yield Block(fence_start, after, code=True)
                 fence = None
             continue
         if indented is not None:
-            if _INDENTED.match(line) and line.strip():
+            if column >= 4 + (columns[-1] if columns else 0) and line.strip():
                 end = after
                 continue
             if not line.strip():
                 continue
             yield Block(indented, end, code=True)
             indented = None
-        opening, hashes = _FENCE.match(line.rstrip("\n")), _HASHES.match(line)
+        item = _LIST.match(line)
+        body = line[item.end() :] if item else line
+        opening = _FENCE.match(body.rstrip("\n"))
+        hashes = _HASHES.match(line)
+        if opening and not item and column >= 4 and not columns:
+            opening = None
         if start is not None and (opening or hashes or not line.strip()):
             yield _markdown_prose(text, start, end)
             start = None
+        if line.strip() and start is None:
+            while columns and column < columns[-1]:
+                columns.pop()
         if opening:
             fence, fence_start = opening.group(1) or opening.group(2), offset
         elif hashes:
             title = line[hashes.end() :].strip()
-            yield Block(offset, after, len(hashes.group(1)), title.rstrip("# \t") or title)
-            in_list = False
+            title = _bare(title.rstrip("# \t") or title, "markdown")
+            yield Block(offset, after, len(hashes.group(1)), title)
+            columns = []
         elif line.strip():
-            if start is None and _INDENTED.match(line) and not in_list:
+            if start is None and column >= 4 + (columns[-1] if columns else 0):
                 indented, end = offset, after
                 continue
-            if _LIST.match(line):
-                in_list = True
-            elif start is None and not line[0].isspace():
-                in_list = False
             start = offset if start is None else start
             end = after
+        if item and not hashes:
+            columns = [known for known in columns if known <= column]
+            columns.append(len(line[: item.end()].expandtabs(4)))
     if fence is not None:
         yield Block(fence_start, len(text), code=True)
     elif indented is not None:
         yield Block(indented, end, code=True)
     elif start is not None:
         yield _markdown_prose(text, start, end)
+
+
+def _column(line: str) -> int:
+    """Where the text of a line begins, with tabs of four columns."""
+    wide = line.expandtabs(4)
+    return len(wide) - len(wide.lstrip(" "))
 
 
 def _closes(line: str, fence: str) -> bool:
@@ -169,7 +194,7 @@ def _markdown_prose(text: str, start: int, end: int) -> Block:
     underline = _SETEXT.match(lines[1]) if len(lines) == 2 else None
     if underline:
         depth = 1 if underline.group(1).startswith("=") else 2
-        return Block(start, end, depth, lines[0].strip())
+        return Block(start, end, depth, _bare(lines[0], "markdown"))
     return Block(start, end)
 
 
@@ -178,8 +203,35 @@ def _markdown_prose(text: str, start: int, end: int) -> Block:
 
 def _plain(text: str) -> Iterator[Block]:
     styles: list[tuple[str, bool]] = []  # of underlines, in the order of their appearance
+    numbered = numbered_headings(text)
+    literal: int | None = None  # the indentation of a paragraph that announces code
     for paragraph in _paragraphs(text):
-        yield from _plain_paragraph(paragraph, styles)
+        if literal is not None and min(_column(line) for _, line in paragraph) > literal:
+            yield Block(paragraph[0][0], _end(paragraph[-1]), code=True)
+            continue
+        literal = _column(paragraph[-1][1]) if paragraph[-1][1].rstrip().endswith("::") else None
+        for part in _split(paragraph, numbered):
+            heading = numbered.get(part[0][0])
+            if heading is None:
+                yield from _plain_paragraph(part, styles)
+                continue
+            lines = 2 if len(part) > 1 and _underlined(part, 0) is not None else 1
+            yield Block(part[0][0], _end(part[lines - 1]), *heading)
+            if part[lines:]:
+                yield Block(part[lines][0], _end(part[-1]))
+
+
+def _split(
+    paragraph: list[tuple[int, str]], numbered: dict[int, tuple[int, str]]
+) -> Iterator[list[tuple[int, str]]]:
+    """The same lines; each numbered heading begins a part of its own."""
+    part: list[tuple[int, str]] = []
+    for line in paragraph:
+        if line[0] in numbered and part:
+            yield part
+            part = []
+        part.append(line)
+    yield part
 
 
 def _paragraphs(text: str) -> Iterator[list[tuple[int, str]]]:
@@ -231,7 +283,7 @@ def _underlined(lines: list[tuple[int, str]], number: int) -> str | None:
     rule = _RULE.match(lines[number + 1][1])
     if rule is None or len(title) > _LONGEST_TITLE or _COLUMNS.search(title):
         return None
-    if not any(char.isalnum() for char in title) or _COMMAND.match(title) or title[-1] in "{;,(":
+    if not any(char.isalnum() for char in title) or _NO_TITLE.match(title) or title[-1] in "{;,(":
         return None
     # A rule over the whole width stands over and under a block of code as well; over a title only
     # where the title is in its middle.
@@ -245,4 +297,16 @@ def _capitals_over_indented(lines: list[tuple[int, str]]) -> bool:
         return False
     title = lines[0][1].strip()
     letters = [char for char in title if char.isalpha()]
-    return 3 <= len(letters) and len(title) <= _LONGEST_TITLE and title.isupper()
+    if len(title) > _LONGEST_TITLE:
+        return False
+    if title.isupper():
+        return len(letters) >= 3
+    return _has_no_case(title) and bool(_TITLE_LIKE.match(title)) and _column(lines[1][1]) >= 4
+
+
+def _has_no_case(title: str) -> bool:
+    """Letters of a script without capitals stand in it, and no small letter."""
+    letters = [char for char in title if char.isalpha()]
+    return any(char.lower() == char.upper() for char in letters) and not any(
+        char.islower() for char in letters
+    )

@@ -20,7 +20,9 @@ from bs4.element import NavigableString
 from markdownify import MarkdownConverter
 
 from cartridge_distill.data.documents.decoding import decode
+from cartridge_distill.data.documents.page_code import lines_of_code, prose_out_of_code
 from cartridge_distill.data.documents.page_marks import plain_formulas, plain_powers
+from cartridge_distill.data.documents.page_tags import with_end_tags
 from cartridge_distill.util.errors import DocumentError
 
 _UNSEEN = (
@@ -35,17 +37,16 @@ _ROLES = ("navigation", "search", "banner", "contentinfo", "menu", "menubar", "t
 _NAVIGATION = re.compile(
     r"^(?:nav|navbar|navigation|navheader|navfooter|nav-?panel|breadcrumbs?|toc|contents"
     r"|table-?of-?contents|list-of-(?:figures|tables|examples)|sphinxsidebar|sidebar|related"
-    r"|menu|footer|site-?header|site-?footer|mw-jump-link|printfooter|catlinks|skip-?links?)$",
+    r"|path|lang(?:uage)?s?|toplang|bottomlang|menu|footer|site-?header|site-?footer|mw-jump-link|printfooter|catlinks|skip-?links?)$",
     re.I,
 )
 _HEADING_MARK = re.compile(r"^[\s¶#§¤🔗\u200b\uf0c1]*$")
-_MARKED = re.compile(r"\s*(?:#{1,6}\s|```|~~~|\||(?:=+|-{2,})\s*$)")  # Markdown's, but not meant
+_MARKED = re.compile(r"\A\s*(?:#{1,6}\s|```|~~~|\||(?:=+|-{2,})\s*$)")  # Markdown's, but not meant
 _BLOCKS = ("p", "div", "ul", "ol", "dl", "table", "pre", "blockquote", "h1", "h2", "h3", "h4")
 _LINKED = 0.8  # of a list's letters; more is navigation
 _FEWEST_LINKS = 3
 _MOST, _NEARLY_ALL, _HARDLY = 0.5, 0.995, 0.2
 _LONG_CELL = 200  # characters; a table of data has shorter ones
-_CODE = re.compile(r"[;{}]\s*$|^\s*[$>#]|^\s*\w+\(|\s{3,}\S|[=<>]{2}|^\s*(?:import|def|return)\b")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _unlinked(tag: Tag) -> int:
 
 def _visible(html: str) -> tuple[BeautifulSoup, str | None]:
     """What a reader sees, with formulas written out; and the title."""
-    soup = BeautifulSoup(html, "html.parser")
+    soup = BeautifulSoup(with_end_tags(html), "html.parser")
     title = _title(soup)
     plain_formulas(soup)
     for tag in soup.find_all(_UNSEEN):
@@ -157,6 +158,9 @@ def _without_navigation(soup: BeautifulSoup) -> Tag:
     for tag in body.find_all(["ul", "ol", "dl", "table"]):
         if not tag.decomposed and _is_of_links(tag) and _unlinked(tag) < _MOST * prose:
             tag.decompose()
+    for tag in body.find_all(["p", "div"]):
+        if not tag.decomposed and tag.find(_BLOCKS) is None and _is_of_links(tag):
+            tag.decompose()
     left = _unlinked(body)
     for found in (body.find_all("main"), body.find_all(role="main"), body.find_all("article")):
         if len(found) == 1 and _unlinked(found[0]) >= _MOST * left:
@@ -191,9 +195,8 @@ def _markdown(page: Tag) -> str:
             _flatten(table)
     for quote in page.find_all("blockquote"):
         quote.name = "div"  # indented, for most pages; its mark would stand in every line
-    for pre in page.find_all("pre"):
-        if _is_prose(pre):
-            _to_paragraphs(pre)
+    lines_of_code(page)
+    prose_out_of_code(page)
     for string in page.find_all(string=_MARKED):
         if _begins_a_line(string):
             stripped = str(string).lstrip()
@@ -231,28 +234,6 @@ def _flatten(table: Tag) -> None:
     for tag in [table, *mine]:
         tag.name = "div"
         tag.attrs = {}
-
-
-def _is_prose(pre: Tag) -> bool:
-    """Does preformatted text read like prose: lines of words, few that look like code?"""
-    if pre.find("code") is not None or "highlight" in str(pre.get("class", "")):
-        return False
-    lines = [line for line in pre.get_text().splitlines() if line.strip()]
-    if len(lines) < 2 and len(pre.get_text()) < _LONG_CELL:
-        return False
-    said = [line for line in lines if len(line.split()) >= 4 and not _CODE.search(line)]
-    return sum(map(len, said)) >= _MOST * sum(map(len, lines))
-
-
-def _to_paragraphs(pre: Tag) -> None:
-    """Its paragraphs in place of it; a line's indentation means nothing in prose."""
-    paragraphs = re.split(r"\n\s*\n", pre.get_text())
-    pre.clear()
-    pre.name = "div"
-    for paragraph in filter(None, (text.strip() for text in paragraphs)):
-        tag = Tag(name="p")
-        tag.string = "\n".join(line.strip() for line in paragraph.splitlines())
-        pre.append(tag)
 
 
 def _begins_a_line(string: NavigableString) -> bool:

@@ -24,6 +24,7 @@ from cartridge_distill.data.documents.blocks import (
     marked_blocks,
 )
 from cartridge_distill.data.documents.sentence_ends import sentence_starts
+from cartridge_distill.data.words import is_unspaced
 
 LONGEST_SENTENCE = 1_000  # characters that a prompt is made of; a longer sentence gives stretches
 _BREAKS = (re.compile(r"\n\s*"), re.compile(r"(?<=[;:,])\s+|(?<=[、，；：])"), re.compile(r"\s+"))
@@ -97,10 +98,14 @@ def pieces(text: str, form: Form) -> Iterator[Piece]:
             yield Piece("heading", block.start, block.end)
             continue
         cuts = [block.start, *(boundary.offset for boundary in _inside(text, block)), block.end]
+        row, line_end = False, True
         for start, end in pairwise(cuts):
+            # The end of a sentence in a table's cell is inside its row.
+            row = text[start:end].lstrip().startswith("|") or row and not line_end
+            line_end = "\n" in text[start:end]
             if block.code:
                 yield Piece("code", start, end)
-            elif text[start:end].lstrip().startswith("|"):
+            elif row:
                 yield Piece("table", start, end)
             elif end - start <= LONGEST_SENTENCE:
                 yield Piece("sentence", start, end)
@@ -116,7 +121,20 @@ def sentences(text: str, form: Form) -> list[str]:
     characters comes as stretches of at most as many.
     """
     found = (piece for piece in pieces(text, form) if piece.kind == "sentence")
-    return [" ".join(text[piece.start : piece.end].split()) for piece in found]
+    return [one_line(text[piece.start : piece.end]) for piece in found]
+
+
+def one_line(text: str) -> str:
+    """A piece of prose on one line: with a space for each line end that stands between words.
+
+    Scripts without spaces (Chinese, Japanese, Thai) have none at a line's end either.
+    """
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    joined = ""
+    for line in filter(None, lines):
+        inside = joined and is_unspaced(joined[-1]) and is_unspaced(line[0])
+        joined += ("" if inside or not joined else " ") + line
+    return joined
 
 
 def line_sentences(text: str) -> list[str]:

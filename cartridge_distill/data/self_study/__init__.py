@@ -4,9 +4,11 @@ As in the Cartridges paper (arXiv 2506.06266): a chunk of the document is put in
 the base model, a *seed prompt* of one of five kinds asks it for a question or a task, and what it
 writes becomes a training prompt.
 
-    plan      which chunk, kind, wording and seed each generation has
-    writing   the generations, over HTTP, into a journal that survives a kill
-    sifting   what is kept of them, and why the rest is not
+===========  ====================================================================
+``plan``     which chunk, kind, wording and seed each generation has
+``writing``  the generations, over HTTP, into a journal that survives a kill
+``sifting``  what is kept of them, and why the rest is not
+===========  ====================================================================
 
 Every generation is a task: a function of (documents, seed, number) alone. What is kept is decided
 from the journal, in the order of the tasks. So a run that was killed goes on where it stood and

@@ -145,9 +145,13 @@ class Plan:
         numbers = range(len(self.chunks))
         return random.Random(f"{self.seed}/pass {turn}").sample(numbers, len(numbers))
 
-    def task(self, number: int) -> Task:
+    def chunk_of(self, number: int) -> StudyChunk:
+        """What the model has before it in this task."""
         turn, place = divmod(number, len(self.chunks))
-        chunk = self.chunks[self._order(turn)[place]]
+        return self.chunks[self._order(turn)[place]]
+
+    def task(self, number: int) -> Task:
+        chunk = self.chunk_of(number)
         rng = random.Random(f"{self.seed}/task {number}")
         kind = KINDS[number % len(KINDS)]
         seed_prompt = f"{rng.choice(SEED_PROMPTS[kind])} {_MANNER}"

@@ -204,10 +204,3 @@ def _mute_debug_file() -> None:
 
     setattr(save, _MARK, True)
     torch.save = save
-
-
-def replaced_paths() -> set[str]:
-    """What :func:`install` replaces, spelled as in :data:`.guard.KNOWN`."""
-    return {f"tokasaurus.{path.replace(':', '.')}" for path in _replacements()} | {
-        "tokasaurus.model.llama.LlamaModel.forward"
-    }

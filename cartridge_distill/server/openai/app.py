@@ -21,7 +21,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from cartridge_distill.rollout.fingerprint import Completion
-from cartridge_distill.server.app import Admitted, Service, app_over
+from cartridge_distill.server.answering import Admitted, Answering
+from cartridge_distill.server.app import app_over
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.openai.answers import (
     CHAT_RESPONSES,
@@ -56,7 +57,7 @@ from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 
 def create_openai_app(
-    service: Service,
+    service: Answering,
     cartridges: Mapping[str, str],
     hosts: KnownHosts | None = None,
     documents: Mapping[str, Sequence[int]] | None = None,
@@ -71,13 +72,13 @@ def create_openai_app(
 
     texts = documents or {}
     app = app_over(service, "Cartridges, OpenAI's chat API")
-    protect(app, service.settings.idle_s, error_body=error_body)
+    protect(app, service.idle_s, error_body=error_body)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
     add_error_handlers(app)
     created = int(time.time())
     cards = {
         name: ModelCard(id=name, created=created, owned_by="cartridge-distill")
-        for name in (service.settings.model_name, *cartridges, *texts)
+        for name in (service.model_name, *cartridges, *texts)
     }
     strings = TokenStrings(service.tokenizer)
 
@@ -92,7 +93,7 @@ def create_openai_app(
 
     @app.get("/health", responses=ERRORS)
     async def health() -> dict[str, str]:
-        if not service.engine.is_alive:
+        if not service.is_alive:
             raise ApiError(503, "the engine has ended: nothing is computed; start the server again")
         return {"status": "ok"}
 
@@ -125,7 +126,7 @@ def create_openai_app(
 class _Answer:
     """The way of one request through the engine."""
 
-    def __init__(self, service: Service, strings: TokenStrings, request: ChatRequest) -> None:
+    def __init__(self, service: Answering, strings: TokenStrings, request: ChatRequest) -> None:
         self._service = service
         self._request = request
         self._id = f"chatcmpl-{uuid.uuid4().hex}"

@@ -3,7 +3,7 @@
 A script, not a pytest file. It composes the project's own configuration, builds
 ``TokasaurusReplica`` from veRL's registry as veRL's server manager does, waits for the server,
 publishes and activates a cartridge version, and generates for a few prompts at once through the Ray
-actor. Every answer is checked: tokens, log-probs, version stamp; with ``--compare`` also the
+actor. Every answer is checked: tokens, log-probs, version label; with ``--compare`` also the
 log-probs against the trainer's own forward over the same cartridge. Nothing is trained.
 """
 
@@ -91,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option = parser.add_argument
     option("--url", help="of a running server (default: the embedded one is started here)")
     option("--model", required=True, help="folder or hub id of the model that is served")
-    option("--cartridge", help="to publish: directory, .pt or repo id (default: random numbers)")
+    option("--cartridge", help="to publish: directory, .pt file, hub id (default: random numbers)")
     option("--cartridge-dir", type=Path, help="the server's, with --url (default: upload)")
     option("--served-model", help="what the gateway calls the model (default: --model)")
     option("--version", help="a version id that the server has already; nothing is published")
@@ -236,9 +236,10 @@ def problems(rollout: Rollout, version: str, max_tokens: int, vocabulary: int) -
         found.append(f"{len(logprobs)} log-probs for {len(tokens)} tokens")
     if any(not math.isfinite(p) or p > 1e-4 for p in logprobs):
         found.append(f"log-probs that are none: {logprobs}")
-    stamp = output.extra_fields.get("cartridge_version")
-    if stamp != version or output.extra_fields.get("global_steps") != step_of(version):
-        found.append(f"stamped {stamp!r}, active is {version!r}")
+    labels = output.extra_fields
+    labelled = labels.get("cartridge_version")
+    if labelled != version or labels.get("global_steps") != step_of(version):
+        found.append(f"labelled {labelled!r}, active is {version!r}")
     return found
 
 

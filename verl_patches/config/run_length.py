@@ -4,8 +4,6 @@ A step takes one batch of prompts, an epoch has as many steps as the rows have w
 the run ends at whichever comes first, its epochs or its steps. The cartridge is saved every so many
 steps and at the last one. Each of these settings is harmless alone; together they can ask for steps
 that never come, and then the last one is not saved either.
-
-The names in the messages are veRL's.
 """
 
 from __future__ import annotations

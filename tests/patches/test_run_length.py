@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cartridge_distill.distill.run_length import EPOCHS, STEPS, RunLength
+from verl_patches.config.run_length import EPOCHS, STEPS, RunLength
 
 
 def length(**settings: Any) -> RunLength:

@@ -1,0 +1,99 @@
+"""What a run ended with: its last cartridge is there, and its best lies at RUN/cartridge.
+
+The best is the saved step with the lowest validation KL. Where no validation ran, it is the last.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER
+from cartridge_distill.util.best_step import BestStep, read_best
+from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.files import replace_directory
+from cartridge_distill.util.next_command import shorter
+from cartridge_distill.util.tracker import step_folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's cartridge.
+
+    Attributes:
+        cartridge: RUN/cartridge.
+        step: whose it is.
+        last: step of the run.
+        best: what the validations said; None where none ran on a saved step.
+    """
+
+    cartridge: Path
+    step: int
+    last: int
+    best: BestStep | None
+
+    def line(self) -> str:
+        """For a person."""
+        if self.best is None:
+            why = "the last; no validation chose another"
+        else:
+            count = self.best.validations
+            why = f"the lowest of {count} validations, KL {self.best.kl:.3f}"
+        return f"{shorter(self.cartridge)} (step {self.step} of {self.last}: {why})"
+
+
+def check_place(run: Path) -> None:
+    """Can RUN/cartridge be written at the end? What is there must be a cartridge and nothing else.
+
+    Raises:
+        CartridgeFormatError: it holds what no command here wrote.
+    """
+    target = run / CARTRIDGE_FOLDER
+    if not target.exists() and not target.is_symlink():
+        return
+    from cartridge_distill.cartridge.formats.detect import check_replaceable  # it imports torch
+
+    try:
+        check_replaceable(target)
+    except CartridgeFormatError as error:
+        raise CartridgeFormatError(
+            f"the run's cartridge is to lie at {target}: {error}; fix: move it away, or give "
+            "another --out"
+        ) from None
+
+
+def publish(run: Path, checkpoints: Path, last: int) -> Result:
+    """Copies the best cartridge to RUN/cartridge, whole, in place of an earlier one.
+
+    Args:
+        run: the run's folder.
+        checkpoints: its ``global_step_N``.
+        last: the last step, which was saved.
+
+    Raises:
+        CartridgeFormatError: something else lies there, or the checkpoint is damaged.
+        DiskFull: there is no room for it.
+    """
+    from cartridge_distill.cartridge.checkpoint import record  # it imports torch
+
+    check_place(run)
+    best = read_best(checkpoints, last)
+    step = last if best is None else best.step
+    source = step_folder(checkpoints, step) / "actor" / CARTRIDGE_FOLDER
+    chosen = {"step": step, "of": last, "by": "the last step"}
+    if best is not None:
+        chosen |= {
+            "by": "the lowest validation KL",
+            "kl": best.kl,
+            "validations": best.validations,
+        }
+
+    def write(scratch: Path) -> None:
+        for file in source.iterdir():
+            shutil.copyfile(file, scratch / file.name)
+        record(scratch, metrics={"chosen": chosen})
+
+    target = run / CARTRIDGE_FOLDER
+    replace_directory(target, write, overwrite=True)
+    return Result(target, step, last, best)

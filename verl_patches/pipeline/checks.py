@@ -1,0 +1,132 @@
+"""What is looked at before a distillation starts: nothing is written here.
+
+The cheap things come first, so that a mistyped path is known at once: paths and numbers, then veRL
+and the server, then what needs torch. The settings of the training as a whole are looked at when
+the data are there, as :mod:`verl_patches.launching.checks` does it for every run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.files import check_writable
+from cartridge_distill.util.next_command import shorter
+from cartridge_distill.util.processes import say
+from verl_patches.launching import checks
+from verl_patches.launching.configured import configuration
+from verl_patches.launching.result import check_place
+from verl_patches.pipeline.settings import Distillation, Prepared, as_run
+
+_HEADS_UP = 50_000_000
+# Checkpoints (three times the cartridge each): three newest, the best, and one being written. The
+# versions that are served, and RUN/cartridge.
+_CARTRIDGES_ON_DISK = 3 * 5 + 5
+
+
+def check_documents(documents: str) -> None:
+    """Is there anything of that name? What is in it, reading tells.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    if documents == "longhealth" or documents.startswith(("http://", "https://")):
+        return
+    path = Path(documents).expanduser()
+    if path.exists():
+        return
+    near = checks.near_names(path)
+    raise ConfigError(
+        f"{documents}: there is no such file or folder; fix: "
+        + (f"did you mean {' or '.join(near)}?" if near else "name a file or folder of documents")
+    )
+
+
+def check_first(settings: Distillation) -> None:
+    """All that is known within a second, and then veRL and the server.
+
+    Raises:
+        ConfigError, NotReady: with the fix.
+    """
+    check_writable(settings.out, "--out")
+    check_place(settings.out)
+    checks.check_model_name(settings.model)
+    run = as_run(settings, settings.server or "http://127.0.0.1")
+    checks.check_loggers(run)
+    checks.check_verl()
+    configuration(run)  # a mistyped setting of veRL's
+    if settings.server is not None:
+        checks.check_servers(run)
+
+
+def check_model(settings: Distillation) -> Any:
+    """The model's config: can a cartridge of this size be trained on it?
+
+    Returns:
+        The transformers config.
+
+    Raises:
+        ConfigError: the model, or its tokenizer, cannot be read or used.
+    """
+    from cartridge_distill.model.loading import check_supported
+    from cartridge_distill.model.reading import read_model_config, read_tokenizer
+
+    config = read_model_config(settings.model)
+    check_supported(config)
+    read_tokenizer(settings.model)
+    checks.check_device(as_run(settings))
+    return config
+
+
+def cartridge_bytes(config: Any, tokens: int) -> int:
+    """Of a cartridge in float32, as it is trained and saved."""
+    from cartridge_distill.cartridge.kv_shape import KvShape
+
+    shape = KvShape.of(config)
+    heads, sizes = shape.kv_heads, shape.head_dim
+    layers = shape.num_layers
+    each = [heads] * layers if isinstance(heads, int) else list(heads)
+    wide = [sizes] * layers if isinstance(sizes, int) else list(sizes)
+    return 2 * 4 * tokens * sum(h * d for h, d in zip(each, wide, strict=True))
+
+
+def disk_bytes(config: Any, tokens: int) -> int:
+    """What a run takes on the disk at most, about."""
+    return _CARTRIDGES_ON_DISK * cartridge_bytes(config, tokens) + _HEADS_UP
+
+
+def check_disk(settings: Distillation, config: Any) -> int:
+    """Is there room for the run?
+
+    Returns:
+        The bytes that it takes at most, about.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    needed = disk_bytes(config, settings.tokens)
+    there = settings.out
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ConfigError(
+            f"--out {shorter(settings.out)}: the run takes up to {needed / 1e6:.0f} MB, and "
+            f"{free / 1e6:.0f} MB are free there; fix: make room, or give another --out"
+        )
+    return needed
+
+
+def check_prepared(settings: Distillation, data: Path, found: Prepared) -> None:
+    """The whole run, with its data lying in ``data``: settings, rows against steps, prompts.
+
+    Raises:
+        ConfigError, NotReady: with the fix.
+    """
+    run = as_run(settings, settings.server or "http://127.0.0.1", found)
+    checks.check_here(replace(run, data=data))
+    if found.questions == 0 and settings.test_every:
+        say("   warning: the documents came without questions; --test-every has nothing to ask")

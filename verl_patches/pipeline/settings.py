@@ -1,0 +1,217 @@
+"""What describes a distillation: :class:`Distillation`, and the training run that follows from it.
+
+The defaults are those of the demo: a small model on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, RUN_FILES
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.pasting import hydra_value
+from verl_patches.launching.command import model_path
+from verl_patches.launching.settings import Run
+
+__all__ = ["CARTRIDGE_FOLDER", "RUN_FILES", "Distillation", "Prepared", "as_run"]
+
+# A bfloat16 server and trainer round differently; the engine's check of a whole step is for that.
+# In float32 only the order of their sums differs: by 1e-4 on a CPU, by 3e-5 on an H200 (outside
+# veRL: `make gpu-check`, stage differences).
+_CUDA_FLOAT32_BOUND = 1e-2
+# Counted by Ray, not used: TransferQueue's actors take a CPU each, and wait for ever without.
+_CUDA_RAY_CPUS = 16
+_MOST_SAVES = 12
+_MOST_STEPS_BETWEEN_SAVES = 25
+
+MAY_CHANGE = ("out", "server", "threads", "log_to", "wait")
+"""Settings that a run may go on with others of; nothing that was made depends on them."""
+
+
+_INIT = "actor_rollout_ref.actor.cartridge.init"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the training needs to know of the data.
+
+    Attributes:
+        questions: how many came with the documents.
+        init_document: id of the one whose first tokens the cartridge begins as; None where there
+            is but one, or where an override says something else.
+        document_tokens: of the longest document.
+        documents: how many the teacher reads.
+    """
+
+    questions: int = 0
+    init_document: str | None = None
+    document_tokens: int = 0
+    documents: int = 1
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """One run from documents to a report.
+
+    Attributes:
+        documents: what ``prepare --data`` takes: a file, a folder, or records.
+        model: folder or hub id of the base model.
+        out: the run's folder.
+        name: of the recipe in a report of several, and what begins the version ids.
+        tokens: of the cartridge.
+        steps: of the optimizer.
+        batch: rollouts a step.
+        response_tokens, prompt_tokens: of a rollout and of its prompt, at most.
+        lr: of the first step; it falls to a tenth along a cosine.
+        prompt_recipe: where the prompts come from: started, open or mixed.
+        test_every: steps between validations on the documents' questions; None for four in the run
+            where there are questions, 0 for none.
+        save_every: steps between checkpoints; None for a dozen in the run.
+        server: that writes the rollouts; None starts one for the run.
+        wait: seconds to wait for a server that was given.
+        log_to: further loggers, as ``train --log-to``.
+        overrides: of veRL's settings.
+    """
+
+    documents: str
+    model: str
+    out: Path
+    name: str = "mine"
+    tokens: int = 128
+    steps: int = 36
+    batch: int = 48
+    response_tokens: int = 6
+    prompt_tokens: int = 192
+    lr: float = 0.03
+    prompt_recipe: str = "started"
+    test_every: int | None = None
+    save_every: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 2
+    server: str | None = None
+    wait: float = 60.0
+    log_to: str | None = None
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype == "bfloat16" and self.device == "cpu":
+            raise ConfigError(
+                "--dtype bfloat16 needs --device cuda; fix: leave it out, a CPU trains in float32"
+            )
+        for name, least in (("test_every", 0), ("save_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} {value}; fix: give {least} or more")
+        as_run(self)  # it checks the numbers
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    @property
+    def versions(self) -> Path:
+        """Where the run's own server finds the versions of the cartridge."""
+        return self.out / "cartridges"
+
+    @property
+    def rows(self) -> int:
+        """Training prompts that the steps need."""
+        return self.steps * self.batch
+
+    def override(self, key: str) -> str | None:
+        """Its value among the overrides, the last where there are several."""
+        found = [item.partition("=")[2] for item in self.overrides if item.startswith(f"{key}=")]
+        return found[-1] if found else None
+
+    @property
+    def init_document(self) -> str | None:
+        return self.override(f"{_INIT}_document")
+
+    @property
+    def begins_elsewhere(self) -> bool:
+        """Whether an override has the cartridge begin as something else than a document."""
+        return self.override(_INIT) not in (None, "text")
+
+    def validations(self, has_questions: bool) -> int | None:
+        """Steps between validations; None for none."""
+        if self.test_every == 0 or not has_questions:
+            return None
+        return self.test_every or max(1, self.steps // 4)
+
+    def saves(self, has_questions: bool) -> int:
+        """Steps between checkpoints. Every validated step is saved, so that it can be chosen."""
+        if self.save_every is not None:
+            return self.save_every
+        most = min(_MOST_STEPS_BETWEEN_SAVES, max(1, self.steps // _MOST_SAVES))
+        every = self.validations(has_questions)
+        if every is None:
+            return most
+        return next(number for number in range(min(most, every), 0, -1) if every % number == 0)
+
+    def fixed(self) -> dict[str, Any]:
+        """What must be the same when the run goes on, in JSON's types."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in MAY_CHANGE}
+        return found | {"model": model_path(self.model), "overrides": list(self.overrides)}
+
+
+def as_run(
+    settings: Distillation,
+    server: str = "http://127.0.0.1",
+    data: Prepared = Prepared(),  # noqa: B008  (it is frozen)
+) -> Run:
+    """The training run that veRL is asked for.
+
+    Args:
+        server: the URL of who writes the rollouts.
+        data: what was found in the run's data.
+    """
+    has_questions = data.questions > 0
+    first = [] if data.init_document is None or settings.init_document else [data.init_document]
+    actor = "actor_rollout_ref.actor"
+    return Run(
+        model=settings.model,
+        data=settings.data,
+        server=(server,),
+        out=settings.out,
+        name=settings.name,
+        sync_dir=None if settings.server else settings.versions,
+        tokens=settings.tokens,
+        lr=settings.lr,
+        batch=settings.batch,
+        steps=settings.steps,
+        prompt_tokens=settings.prompt_tokens,
+        response_tokens=settings.response_tokens,
+        seed=settings.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        save_every=settings.saves(has_questions),
+        test_every=settings.validations(has_questions),
+        log_to=settings.log_to,
+        wait=settings.wait,
+        overrides=(
+            # At a constant rate the held-out KL jumps between steps, and the last one decides.
+            f"{actor}.optim.lr_scheduler_type=cosine",
+            f"{actor}.optim.min_lr_ratio=0.1",
+            *needed_on_a_gpu(settings),
+            *(f"{_INIT}_document={hydra_value(name)}" for name in first),
+            *settings.overrides,
+        ),
+    )
+
+
+def needed_on_a_gpu(settings: Distillation) -> list[str]:
+    """Settings that --device cuda needs."""
+    if settings.device != "cuda":
+        return []
+    cpus = max(_CUDA_RAY_CPUS, os.cpu_count() or 1)
+    found = [f"ray_kwargs.ray_init.num_cpus={cpus}"]
+    if settings.dtype == "float32":
+        found.append(f"actor_rollout_ref.actor.cartridge.max_logprob_diff={_CUDA_FLOAT32_BOUND}")
+    return found

@@ -1,0 +1,220 @@
+"""The stages of a distillation: data, server, training, proof, evaluation, report.
+
+Each is a process of its own with its own log in the run's folder. A person sees a few lines of
+each; ``verbose`` shows all that it says. Everything that is started here is stopped by the
+supervisor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import httpx
+
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
+from cartridge_distill.cartridge.run_folder import METRICS_FILE
+from cartridge_distill.data.records import load_questions
+from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.next_command import shorter
+from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, wait_for
+from verl_patches import launch
+from verl_patches.launching.command import environment
+from verl_patches.launching.following import log_file
+from verl_patches.launching.result import Result, publish
+from verl_patches.launching.settings import Run
+from verl_patches.pipeline.settings import Distillation, Prepared, as_run
+
+_SHOWN_LINES = 6
+_MOST_ERROR_LINES = 20
+_ERROR = re.compile(r"(?:\w*Error|error|refused): ")
+
+
+def environment_of(settings: Distillation) -> dict[str, str]:
+    """Of the stages beside the training, as the training has it."""
+    return environment(as_run(settings))
+
+
+def run_stage(
+    command: Sequence[str],
+    name: str,
+    folder: Path,
+    supervisor: Supervisor,
+    env: dict[str, str],
+    verbose: bool = False,
+) -> str:
+    """Runs a short stage to its end; returns what it printed.
+
+    Raises:
+        ChildFailed: it ended with an error; in its own words.
+    """
+    log = log_file(folder, name)
+    child = supervisor.start([sys.executable, *command], log, env)
+    show: Callable[[str], str | None] = lambda line: line if verbose else None  # noqa: E731
+    status = follow(child, log, show, name, launch.QUIET_SECONDS)
+    printed = log.read_text(errors="replace")
+    if status != 0:
+        lines = printed.splitlines()
+        begun = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+        said = lines[begun[-1] :] if begun else lines[-_SHOWN_LINES:]
+        words = "\n".join(said[:_MOST_ERROR_LINES]).removeprefix("error: ")
+        raise ChildFailed(f"{name}: {words or f'it ended with status {status}'}")
+    return printed
+
+
+def prepare_data(
+    settings: Distillation, scratch: Path, supervisor: Supervisor, verbose: bool = False
+) -> Prepared:
+    """Writes ``scratch/data`` and ``scratch/data.log``, and says what is in it.
+
+    Not yet the run's folder: what the data show to be wrong is found before that is touched.
+    """
+    data = scratch / "data"
+    command = ["-m", "cartridge_distill.data.command"]
+    command += ["--data", settings.documents, "--tokenizer", settings.model, "--out", str(data)]
+    command += ["--recipe", settings.prompt_recipe, "--seed", str(settings.seed)]
+    command += ["--rows", str(settings.rows), "--prompt-tokens", str(settings.prompt_tokens)]
+    command += ["--response-tokens", str(settings.response_tokens)]
+    env = environment_of(settings)
+    printed = run_stage(command, "data", scratch, supervisor, env, verbose)
+    lines = [line for line in printed.splitlines() if line.strip()]
+    lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
+    if len(lines) > _SHOWN_LINES:
+        lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]
+    say("== data: " + "\n   ".join(lines))
+    return prepared(settings, data)
+
+
+def prepared(settings: Distillation, data: Path) -> Prepared:
+    """What training needs to know of a data folder.
+
+    Raises:
+        ConfigError: no document is as long as the cartridge.
+    """
+    from cartridge_distill.data.document_store import DocumentStore
+    from cartridge_distill.model.prompts import render_document
+    from cartridge_distill.model.reading import read_tokenizer
+
+    documents = DocumentStore.from_file(data / "documents.jsonl")
+    tokenizer = read_tokenizer(settings.model)
+    tokenizer.model_max_length = sys.maxsize  # transformers would warn of each long document
+    lengths = {
+        name: len(render_document(tokenizer, documents.text(name))) for name in documents.ids
+    }
+    chosen = settings.init_document
+    if chosen is None and not settings.begins_elsewhere:
+        long_enough = [name for name, tokens in lengths.items() if tokens >= settings.tokens]
+        if not long_enough:
+            longest = max(lengths.values())
+            fewer = longest // PAGE_TOKENS * PAGE_TOKENS
+            raise ConfigError(
+                f"--tokens {settings.tokens}: the cartridge begins as the first tokens of a "
+                f"document, and the longest has {longest}; fix: give --tokens {fewer} or fewer, or "
+                "a longer document"
+            )
+        if len(lengths) > 1:
+            chosen = long_enough[0]
+            say(f"   the cartridge begins as the first tokens of {chosen}")
+    questions = len(load_questions(data / "eval.json"))
+    return Prepared(questions, chosen, max(lengths.values()), len(lengths))
+
+
+def start_server(settings: Distillation, supervisor: Supervisor) -> str:
+    """Starts the embedded server on a free port; returns its URL.
+
+    Raises:
+        ChildFailed: it did not come up.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    settings.versions.mkdir(exist_ok=True)
+    log = log_file(settings.out, "server")
+    command = [sys.executable, "-m", "cartridge_distill.server", "--model", settings.model]
+    command += ["--port", str(port), "--cartridge-dir", str(settings.versions)]
+    command += ["--threads", str(settings.threads), "--seed", str(settings.seed)]
+    command += ["--device", settings.device, "--dtype", settings.dtype]
+    server = supervisor.start(command, log, environment_of(settings))
+
+    # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
+    with httpx.Client(base_url=url, timeout=2) as http:
+
+        def answers() -> bool:
+            try:
+                return http.get("/ping").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(answers, server, log, "server", timeout_s=180)
+    return url
+
+
+def free_port() -> int:
+    """One that nobody listens on, on the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def train(
+    run: Run, supervisor: Supervisor, verbose: bool, started: Callable[[], None] = lambda: None
+) -> Result:
+    """veRL, a line a step; its best cartridge lies at RUN/cartridge afterwards.
+
+    Raises:
+        TrainingFailed: it ended with an error; the cause is named.
+    """
+    saved = launch.train(run, supervisor, verbose, started)
+    assert saved is not None  # the last step is saved
+    return publish(run.folder, launch.checkpoints(run), launch.saved_step(run))
+
+
+def proof(settings: Distillation) -> list[str]:
+    """What shows that the run was what it says, from the server's logs and the metrics."""
+    out = settings.out
+    logged = [json.loads(line)["data"] for line in (out / METRICS_FILE).read_text().splitlines()]
+    # The line before the first step has the validation alone.
+    metrics = [step for step in logged if "actor/loss" in step]
+    worst = max(step["actor/logprob_diff/max"] for step in metrics)
+    changed = sum(step["actor/frozen_tokens_changed"] for step in metrics)
+    served = ""
+    if settings.server is None:
+        logs = sorted(out.glob("server*.log"))
+        found = re.findall(r"loaded cartridge (\S+):", "\n".join(log.read_text() for log in logs))
+        starts = "" if len(logs) == 1 else f" in {len(logs)} starts"
+        served = f"{len(set(found))} versions served{starts} (the first, and one a step); "
+    # The engine does not save a cartridge over a base that changed, and this one was saved.
+    return [
+        f"== proof: {served}server and trainer differ by {worst:.1e} at most in log-probs",
+        f"   of {len(metrics)} steps {changed:.0f} changed a frozen token; base weights: unchanged",
+    ]
+
+
+def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = False) -> None:
+    """Writes RUN/evaluation."""
+    out = settings.out
+    command = ["-m", "cartridge_distill.cli.main", "eval", str(out), "--model", settings.model]
+    command += ["--data", str(settings.data), "--out", str(out / "evaluation")]
+    command += ["--seed", str(settings.seed)]
+    env = environment_of(settings)
+    run_stage(command, "evaluation", out, supervisor, env, verbose)
+
+
+def table(out: Path) -> list[str]:
+    """The evaluation's, without the lines on differences."""
+    from cartridge_distill.evaluation.table import format_table
+
+    summary = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    lines = format_table(summary).splitlines()
+    return [line for line in lines if line.startswith(("|", "[low"))]
+
+
+def report(out: Path) -> Path:
+    """Writes RUN/report.html."""
+    from cartridge_distill.report.page import write_report  # --help needs no plotly
+
+    return write_report([out], out / "report.html")
