@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
-from verl_patches.trainer.tracker import TRACKER, tracked_step
+from cartridge_distill.util.tracker import TRACKER, tracked_step
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
 from cartridge_distill.util.secrecy import clean_arguments, clean_text
+from cartridge_distill.util.tracker import tracked_step
 from verl_patches.config.run_length import RunLength
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, model_path, overrides
@@ -34,7 +35,6 @@ from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import StepLines, causes, log_file
 from verl_patches.launching.result import Result, check_place, publish
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
-from verl_patches.trainer.tracker import tracked_step
 
 _DESCRIPTION = """\
 Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version

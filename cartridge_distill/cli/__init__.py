@@ -7,6 +7,8 @@
 ``serve``         the rollout server for training, or cartridges behind OpenAI's chat API
 ``chat``          the options of a conversation in the terminal
 ``conversation``  the conversation itself
+``terminal``      how it looks: what is typed, answers as they come, side by side
+``about``         what is known of a cartridge: its model, its document, questions about it
 ``describe``      what ``info`` shows of a cartridge
 ================  ================================================================
 """

@@ -131,7 +131,7 @@ class Stop(StoppingCriteria):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What was said to a question.
 
     Attributes:
@@ -215,7 +215,7 @@ class Conversation:
 
     def ask(
         self, view: str, question: str, say: Callable[[str], None], start: str | None = None
-    ) -> Answer:
+    ) -> Reply:
         """The answer behind one prefix; its text is handed to ``say`` as it comes.
 
         Args:
@@ -256,7 +256,7 @@ class Conversation:
         if text.strip():
             earlier += [asked, {"role": "assistant", "content": text}]
         first = (told.first or ended) - begun
-        return Answer(text, len(new), ended - begun, first, self._why(new, stop), left_out)
+        return Reply(text, len(new), ended - begun, first, self._why(new, stop), left_out)
 
     def _prefix(self, view: str) -> Prefix | None:
         found = self.views[view]

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cartridge_distill.cli.conversation import Answer, Conversation
+from cartridge_distill.cli.conversation import Conversation, Reply
 from cartridge_distill.util.errors import CartridgeDistillError
 
 COMMANDS = {
@@ -209,7 +209,7 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _after(answer: Answer) -> str:
+def _after(answer: Reply) -> str:
     said = []
     if answer.left_out:
         said.append(f"the context was full: {answer.left_out} of the earlier questions left out")
@@ -218,7 +218,7 @@ def _after(answer: Answer) -> str:
     return "; ".join(said)
 
 
-def _figures(answer: Answer) -> str:
+def _figures(answer: Reply) -> str:
     figures = (
         f"{answer.tokens} tokens in {answer.seconds:.1f} s, the first after "
         f"{answer.first_seconds:.1f} s"

@@ -14,6 +14,7 @@ and puts them where the server reads them. Start it with ``python -m cartridge_d
 ``uploads``      ``PUT /cartridges/{id}``: taken in, bound to its id, made to work
 ``receiving``    an upload's bytes: checked on their way to the disk
 ``store``        the versions on disk: immutable, counted, kept within a bound
+``verifying``    are the files of a version those that were uploaded?
 ``lock``         one gateway a directory
 ``process``      the server process: started, watched, drained, started again
 ``commands``     what that process is

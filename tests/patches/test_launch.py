@@ -17,6 +17,7 @@ from cartridge_distill.report.recipe import Recipe
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.processes import Supervisor
+from cartridge_distill.util.tracker import TRACKER
 from tests.training.conftest import (
     server,  # noqa: F401  (a fixture)
     write_rows,
@@ -27,7 +28,6 @@ from verl_patches.launching import checks
 from verl_patches.launching.command import environment, overrides, python_path
 from verl_patches.launching.following import causes, log_file, shown
 from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
-from verl_patches.trainer.tracker import TRACKER
 
 ACTOR = "actor_rollout_ref.actor"
 

@@ -33,8 +33,7 @@ from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.best_step import read_best
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
-from verl_patches.actor.engine_state import check_same_run
-from verl_patches.trainer.tracker import (
+from cartridge_distill.util.tracker import (
     DATA_FILE,
     SAVING,
     TRACKER,
@@ -46,6 +45,7 @@ from verl_patches.trainer.tracker import (
     step_number,
     tracked_step,
 )
+from verl_patches.actor.engine_state import check_same_run
 
 __all__ = [
     "DATA_FILE",

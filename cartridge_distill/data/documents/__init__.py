@@ -6,10 +6,13 @@
 ``likely``         which encoding gives the likeliest text
 ``markdown``       a Markdown file less what is not text
 ``page``           an HTML page as Markdown: its visible text, less navigation
+``page_tags``      the end tags that a page leaves out
+``page_code``      what is code on a page, and what is prose set like code
 ``page_marks``     powers, indices, fractions and formulas of a page, written out
 ``pdf``            a PDF by the reader that makes words of it
 ``pdf_powers``     raised numbers of a PDF, told from the digits before them
 ``page_lines``     pages to one text: running heads, page numbers, divided words
+``numbered``       numbered headings of a text without marks
 ``quality``        whether a text reads like words
 ``blocks``         headings, code and prose, by the rules of the kind of text
 ``sentence_ends``  where a sentence ends
