@@ -64,10 +64,13 @@ def named(
         name, equals, source = given.partition("=")
         if not equals or not source or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{option} {given!r}: say NAME=SOURCE, the name of letters, digits and . _ -"
+                f"{option} {given!r} has no name; fix: say NAME=SOURCE, the name of letters, "
+                "digits and . _ -"
             )
         if name in sources or name == model:
-            raise ConfigError(f"{option} {given!r}: the name {name!r} is taken")
+            raise ConfigError(
+                f"{option} {given!r}: the name {name!r} is taken; fix: give it another"
+            )
         sources[name] = source
     return sources
 
@@ -88,7 +91,7 @@ def to_serve(options: ServeOptions) -> tuple[dict[str, Asked], dict[str, str], s
     documents = named(options.documents, None, "--document")
     if strange := sorted(documents.keys() - sources.keys()):
         raise ConfigError(
-            f"--document {strange[0]}=...: there is no cartridge of this name; there are "
+            f"--document {strange[0]}=...: there is no cartridge of this name; fix: name one of "
             f"{', '.join(sources)}"
         )
     asked = {
@@ -105,7 +108,8 @@ def to_serve(options: ServeOptions) -> tuple[dict[str, Asked], dict[str, str], s
     if len(set(models.values())) > 1:
         said = ", ".join(f"{name}: {model}" for name, model in models.items())
         raise ConfigError(
-            f"the cartridges name several models ({said}); one server has one: name it with --model"
+            f"the cartridges name several models ({said}), and a server has one; fix: name it "
+            "with --model"
         )
     return asked, {name: str(source) for name, (source, _) in found.items()}, models.popitem()[1]
 
@@ -151,6 +155,12 @@ def _serve(
     folder: Path,
 ) -> None:
     import torch
+
+    from cartridge_distill.util.devices import check_device
+
+    device = check_device(options.device)
+    if device.type == "cpu" and torch.cuda.is_available():
+        typer.echo("a GPU is here and is not used; --device cuda uses it", err=True)
     import uvicorn
 
     from cartridge_distill.cartridge.checkpoint import write_cartridge
@@ -160,12 +170,8 @@ def _serve(
     from cartridge_distill.server.openai.app import create_openai_app
     from cartridge_distill.server.playground.page import add_playground
     from cartridge_distill.server.settings import ServerSettings
-    from cartridge_distill.util.devices import check_device
     from cartridge_distill.util.http_connections import uvicorn_options
 
-    device = check_device(options.device)
-    if device.type == "cpu" and torch.cuda.is_available():
-        typer.echo("a GPU is here and is not used; --device cuda uses it", err=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     abouts, ids = {}, {}
@@ -233,7 +239,10 @@ def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
     from cartridge_distill.model.reading import check_model_place
 
     if options.model is None:
-        raise ConfigError("name a run or a cartridge to serve, or a --model to train against")
+        raise ConfigError(
+            "nothing says what to serve; fix: name a run or a cartridge, or a --model to train "
+            "against"
+        )
     check_model_place(options.model)
     port = ROLLOUT_PORT if options.port is None else options.port
     with listening_socket(options.host, port) as free:

@@ -147,8 +147,8 @@ def check_same_weights(
         return f"{said}: its answers may mean nothing"
     named = f", {meta.base_model}" if meta.base_model not in (None, model) else ""
     raise OtherModel(
-        f"{said}; the shape is the same, but its answers would mean nothing. Give the model that "
-        f"it was trained with{named}, or --allow-other-model if you mean this one"
+        f"{said}; the shape is the same, but its answers would mean nothing; fix: give the model "
+        f"that it was trained with{named}, or --allow-other-model if this one is meant"
     )
 
 

@@ -27,7 +27,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listener.close()
         said = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{host}:{port}: {said}; choose another --port (0 takes a free one), or --host"
+            f"{host}:{port}: {said}; fix: choose another --port (0 takes a free one), or --host"
         ) from None
     return listener
 

@@ -270,3 +270,11 @@ def test_a_model_that_has_moved_is_named_with_the_fix(
     assert chat.main([*arguments, "--prompt", "?"]) == 1
     said = capsys.readouterr().err
     assert "says that its model is /moved/away" in said and "name its folder with --model" in said
+
+
+def test_a_question_that_does_not_fit_ends_with_an_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = [arguments[0], "--max-new-tokens", "600", "--prompt", "Who?"]
+    assert chat.main(typed) == 1
+    assert "over the model's context of 512" in capsys.readouterr().err
