@@ -1,5 +1,6 @@
-"""What goes wrong with `chat`, `serve` and `doctor` at a first try, and after how many seconds: on a clock,
-and of one processor, which other programs do not change.
+"""What goes wrong with `chat` and `serve` at a first try, and after how many seconds.
+
+On a clock, and of a processor, which other programs change less.
 
     python -m tests.cli.mistakes        # the table of docs/using.md, measured here
 
