@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _LEVELS = 5  # RUN/checkpoints/global_step_N/actor/cartridge
 _DOCUMENTS, _QUESTIONS, _DATA = "documents.jsonl", "eval.json", "data"
 _SETTING = "actor_rollout_ref.actor.cartridge.documents="
+_DESCRIBED = "cartridge.json"
 _EXAMPLES = 4
 _SHOWN = 6
 # Of every format: what a folder with a cartridge has at least one of.
@@ -73,6 +74,7 @@ def check(asked: Asked) -> tuple[str | None, str]:
     Raises:
         CartridgeFormatError: there is no such cartridge.
         ConfigError: no model is named and the cartridge says none, or it is not there.
+        OtherModel: a native cartridge and a model's folder, and the weights are others.
         ExtraMissing: reading ``document`` needs what is not installed.
     """
     from cartridge_distill.model.reading import check_model_place
@@ -106,6 +108,8 @@ def check(asked: Asked) -> tuple[str | None, str]:
             f"{asked.source} says that its model is {model}, which is not there; fix: name the "
             "folder where it lies with --model"
         ) from None
+    if source is not None and not asked.allow_other_model:
+        _check_weights(source, model)
     return source, model
 
 
@@ -137,6 +141,28 @@ def look(asked: Asked, source: str | None, model: str) -> About:
         tuple(questions),
         (*([told] if told else []), *warnings),
     )
+
+
+def _check_weights(source: str, model: str) -> None:
+    """What two files say at once: the model's weights are others than the cartridge says."""
+    from cartridge_distill.model.identity import check_same_weights
+
+    described, folder = Path(source).expanduser() / _DESCRIBED, Path(model).expanduser()
+    if not described.is_file() or not folder.is_dir():
+        return
+    try:
+        said = json_text.load(described)
+    except (json_text.JsonError, OSError):
+        return  # who reads the cartridge says what is wrong with it
+    if isinstance(said, dict) and isinstance(said.get("model_fingerprint"), str):
+        meta = _Says(str(said.get("base_model")), said["model_fingerprint"])
+        check_same_weights(meta, source, model)
+
+
+@dataclass(frozen=True)
+class _Says:
+    base_model: str | None
+    model_fingerprint: str | None
 
 
 def _check_there(source: str) -> None:

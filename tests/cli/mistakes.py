@@ -60,7 +60,7 @@ MISTAKES = (
     Mistake(
         "a model of another shape",
         ("chat", "MINE", "--model", "OTHER", "--prompt", "?"),
-        ("2 layers, the model (llama) has 3", "made for another model"),
+        ("trained with other weights", "fix: give the model"),
     ),
     Mistake(
         "a twin: same shape, other weights",

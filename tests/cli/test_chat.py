@@ -271,7 +271,10 @@ def test_a_model_that_has_moved_is_named_with_the_fix(
     file.write_text(json.dumps(described))
     assert chat.main([*arguments, "--prompt", "?"]) == 1
     said = capsys.readouterr().err
-    assert "says that its model is /moved/away" in said and "name the folder where it lies with --model" in said
+    assert (
+        "says that its model is /moved/away" in said
+        and "name the folder where it lies with --model" in said
+    )
 
 
 def test_a_question_that_does_not_fit_ends_with_an_error(

@@ -90,7 +90,9 @@ def test_eval_refuses_before_the_model_is_loaded(
 def test_serve_and_chat_look_before_they_load(run: Path, twin: str, older: str) -> None:
     asked = Asked(str(run), twin)
     with pytest.raises(OtherModel, match=OTHER):
-        look(asked, *check(asked))
+        check(asked)  # by two files
+    with pytest.raises(OtherModel, match=OTHER):
+        look(asked, str(run / "cartridge"), twin)  # whatever the format and wherever the model
     allowed = Asked(str(run), twin, allow_other_model=True)
     assert OTHER in look(allowed, *check(allowed)).warnings[0]
     unknown = Asked(older, twin)
