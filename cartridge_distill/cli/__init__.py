@@ -9,6 +9,7 @@
 ``conversation``  the conversation itself
 ``terminal``      how it looks: what is typed, answers as they come, side by side
 ``about``         what is known of a cartridge: its model, its document, questions about it
+``shown``         what a server of cartridges shows: models by name, documents, the page's figures
 ``describe``      what ``info`` shows of a cartridge
 ================  ================================================================
 """

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 _LEVELS = 5  # RUN/checkpoints/global_step_N/actor/cartridge
 _DOCUMENTS, _QUESTIONS, _DATA = "documents.jsonl", "eval.json", "data"
 _SETTING = "actor_rollout_ref.actor.cartridge.documents="
+_DESCRIBED = "cartridge.json"
 _EXAMPLES = 4
+_SHOWN = 6
+# Of every format: what a folder with a cartridge has at least one of.
+_FILES = ("cartridge.*", "adapter_model.safetensors", "adapter_config.json", "*.pt")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def check(asked: Asked) -> tuple[str | None, str]:
     Raises:
         CartridgeFormatError: there is no such cartridge.
         ConfigError: no model is named and the cartridge says none, or it is not there.
+        OtherModel: a native cartridge and a model's folder, and the weights are others.
         ExtraMissing: reading ``document`` needs what is not installed.
     """
     from cartridge_distill.model.reading import check_model_place
@@ -81,7 +86,9 @@ def check(asked: Asked) -> tuple[str | None, str]:
     if asked.document is not None:
         require("chat --document")
         if not asked.document.expanduser().exists():
-            raise ConfigError(f"--document {asked.document}: there is no such file")
+            raise ConfigError(
+                f"--document {asked.document}: there is no such file; fix: name another, or none"
+            )
     model = asked.model
     if model is None and asked.source is not None:
         model = model_of(asked.source)
@@ -90,17 +97,19 @@ def check(asked: Asked) -> tuple[str | None, str]:
     if model is None:
         said = f"{asked.source} does not say" if asked.source else "nothing says"
         raise ConfigError(
-            f"{said} which model to use; name it with --model FOLDER or --model HUB/ID"
+            f"{said} which model to use; fix: name it with --model FOLDER or --model HUB/ID"
         )
     try:
         check_model_place(model)
-    except ConfigError as error:
+    except ConfigError:
         if asked.model is not None:
             raise
         raise ConfigError(
-            f"{asked.source} says that its model is {model}, and: {error}; if that model lies "
-            "elsewhere, name its folder with --model"
+            f"{asked.source} says that its model is {model}, which is not there; fix: name the "
+            "folder where it lies with --model"
         ) from None
+    if source is not None and not asked.allow_other_model:
+        _check_weights(source, model)
     return source, model
 
 
@@ -114,16 +123,14 @@ def look(asked: Asked, source: str | None, model: str) -> About:
         CartridgeFormatError: it cannot be read, does not fit the model, or is of another.
         DocumentError: the document cannot be read.
     """
-    from cartridge_distill.model.reading import read_model_config
-
-    config = read_model_config(model)
     if source is None:
         document, _, warnings = _document(asked, None, None)
         return About(model, None, model, document, (), tuple(warnings))
     from cartridge_distill.cartridge.checkpoint import read_cartridge
     from cartridge_distill.model.identity import check_same_weights
+    from cartridge_distill.model.reading import read_model_config
 
-    stored = read_cartridge(source, config)
+    stored = read_cartridge(source, read_model_config(model))
     told = check_same_weights(stored.meta, source, model, allow_other=asked.allow_other_model)
     document, questions, warnings = _document(asked, source, stored.meta.document_sha256)
     return About(
@@ -136,18 +143,48 @@ def look(asked: Asked, source: str | None, model: str) -> About:
     )
 
 
+def _check_weights(source: str, model: str) -> None:
+    """What two files say at once: the model's weights are others than the cartridge says."""
+    from cartridge_distill.model.identity import check_same_weights
+
+    described, folder = Path(source).expanduser() / _DESCRIBED, Path(model).expanduser()
+    if not described.is_file() or not folder.is_dir():
+        return
+    try:
+        said = json_text.load(described)
+    except (json_text.JsonError, OSError):
+        return  # who reads the cartridge says what is wrong with it
+    if isinstance(said, dict) and isinstance(said.get("model_fingerprint"), str):
+        meta = _Says(str(said.get("base_model")), said["model_fingerprint"])
+        check_same_weights(meta, source, model)
+
+
+@dataclass(frozen=True)
+class _Says:
+    base_model: str | None
+    model_fingerprint: str | None
+
+
 def _check_there(source: str) -> None:
     path = Path(source).expanduser()
+    if path.is_dir() and not any(list(path.glob(pattern)) for pattern in _FILES):
+        held = ", ".join(sorted(one.name for one in path.iterdir())[:_SHOWN]) or "nothing"
+        raise CartridgeFormatError(
+            f"{source} holds no cartridge (it has {held}); fix: name the folder of a run, or one "
+            "with cartridge.safetensors, adapter_model.safetensors or a .pt file in it"
+        )
     if path.exists():
         return
     beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, beside, 1)
     if near:  # a path that is mistyped is not looked for on the Hub
-        raise CartridgeFormatError(f"{source} is not there; did you mean {path.parent / near[0]}?")
+        raise CartridgeFormatError(
+            f"{source} is not there; fix: did you mean {path.parent / near[0]}?"
+        )
     if not is_hub_id(source):
         raise CartridgeFormatError(
-            f"{source} is no file, no directory and no hub id (owner/name); give a run's folder, "
-            "or the folder of a cartridge"
+            f"{source} is no file, no directory and no hub id (owner/name); fix: name a run's "
+            "folder, or that of a cartridge"
         )
 
 

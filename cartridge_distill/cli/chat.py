@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cartridge_distill.cli.about import About, Asked, check, look
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.openmp import spinning
 
@@ -31,7 +32,7 @@ NO_DOCUMENT, CARTRIDGE, DOCUMENT = "no document", "cartridge", "full document"
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="cartridge-distill chat",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,19 +91,20 @@ def converse(options: argparse.Namespace) -> None:
     source, model_name = check(asked)
     os.environ.update(spinning(os.environ))  # before torch is imported
     import torch
+
+    from cartridge_distill.util.devices import check_device, known_dtype
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device, dtype = check_device(options.device), known_dtype(options.dtype)
+    about = look(asked, source, model_name)
     from transformers import AutoModelForCausalLM
 
     from cartridge_distill.cli.conversation import Conversation
     from cartridge_distill.cli.terminal import Terminal
     from cartridge_distill.model.loading import no_weights_bar
     from cartridge_distill.model.reading import read_tokenizer, reading
-    from cartridge_distill.util.devices import check_device, known_dtype
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = check_device(options.device)
-    dtype = known_dtype(options.dtype)
-    about = look(asked, source, model_name)
     for warning in about.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     tokenizer = read_tokenizer(about.model)
@@ -114,7 +116,9 @@ def converse(options: argparse.Namespace) -> None:
     views, shown = _views(about, model, tokenizer)
     compare = options.compare
     if compare and len(views) == 1:
-        raise ConfigError("--compare: name a cartridge or a --document to compare with")
+        raise ConfigError(
+            "--compare: there is nothing to compare with; fix: name a cartridge or a --document"
+        )
     first = CARTRIDGE if about.stored is not None else shown[-1].name
     conversation = Conversation(
         model, tokenizer, views, options.turns, options.max_new_tokens, options.temperature
@@ -130,16 +134,18 @@ def converse(options: argparse.Namespace) -> None:
 def _asked(options: argparse.Namespace) -> Asked:
     if options.source is not None and options.cartridge is not None:
         raise ConfigError(
-            f"{options.source} and --cartridge {options.cartridge} are two cartridges; name one"
+            f"{options.source} and --cartridge {options.cartridge} are two cartridges; fix: name "
+            "one"
         )
     if options.start is not None and options.prompt is None:
-        raise ConfigError("--start begins the answer to --prompt; give both, or neither.")
+        raise ConfigError("--start begins the answer to --prompt; fix: give both, or neither")
     if options.temperature < 0 or options.max_new_tokens < 1 or options.turns < 0:
         raise ConfigError(
-            "--temperature and --turns must be 0 or more, --max-new-tokens 1 or more."
+            "a number is too small; fix: --temperature and --turns of 0 or more, --max-new-tokens "
+            "of 1 or more"
         )
     if options.threads is not None and options.threads < 1:
-        raise ConfigError(f"--threads {options.threads}: give 1 or more")
+        raise ConfigError(f"--threads {options.threads} is too few; fix: give 1 or more")
     return Asked(
         options.source or options.cartridge,
         options.model,

@@ -234,8 +234,8 @@ class Conversation:
             if messages[0] is asked:
                 raise ConfigError(
                     f"the question and an answer of {self.max_new_tokens} tokens are {over} tokens "
-                    f"over the model's context of {self.context}; ask for less, or set a smaller "
-                    "--max-new-tokens"
+                    f"over the model's context of {self.context}; fix: ask for less, or set a "
+                    "smaller --max-new-tokens"
                 )
             messages, left_out = messages[2:], left_out + 1
         prefix = self._prefix(view)

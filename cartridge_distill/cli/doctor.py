@@ -21,6 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from cartridge_distill.cartridge.run_folder import resolve_cartridge
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import CartridgeDistillError, RolloutError, ServerRefused
 from cartridge_distill.util.extras import ExtraMissing, require
@@ -274,7 +275,8 @@ def _weights(cartridge: str, model: str) -> Finding:
 
     what = "cartridge's model"
     try:
-        told = check_same_weights(read_cartridge(cartridge).meta, cartridge, model)
+        stored = read_cartridge(resolve_cartridge(cartridge))
+        told = check_same_weights(stored.meta, cartridge, model)
     except (CartridgeDistillError, OSError, ValueError) as error:
         return Finding(what, False, str(error).splitlines()[0])
     if told is not None:
@@ -304,7 +306,7 @@ def _describe_cartridge(source: str, model: str | None) -> str:
     from cartridge_distill.model.reading import read_model_config
 
     config = None if model is None else read_model_config(model)
-    cartridge = read_cartridge(source, config).snapshot
+    cartridge = read_cartridge(resolve_cartridge(source), config).snapshot
     said = f"{source}: {cartridge.num_tokens} tokens, {cartridge.num_frozen_tokens} frozen"
     if model is not None:
         said += f", fits {model}"

@@ -374,11 +374,23 @@ def pull(
 @_in_words
 def serve(
     context: typer.Context,
-    model: Model,
+    run_folder: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's folder, or a cartridge.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base model (the cartridge's own).")
+    ] = None,
     cartridge: Annotated[
         list[str] | None,
         typer.Option(help="NAME=SOURCE; the name is the model to ask for. Repeatable."),
     ] = None,
+    document: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE, the full document, to compare with (the run's). Repeatable."),
+    ] = None,
+    allow_other_model: Annotated[
+        bool, typer.Option(help="Also cartridges of other weights of the same shape.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(help="0 takes a free one. [default: 10210; 8000 for chat]")
@@ -394,7 +406,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve a model: to training, which uploads its versions; or cartridges behind OpenAI's API.
+    """Serve a run's cartridge: a page to ask it, and OpenAI's API. Or a model, to training.
+
+    `cartridge-distill serve RUN` shows a page at http://127.0.0.1:8000/ that asks without document,
+    with the cartridge, and with the full document.
 
     For training, the gateway with the embedded server; what stands after -- goes to the gateway
     (`python -m cartridge_distill.gateway --help`):
@@ -404,8 +419,11 @@ def serve(
     Cartridges for any OpenAI client, each as a model of its own (base_url
     http://127.0.0.1:8000/v1, model "anna"):
 
-    `cartridge-distill serve --model MODEL --cartridge anna=runs/demo/cartridge`
+    `cartridge-distill serve --cartridge anna=runs/demo/cartridge`
     """
+    passed_on = list(context.args)
+    if run_folder is not None and run_folder.startswith("-"):  # what stands after --
+        run_folder, passed_on = None, [run_folder, *passed_on]
     from cartridge_distill.cli.serve import ServeOptions, run, run_rollout_server
 
     options = ServeOptions(
@@ -418,14 +436,19 @@ def serve(
         threads,
         seed,
         tuple(allow_host or ()),
+        run_folder,
+        tuple(document or ()),
+        allow_other_model,
     )
-    if cartridge:
-        if context.args:
-            raise ConfigError(f"{' '.join(context.args)}: only a server for training takes these")
+    if cartridge or run_folder is not None:
+        if passed_on:
+            raise ConfigError(f"{' '.join(passed_on)}: only a server for training takes these")
         run(options)
+    elif document or allow_other_model:
+        raise ConfigError("--document and --allow-other-model are for cartridges: name a run, too")
     else:
         require("serve")
-        raise typer.Exit(run_rollout_server(options, context.args))
+        raise typer.Exit(run_rollout_server(options, passed_on))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,21 @@ import json
 import os
 import re
 import shlex
+import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
+from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER
+from cartridge_distill.cli.about import Asked, check, look
+from cartridge_distill.cli.shown import Shown
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
+from cartridge_distill.util.listening import listening_socket, shown_url
 from cartridge_distill.util.next_command import next_command, say_next
 from cartridge_distill.util.openmp import spinning
 
@@ -28,10 +34,10 @@ CHAT_PORT, ROLLOUT_PORT = 8000, 10210
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """As the command line gives them; ``cartridges`` are NAME=SOURCE, ``allow_host`` further names
-    of the server."""
+    """As the command line gives them; ``cartridges`` are NAME=SOURCE, ``documents`` NAME=FILE,
+    ``allow_host`` further names of the server; ``run`` is a run's folder, or a cartridge."""
 
-    model: str
+    model: str | None
     cartridges: tuple[str, ...]
     host: str
     port: int | None
@@ -40,9 +46,14 @@ class ServeOptions:
     threads: int | None
     seed: int
     allow_host: tuple[str, ...] = ()
+    run: str | None = None
+    documents: tuple[str, ...] = ()
+    allow_other_model: bool = False
 
 
-def named(cartridges: tuple[str, ...], model: str) -> dict[str, str]:
+def named(
+    cartridges: tuple[str, ...], model: str | None, option: str = "--cartridge"
+) -> dict[str, str]:
     """Sources by name.
 
     Raises:
@@ -53,12 +64,62 @@ def named(cartridges: tuple[str, ...], model: str) -> dict[str, str]:
         name, equals, source = given.partition("=")
         if not equals or not source or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"--cartridge {given!r}: say NAME=SOURCE, the name of letters, digits and . _ -"
+                f"{option} {given!r} has no name; fix: say NAME=SOURCE, the name of letters, "
+                "digits and . _ -"
             )
         if name in sources or name == model:
-            raise ConfigError(f"--cartridge {given!r}: the name {name!r} is taken")
+            raise ConfigError(
+                f"{option} {given!r}: the name {name!r} is taken; fix: give it another"
+            )
         sources[name] = source
     return sources
+
+
+def to_serve(options: ServeOptions) -> tuple[dict[str, Asked], dict[str, str], str]:
+    """What is served: what is asked for and where it lies, by name; and the model of all of it.
+
+    Everything that can be known before torch is imported is looked at here.
+
+    Raises:
+        ConfigError: options that cannot work, or a model that is not there.
+        CartridgeFormatError: a cartridge that is not there.
+    """
+    given = options.cartridges
+    if options.run is not None:
+        given = (f"{_name_of(options.run)}={options.run}", *given)
+    sources = named(given, options.model)
+    documents = named(options.documents, None, "--document")
+    if strange := sorted(documents.keys() - sources.keys()):
+        raise ConfigError(
+            f"--document {strange[0]}=...: there is no cartridge of this name; fix: name one of "
+            f"{', '.join(sources)}"
+        )
+    asked = {
+        name: Asked(
+            source,
+            options.model,
+            Path(documents[name]) if name in documents else None,
+            options.allow_other_model,
+        )
+        for name, source in sources.items()
+    }
+    found = {name: check(one) for name, one in asked.items()}
+    models = {name: model for name, (_, model) in found.items()}
+    if len(set(models.values())) > 1:
+        said = ", ".join(f"{name}: {model}" for name, model in models.items())
+        raise ConfigError(
+            f"the cartridges name several models ({said}), and a server has one; fix: name it "
+            "with --model"
+        )
+    return asked, {name: str(source) for name, (source, _) in found.items()}, models.popitem()[1]
+
+
+def _name_of(run: str) -> str:
+    """A run's folder as a model's name; of a cartridge in one, the run's."""
+    path = Path(run).expanduser().absolute()
+    last = path.parent.name if path.name == CARTRIDGE_FOLDER else path.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:128]
+    return name or "cartridge"
 
 
 def run(options: ServeOptions) -> None:
@@ -68,8 +129,10 @@ def run(options: ServeOptions) -> None:
         ConfigError: options that cannot work.
         CartridgeFormatError: a cartridge that cannot be read, or is for another model.
     """
-    sources = named(options.cartridges, options.model)
+    asked, sources, model_name = to_serve(options)
     hosts = KnownHosts(options.host, options.allow_host)
+    port = CHAT_PORT if options.port is None else options.port
+    listener = listening_socket(options.host, port)
     if options.host not in LOOPBACK:
         typer.echo(
             f"--host {options.host}: whoever reaches this address can use it; there is no token "
@@ -78,47 +141,81 @@ def run(options: ServeOptions) -> None:
         )
     hide_secrets_in_logs()
     os.environ.update(spinning(os.environ))  # before torch is imported
+    with listener, tempfile.TemporaryDirectory(prefix="cartridges-") as folder:
+        _serve(options, asked, sources, model_name, hosts, listener, Path(folder))
+
+
+def _serve(
+    options: ServeOptions,
+    asked: dict[str, Asked],
+    sources: dict[str, str],
+    model_name: str,
+    hosts: KnownHosts,
+    listener: socket.socket,
+    folder: Path,
+) -> None:
     import torch
+
+    from cartridge_distill.util.devices import check_device
+
+    device = check_device(options.device)
+    if device.type == "cpu" and torch.cuda.is_available():
+        typer.echo("a GPU is here and is not used; --device cuda uses it", err=True)
     import uvicorn
 
-    from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
+    from cartridge_distill.cartridge.checkpoint import write_cartridge
     from cartridge_distill.model.loading import load_model
-    from cartridge_distill.model.reading import read_model_config, read_tokenizer
+    from cartridge_distill.model.reading import read_tokenizer
     from cartridge_distill.server.app import Service
     from cartridge_distill.server.openai.app import create_openai_app
+    from cartridge_distill.server.playground.page import add_playground
     from cartridge_distill.server.settings import ServerSettings
     from cartridge_distill.util.http_connections import uvicorn_options
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(prefix="cartridges-") as folder:
-        config = read_model_config(options.model)
-        ids = {}
-        for number, (name, source) in enumerate(sources.items()):
-            # Ids of our own: a name may hold what the server's directory names may not.
-            ids[name] = f"cartridge{number}"
-            stored = read_cartridge(source, config).for_model(options.model)
-            write_cartridge(stored, Path(folder) / ids[name], "tokasaurus")
-            typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {source}")
-        settings = ServerSettings(
-            cartridge_dir=Path(folder), model_name=options.model, seed=options.seed
-        )
-        typer.echo(f"loading {options.model} ...")
-        model = load_model(options.model, getattr(torch, options.dtype), options.device)
-        tokenizer = read_tokenizer(options.model)
-        service = Service(model, tokenizer, settings, options.threads)
-        port = CHAT_PORT if options.port is None else options.port
-        shown = f"http://{options.host}:{port}/v1"
-        typer.echo(f"serving {', '.join(sources) or options.model} on {shown} (Ctrl-C ends it)")
-        say_next(_curl(shown, next(iter(sources), options.model)))
-        uvicorn.run(
-            create_openai_app(service, ids, hosts),
-            host=options.host,
-            port=port,
-            log_level="warning",
-            timeout_graceful_shutdown=3,
-            **uvicorn_options(settings.idle_s, settings.max_connections),
-        )
+    abouts, ids = {}, {}
+    for number, (name, one) in enumerate(asked.items()):
+        about = look(one, sources[name], model_name)
+        for warning in about.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        assert about.stored is not None
+        # Ids of our own: a name may hold what the server's directory names may not.
+        ids[name] = f"cartridge{number}"
+        stored = about.stored.for_model(model_name)
+        write_cartridge(stored, folder / ids[name], "tokasaurus")
+        typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {one.source}")
+        abouts[name] = about
+    tokenizer = read_tokenizer(model_name)
+    shown = Shown(abouts, tokenizer, model_name)
+    settings = ServerSettings(
+        cartridge_dir=folder,
+        model_name=model_name,
+        seed=options.seed,
+        # Room for the longest document at least: it is computed once.
+        prefix_cache_tokens=max(ServerSettings.prefix_cache_tokens, shown.longest),
+    )
+    typer.echo(f"loading {model_name} ...")
+    model = load_model(model_name, getattr(torch, options.dtype), device)
+    service = Service(model, tokenizer, settings, options.threads)
+    playground = shown.on_page(service.limits.max_tokens_per_request, model)
+    for name, document in shown.documents.items():
+        begun = time.monotonic()
+        service.engine.expect(document)
+        typer.echo(f"{name}: read, {len(document)} tokens, {time.monotonic() - begun:.1f} s")
+    app = create_openai_app(service, ids, hosts, shown.documents)
+    add_playground(app, playground)
+    url = shown_url(options.host, listener)
+    typer.echo(f"serving {', '.join([*sources, *shown.documents])} on {url}/v1 (Ctrl-C ends it)")
+    typer.echo(f"playground: {url}/")
+    say_next(_curl(f"{url}/v1", next(iter(sources))))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        **uvicorn_options(settings.idle_s, settings.max_connections),
+    )
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _curl(base: str, name: str) -> str:
@@ -139,8 +236,17 @@ def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
     """
     from cartridge_distill.gateway.__main__ import main
     from cartridge_distill.gateway.settings import TOKEN_VARIABLE
+    from cartridge_distill.model.reading import check_model_place
 
+    if options.model is None:
+        raise ConfigError(
+            "nothing says what to serve; fix: name a run or a cartridge, or a --model to train "
+            "against"
+        )
+    check_model_place(options.model)
     port = ROLLOUT_PORT if options.port is None else options.port
+    with listening_socket(options.host, port) as free:
+        port = free.getsockname()[1]  # the gateway takes it, seconds later
     arguments = ["--model", options.model, "--host", options.host, "--port", str(port), *more]
     for name in options.allow_host:
         arguments += ["--allow-host", name]

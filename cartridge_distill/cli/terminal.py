@@ -95,18 +95,27 @@ class Terminal:
             if typed.startswith("/"):
                 self._command(typed)
             elif typed:
-                self.ask(typed)
+                self._try(typed)
 
     def ask(self, question: str, start: str | None = None) -> None:
-        """Answers a question; what is wrong with it is said, and ends nothing."""
+        """Answers a question.
+
+        Raises:
+            CartridgeDistillError: it cannot be answered.
+            KeyboardInterrupt: at the second Ctrl-C; the first stops the answer.
+        """
+        with self._interruptible():
+            if self._compare and self._console.is_terminal and self._console.width >= _WIDE:
+                self._side_by_side(question, start)
+            elif self._compare:
+                self._below(question, start)
+            else:
+                self._alone(question, start)
+
+    def _try(self, question: str) -> None:
+        """What is wrong with a question is said, and ends nothing."""
         try:
-            with self._interruptible():
-                if self._compare and self._console.is_terminal and self._console.width >= _WIDE:
-                    self._side_by_side(question, start)
-                elif self._compare:
-                    self._below(question, start)
-                else:
-                    self._alone(question, start)
+            self.ask(question)
         except CartridgeDistillError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -179,9 +188,9 @@ class Terminal:
         notes = ["" for _ in self._shown]
 
         def drawn() -> Table:
-            table = Table(*(Text(one.heading()) for one in self._shown), expand=True)
-            for column in table.columns:
-                column.ratio = 1
+            table = Table(expand=True)
+            for one in self._shown:
+                table.add_column(Text(one.heading()), ratio=1)
             table.add_row(*(Text(text) for text in texts))
             if any(notes):
                 table.add_section()

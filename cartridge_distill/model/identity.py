@@ -20,8 +20,8 @@ import hashlib
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from cartridge_distill.model.reading import reading
 from cartridge_distill.model.weight_files import samples, weight_files
@@ -95,14 +95,15 @@ def _known_as(name: str) -> str | None:
     return None if parts[0] in _BESIDE or parts[-1] == "inv_freq" else ".".join(parts)
 
 
-def _comparable(numbers: Tensor) -> bytes:
+def _comparable(numbers: npt.NDArray[np.float32 | np.uint8]) -> bytes:
     """The same bytes for the same numbers in float32, bfloat16 and float16, rounding aside."""
-    if numbers.dtype.is_floating_point:
-        numbers = numbers.to(torch.bfloat16)
-        # The sum makes one zero of two.
-        numbers = torch.where(numbers.abs() < _SMALLEST, 0.0, numbers).to(torch.bfloat16) + 0.0
-        numbers = numbers.view(torch.int16)
-    return numbers.numpy().tobytes()
+    if numbers.dtype != np.float32:
+        return numbers.tobytes()
+    whole = np.nan_to_num(numbers, nan=0.0)
+    bits = np.where(np.abs(whole) < _SMALLEST, np.float32(0), whole).view(np.uint32)
+    # To the nearest bfloat16, of two to the even one.
+    rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
+    return rounded.astype("<u2").tobytes()
 
 
 def check_same_weights(
@@ -147,8 +148,8 @@ def check_same_weights(
         return f"{said}: its answers may mean nothing"
     named = f", {meta.base_model}" if meta.base_model not in (None, model) else ""
     raise OtherModel(
-        f"{said}; the shape is the same, but its answers would mean nothing. Give the model that "
-        f"it was trained with{named}, or --allow-other-model if you mean this one"
+        f"{said}; its answers would mean nothing; fix: give the model that it was trained "
+        f"with{named}, or --allow-other-model if this one is meant"
     )
 
 

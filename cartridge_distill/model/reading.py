@@ -16,7 +16,7 @@ from typing import Any
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
 
-_FIX = "Give the folder of a model (its config.json and tokenizer files lie there) or a hub id"
+_FIX = "fix: give the folder of a model (its config.json and tokenizer files lie there) or a hub id"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -60,7 +60,7 @@ def reading(name_or_path: str | Path, what: str) -> Iterator[None]:
     except Exception as error:  # a malformed file can fail in any way there is
         where = "" if folder.is_dir() else " (no folder of that name is here, so it is a hub id)"
         raise ConfigError(
-            f"{name}{where}: its {what} cannot be read: {_reason(error, folder)}. {_FIX}"
+            f"{name}{where}: its {what} cannot be read: {_reason(error, folder)}; {_FIX}"
         ) from error
 
 
@@ -88,7 +88,7 @@ def check_model_place(name_or_path: str | Path) -> None:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{name_or_path}: the folder holds no model, for it has no config.json. {_FIX}"
+            f"{name_or_path}: the folder holds no model, for it has no config.json; {_FIX}"
         )
 
 
@@ -101,9 +101,9 @@ def _place(name_or_path: str | Path) -> str:
 def _check_hub_id(name: str, folder: Path) -> None:
     """A path that is mistyped is not looked for on the Hub."""
     if folder.is_file():
-        raise ConfigError(f"{name} is a file, not a model. {_FIX}")
+        raise ConfigError(f"{name} is a file, not a model; {_FIX}")
     if _HUB_ID.fullmatch(name) is None:
-        raise ConfigError(f"{name}: there is no such folder. {_FIX}")
+        raise ConfigError(f"{name}: there is no such folder; {_FIX}")
 
 
 def _reason(error: Exception, folder: Path) -> str:

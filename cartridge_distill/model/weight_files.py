@@ -1,7 +1,8 @@
 """A few numbers out of each tensor of a model's files, of whatever kind; no model is loaded.
 
 Read are the places alone that a fingerprint looks at: some kilobytes of each tensor, so that
-gigabytes take a second. A safetensors file says where its tensors lie; a ``.bin`` file is mapped.
+gigabytes take a second. A safetensors file says where its tensors lie, and needs no torch, which
+takes longer to import; a ``.bin`` file is mapped.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 BLOCKS, BLOCK = 4, 256
 """From each tensor so many runs of so many numbers, evenly spread; all of a small one."""
@@ -23,11 +23,13 @@ BLOCKS, BLOCK = 4, 256
 _NAMES = ("model.safetensors", "model.safetensors.index.json")
 _OLD_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGEST_HEADER = 100 * 2**20
+# Bfloat16 is no dtype of numpy's: it is the upper half of a float32.
+_BF16 = np.dtype("<u2")
 _FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": _BF16,
 }
 
 
@@ -38,13 +40,13 @@ class Sample:
     Attributes:
         name: as the file has it.
         shape: of the tensor.
-        numbers: those at the places of :func:`places`; one-dimensional, the bytes of anything
-            that is no plain float.
+        numbers: those at the places of :func:`places`, in float32; the bytes of anything that is
+            no plain float.
     """
 
     name: str
     shape: tuple[int, ...]
-    numbers: Tensor
+    numbers: npt.NDArray[np.float32 | np.uint8]
 
 
 def places(count: int) -> list[tuple[int, int]]:
@@ -70,6 +72,8 @@ def weight_files(name_or_path: str | Path, commit: str | None = None) -> list[Pa
         folder = Path(name_or_path).expanduser()
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
+        from huggingface_hub import try_to_load_from_cache
+
         cached = try_to_load_from_cache(str(name_or_path), name, revision=commit)
         return Path(cached) if isinstance(cached, str) else None
 
@@ -106,23 +110,33 @@ def _of_safetensors(file: Path) -> Iterator[Sample]:
             first, end = about["data_offsets"]
             dtype, count = _FLOATS.get(about["dtype"]), prod(shape)
             if dtype is None or end - first != count * dtype.itemsize:
-                dtype, count = torch.uint8, end - first
+                dtype, count = np.dtype("u1"), end - first
             read = bytearray()
             for start, stop in places(count):
                 handle.seek(8 + length + first + start * dtype.itemsize)
                 read += handle.read((stop - start) * dtype.itemsize)
             if len(read) != sum(stop - start for start, stop in places(count)) * dtype.itemsize:
                 raise ValueError(f"{file}: it ends within {name}")
-            numbers = torch.frombuffer(read, dtype=dtype) if read else torch.empty(0)
+            numbers = np.frombuffer(read, dtype)
+            if dtype is _BF16:
+                numbers = (numbers.astype(np.uint32) << 16).view(np.float32)
+            elif dtype.kind == "f":
+                numbers = numbers.astype(np.float32)
             yield Sample(name, shape, numbers)
 
 
 def _of_pickle(file: Path) -> Iterator[Sample]:
+    import torch
+
     for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, torch.Tensor):
             continue
         flat = tensor.detach().reshape(-1)
-        if tensor.dtype not in _FLOATS.values():
+        is_float = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if not is_float:
             flat = flat.contiguous().view(torch.uint8)
         parts = [flat[start:stop] for start, stop in places(flat.numel())]
-        yield Sample(name, tuple(tensor.shape), torch.cat(parts) if parts else torch.empty(0))
+        found = torch.cat(parts) if parts else flat[:0]
+        yield Sample(
+            name, tuple(tensor.shape), (found.float() if is_float else found).contiguous().numpy()
+        )

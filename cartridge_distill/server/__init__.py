@@ -17,6 +17,7 @@ teaches), or inside a process with :class:`~cartridge_distill.server.running.Bac
 ``sampling``    repeatable draws; which log-probs are reported
 ``running``     uvicorn, foreground or in a thread
 ``openai``      OpenAI's chat API over the same engine, for people and their tools
+``playground``  a page that asks it: one question, three answers side by side
 ==============  ================================================================
 
 It stands in for the real server where there is no GPU, and fails where that one fails: an id is

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import FrameType
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.known_hosts import KnownHosts
+from cartridge_distill.util.listening import listening_socket
 from cartridge_distill.util.openmp import spinning
 from cartridge_distill.util.server_url import DEFAULT_PORT
 
@@ -152,21 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 2
-    # The port is taken now, for nobody should learn after minutes of loading that it is not free;
-    # connections are refused until the server listens on it.
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle's algorithm off; uvicorn's two writes per answer
-    # would otherwise wait 40 ms for the client's acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((options.host, options.port))
-    except OSError as error:
-        print(
-            f"cannot start: {options.host}:{options.port}: {error.strerror}; choose another --port "
-            "(or --host)",
-            file=sys.stderr,
-        )
+        listener = listening_socket(options.host, options.port)
+    except ConfigError as error:
+        print(f"cannot start: {error}", file=sys.stderr)
         return 1
     started = time.monotonic()
     print(f"loading {options.model} ...", flush=True)

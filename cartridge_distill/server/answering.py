@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,11 @@ class Answering(ABC):
         """Every cartridge id that stands for its weights from here on, sorted."""
 
     @abstractmethod
-    async def admit(self, request: AnyRequest) -> Admitted:
+    async def admit(self, request: AnyRequest, document: Sequence[int] = ()) -> Admitted:
         """Reads a request and finds its cartridges; nothing is computed yet.
+
+        Args:
+            document: token ids that a chat is asked behind.
 
         Raises:
             Refused: the request cannot be served.
@@ -81,6 +84,11 @@ class Answering(ABC):
             HTTPException: 400 for what cannot be computed, 500 or 503 for what may work later.
         """
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are still computed."""
+        return True
+
     def start(self) -> None:
         """Called when the routes begin to be served."""
         return
@@ -101,14 +109,17 @@ class Answering(ABC):
             raise HTTPException(400, str(error)) from error
         return admitted.job, await self.compute(admitted)
 
-    async def read_job(self, request: AnyRequest) -> Job:
+    async def read_job(self, request: AnyRequest, document: Sequence[int] = ()) -> Job:
         """The request in the engine's terms; the event loop goes on while text is tokenized.
+
+        Args:
+            document: as in :meth:`admit`.
 
         Raises:
             Refused: the request cannot be served.
         """
         if is_work(request):
-            return await asyncio.to_thread(to_job, request, self.tokenizer, self.limits)
+            return await asyncio.to_thread(to_job, request, self.tokenizer, self.limits, document)
         return to_job(request, self.tokenizer, self.limits)
 
 

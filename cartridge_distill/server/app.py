@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,8 +109,12 @@ class Service(Answering):
     def stop(self) -> None:
         self.engine.stop()
 
-    async def admit(self, request: AnyRequest) -> Admitted:
-        job = await self.read_job(request)
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.is_alive
+
+    async def admit(self, request: AnyRequest, document: Sequence[int] = ()) -> Admitted:
+        job = await self.read_job(request, document)
         prefix = None
         if job.cartridges:  # reading files takes time
             prefix = await asyncio.to_thread(self.store.prefix, job.cartridges)

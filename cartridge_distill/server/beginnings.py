@@ -5,9 +5,10 @@ of it in one product (``attention``); what is left of each prompt is computed as
 are those of no sharing, to rounding.
 
 A beginning is worth keeping when two prompts have it: two of those at hand, or one of them and one
-that came lately. What they all have in common is kept, and nothing of what only some of them say,
-unless that is long as well. Matching is by token ids, in whole beginnings. Bounded by tokens, the
-least recently used goes first; rows in flight keep what they hold until they are done.
+that came lately; or when the server was told to expect it. What they all have in common is kept,
+and nothing of what only some of them say, unless that is long as well. Matching is by token ids, in
+whole beginnings. Bounded by tokens, the least recently used goes first; rows in flight keep what
+they hold until they are done.
 
 Only prompts without a cartridge come here: a cartridge is already a shared beginning.
 """
@@ -58,11 +59,16 @@ class Beginnings:
         self._min_tokens = min_tokens
         self._kept: OrderedDict[bytes, Beginning] = OrderedDict()
         self._recent: deque[Ids] = deque(maxlen=_RECENT)
+        self._expected: list[Ids] = []
 
     @property
     def tokens(self) -> int:
         """Tokens kept."""
         return sum(len(kept.ids) for kept in self._kept.values())
+
+    def expect(self, ids: Sequence[int]) -> None:
+        """A beginning that prompts will have: kept from the first of them on, within the bound."""
+        self._expected.append(np.asarray(ids, dtype=np.int64))
 
     def find(self, prompts: Sequence[Sequence[int]]) -> list[Beginning | None]:
         """The longest beginning for each prompt; what they newly share is computed here.
@@ -105,7 +111,8 @@ class Beginnings:
         groups = []
         for start, members in alike.items():
             company = [prompts[member] for member in members]
-            company += [other for other in self._recent if other.tobytes().startswith(start)]
+            known = (*self._recent, *self._expected)
+            company += [other for other in known if other.tobytes().startswith(start)]
             if len(company) < 2:
                 continue
             length = min(min(len(prompts[member]) - 1 for member in members), self._max_tokens)

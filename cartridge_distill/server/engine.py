@@ -134,6 +134,25 @@ class Engine:
         logits: Tensor = output.logits[0]
         return logits
 
+    @torch.inference_mode()
+    def expect(self, ids: Sequence[int]) -> int:
+        """Computes and keeps the KV of a document that prompts will begin with; before ``start``.
+
+        Where ``prefix_cache_tokens`` does not hold all that is expected, what was used longest ago
+        goes, and is computed again when it is asked for.
+
+        Returns:
+            The tokens that are kept; 0 for a document that is too short to keep.
+        """
+        self._beginnings.expect(ids)
+        (found,) = self._beginnings.find([[*ids, 0]])
+        return 0 if found is None else len(found.ids)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether rows that are submitted are computed."""
+        return self._thread.is_alive() and not self._stopping.is_set()
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

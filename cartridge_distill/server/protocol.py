@@ -101,8 +101,16 @@ class Job:
     ignore_eos: bool
 
 
-def to_job(request: AnyRequest, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Job:
+def to_job(
+    request: AnyRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    document: Sequence[int] = (),
+) -> Job:
     """Reads a validated body.
+
+    Args:
+        document: ids that stand before a chat, which is then rendered as behind a cartridge.
 
     Raises:
         Refused: with the reason.
@@ -132,7 +140,8 @@ def to_job(request: AnyRequest, tokenizer: PreTrainedTokenizerBase, limits: Limi
             f"{_LEAST_TEMPERATURE} or more"
         )
     if isinstance(request, ChatCompletionRequest):
-        prompt_ids = _chat_ids(request, bool(cartridges), tokenizer, limits)
+        behind = bool(cartridges or document)
+        prompt_ids = [*document, *_chat_ids(request, behind, tokenizer, limits)]
     else:
         prompt_ids = _completion_ids(request, tokenizer, limits)
     if not prompt_ids:

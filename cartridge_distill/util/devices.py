@@ -23,19 +23,23 @@ def check_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: no device's name; say cpu, cuda or cuda:1") from None
+        raise ConfigError(
+            f"--device {name}: no device's name; fix: say cpu, cuda or cuda:1"
+        ) from None
     if device.type != "cuda":
         if device.type not in ("cpu", "mps", "xpu"):
-            raise ConfigError(f"--device {name}: nothing is computed there; say cpu or cuda")
+            raise ConfigError(f"--device {name}: nothing is computed there; fix: say cpu or cuda")
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise ConfigError(
             f"--device {name}: torch {torch.__version__} sees no GPU here (nvidia-smi shows "
-            "whether there is one); use --device cpu"
+            "whether there is one); fix: --device cpu"
         )
     if device.index is not None and device.index >= count:
-        raise ConfigError(f"--device {name}: there are {count} GPUs, the last is cuda:{count - 1}")
+        raise ConfigError(
+            f"--device {name}: {count} GPUs are here; fix: --device cuda:{count - 1} or less"
+        )
     return device
 
 
@@ -48,5 +52,5 @@ def known_dtype(name: str) -> torch.dtype | str:
     if name == "auto":
         return name
     if name not in _DTYPES:
-        raise ConfigError(f"--dtype {name}: say auto, {', '.join(_DTYPES)}")
+        raise ConfigError(f"--dtype {name} is not known; fix: say auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -41,6 +41,11 @@ def checked_url(url: str) -> str:
         raise ConfigError(
             f"the server URL {shown!r} has a query or a fragment behind it; give the address alone"
         )
+    if parts.path.endswith("/v1"):
+        raise ConfigError(
+            f"the server URL {bare!r} ends in /v1, which is put behind it here; fix: leave it out: "
+            f"{bare.removesuffix('/v1')}"
+        )
     if not host or any(character.isspace() for character in bare):
         raise ConfigError(f"server URL {bare!r} names no host")
     return bare

@@ -148,3 +148,14 @@ def test_the_model_they_are_for() -> None:
         [str(META.document_title)] * 2
     )
     assert compose([unknown, unknown]).meta.base_model is None
+
+
+def test_the_weights_they_were_trained_with() -> None:
+    def of(fingerprint: str | None) -> StoredCartridge:
+        part = stored(16, 1, seed=1)
+        return replace(part, meta=replace(part.meta, model_fingerprint=fingerprint))
+
+    assert compose([of("weights1:a"), of("weights1:a")]).meta.model_fingerprint == "weights1:a"
+    assert compose([of("weights1:a"), of(None)]).meta.model_fingerprint is None
+    with pytest.raises(CartridgeFormatError, match="different weights"):
+        compose([of("weights1:a"), of("weights1:b")])

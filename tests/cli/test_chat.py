@@ -237,9 +237,9 @@ def test_a_twin_of_the_model_is_refused(
         (["RUN", "--model", "/nowhere/at/all"], "there is no such folder"),
         (["RUN", "--model", "EMPTY"], "no config.json"),
         (["RUNN"], "did you mean"),
-        (["/nowhere/at/all"], "give a run's folder"),
+        (["/nowhere/at/all"], "name a run's folder"),
         (["EMPTY", "--model", "MODEL"], "holds no cartridge"),
-        (["EMPTY"], "does not say which model"),
+        (["TOKENS"], "does not say which model"),
         ([], "which model"),
         (["--model", "MODEL", "--compare"], "to compare with"),
         (["RUN", "--device", "gpu"], "no device's name"),
@@ -256,6 +256,8 @@ def test_what_a_user_does_wrong_is_one_line(
     (tmp_path / "empty").mkdir()
     places = {"RUN": arguments[0], "RUNN": arguments[0] + "e", "MODEL": str(model_folder)}
     places["EMPTY"] = str(tmp_path / "empty")
+    (tmp_path / "cartridge.pt").write_bytes(b"")  # a format that has no place for a model's name
+    places["TOKENS"] = str(tmp_path / "cartridge.pt")
     assert chat.main([places.get(word, word) for word in typed]) == 1
     err = capsys.readouterr().err
     assert said in err and err.startswith("error: ") and err.count("\n") == 1
@@ -269,4 +271,15 @@ def test_a_model_that_has_moved_is_named_with_the_fix(
     file.write_text(json.dumps(described))
     assert chat.main([*arguments, "--prompt", "?"]) == 1
     said = capsys.readouterr().err
-    assert "says that its model is /moved/away" in said and "name its folder with --model" in said
+    assert (
+        "says that its model is /moved/away" in said
+        and "name the folder where it lies with --model" in said
+    )
+
+
+def test_a_question_that_does_not_fit_ends_with_an_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = [arguments[0], "--max-new-tokens", "600", "--prompt", "Who?"]
+    assert chat.main(typed) == 1
+    assert "over the model's context of 512" in capsys.readouterr().err

@@ -117,6 +117,19 @@ def test_what_only_some_prompts_share_is_not_kept() -> None:
     assert beginnings.find([tokens(60, 8), tokens(9, 9)]) == [None, None]
 
 
+def test_what_is_expected_is_kept_before_it_comes_twice() -> None:
+    document = tokens(60, 1)
+    engine = Engine(tiny_model(), ServerSettings(**SMALL))
+    assert engine.expect(document) == 60
+    assert engine.stats.prompt_tokens == 60
+    assert engine.expect(tokens(9, 2)) == 0  # too short to be kept
+    bounded = Engine(tiny_model(), ServerSettings(**SMALL, prefix_cache_tokens=70))
+    for seed in (1, 3):
+        assert bounded.expect(tokens(60, seed)) == 60
+    assert bounded._beginnings.tokens == 60  # the second took the first one's place
+    assert not engine.is_alive
+
+
 @pytest.mark.parametrize("setting", ["prefix_cache_tokens", "prefix_cache_min_tokens"])
 def test_nonsense_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting):

@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from cartridge_distill.cartridge.checkpoint import read_meta
+from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.sync.versions import new_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from tests.verl.engine_rig import loss_of, rollouts, step
@@ -45,6 +47,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     engine = build()
     train(engine, range(3))
     engine.save_checkpoint(str(tmp_path / "actor"), global_step=3)
+    meta = read_meta(tmp_path / "actor" / "cartridge")
+    assert meta["model_fingerprint"] == weights_fingerprint(engine.model_config.local_path)
     torch.manual_seed(1)  # the state below is not what the checkpoint holds
     expected = train(engine, range(3, 6))
     drawn = torch.rand(1)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,8 @@ class VllmAnswers(Answering):
     def loaded_ids(self) -> list[str]:
         return sorted(self._answered)
 
-    async def admit(self, request: AnyRequest) -> Admitted:
-        job = await self.read_job(request)
+    async def admit(self, request: AnyRequest, document: Sequence[int] = ()) -> Admitted:
+        job = await self.read_job(request, document)
         if 0 < job.temperature < _LEAST_TEMPERATURE:
             raise Refused(
                 f"temperature={job.temperature}: vLLM samples with {_LEAST_TEMPERATURE} at least; "

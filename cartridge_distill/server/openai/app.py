@@ -3,7 +3,10 @@
 ``model`` in a request is a cartridge's name, or the base model's for an answer without one. Tokens
 are streamed as they come. Whatever can be refused is refused before a stream begins.
 
-Served: ``GET /v1/models``, ``GET /v1/models/{id}``, ``POST /v1/chat/completions``, ``GET /ping``.
+A document that the server knows is a model, too: the base model that has read it.
+
+Served: ``GET /v1/models``, ``GET /v1/models/{id}``, ``POST /v1/chat/completions``, ``GET /ping``,
+``GET /health``; the page at ``/`` is ``playground``.
 """
 
 from __future__ import annotations
@@ -54,15 +57,20 @@ from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
 
 def create_openai_app(
-    service: Answering, cartridges: Mapping[str, str], hosts: KnownHosts | None = None
+    service: Answering,
+    cartridges: Mapping[str, str],
+    hosts: KnownHosts | None = None,
+    documents: Mapping[str, Sequence[int]] | None = None,
 ) -> FastAPI:
     """The routes. The engine's thread starts and stops with the app.
 
     Args:
         cartridges: cartridge id in the service's directory, by the model name that asks for it.
         hosts: names of the server; other requests are refused. The loopback's by default.
+        documents: token ids of a document, by the model name that asks the base model behind it.
     """
 
+    texts = documents or {}
     app = app_over(service, "Cartridges, OpenAI's chat API")
     protect(app, service.idle_s, error_body=error_body)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
@@ -70,7 +78,7 @@ def create_openai_app(
     created = int(time.time())
     cards = {
         name: ModelCard(id=name, created=created, owned_by="cartridge-distill")
-        for name in (service.model_name, *cartridges)
+        for name in (service.model_name, *cartridges, *texts)
     }
     strings = TokenStrings(service.tokenizer)
 
@@ -82,6 +90,12 @@ def create_openai_app(
     @app.get("/ping")
     async def ping() -> dict[str, str]:
         return {"message": "pong"}
+
+    @app.get("/health", responses=ERRORS)
+    async def health() -> dict[str, str]:
+        if not service.is_alive:
+            raise ApiError(503, "the engine has ended: nothing is computed; start the server again")
+        return {"status": "ok"}
 
     @app.get("/v1/models")
     async def models() -> ModelCards:
@@ -95,7 +109,7 @@ def create_openai_app(
     async def chat(request: ChatRequest, http: Request) -> Response:
         card(request.model)
         answer = _Answer(service, strings, request)
-        await answer.admit(cartridges.get(request.model))
+        await answer.admit(cartridges.get(request.model), texts.get(request.model, ()))
         if request.stream:
             headers = {"Cache-Control": "no-cache"}
             return StreamingResponse(
@@ -127,8 +141,12 @@ class _Answer:
             for _ in range(request.n or 1)
         ]
 
-    async def admit(self, cartridge: str | None) -> None:
+    async def admit(self, cartridge: str | None, document: Sequence[int] = ()) -> None:
         """Everything that can be refused without computing.
+
+        Args:
+            cartridge: its id, for an answer behind one.
+            document: token ids, for an answer behind these.
 
         Raises:
             ApiError: 400, with the reason.
@@ -136,7 +154,9 @@ class _Answer:
         asked = self._request.max_new_tokens
         try:
             # Without a bound the prompt alone must fit; the answer takes what is left.
-            admitted = await self._service.admit(to_protocol(self._request, cartridge, asked or 1))
+            admitted = await self._service.admit(
+                to_protocol(self._request, cartridge, asked or 1), document
+            )
         except TooLong as error:
             raise ApiError(
                 400,
