@@ -65,6 +65,13 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+class Engine(enum.StrEnum):
+    """What computes answers."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+
+
 def _in_words(command: Callable[P, R]) -> Callable[P, R]:
     """What goes wrong on purpose is one line and exit status 1, not a stack."""
 
@@ -375,8 +382,19 @@ def serve(
             help="A further name of this server, as clients write it; * for every name. Repeatable."
         ),
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="What computes.")] = Engine.embedded,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(
+            help="With vllm: the Python of its environment. Without it, the line that starts vLLM "
+            "is printed."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model: to training, which uploads its versions; or cartridges behind OpenAI's API.
+
+    On a CPU, and to try things, with the embedded server; with `--engine vllm` on an unmodified
+    vLLM, in an environment of its own (docs/vllm.md).
 
     For training, the gateway with the embedded server; what stands after -- goes to the gateway
     (`python -m cartridge_distill.gateway --help`):
@@ -401,12 +419,19 @@ def serve(
         seed,
         tuple(allow_host or ()),
     )
+    if not cartridge:
+        require("serve")
+    if engine is Engine.vllm:
+        from cartridge_distill.cli.serve_vllm import serve_vllm
+
+        raise typer.Exit(serve_vllm(options, engine_python, context.args))
+    if engine_python is not None:
+        raise ConfigError("--engine-python goes with --engine vllm")
     if cartridge:
         if context.args:
             raise ConfigError(f"{' '.join(context.args)}: only a server for training takes these")
         run(options)
     else:
-        require("serve")
         raise typer.Exit(run_rollout_server(options, context.args))
 
 

@@ -33,6 +33,7 @@ MODEL_NAME = "tiny"
 MODEL = tiny_model()
 COMPLETIONS = "/custom/cartridge/completions"
 _START_SECONDS = 240.0
+_VLLM_START_SECONDS = 900.0
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
@@ -131,6 +132,7 @@ class Rig:
             *(("--backend", "vllm", "--engine-python", engine_python) if engine_python else ()),
             *("--", *(() if engine_python else ("--threads", 1)), *server),
         ]
+        self._start_seconds = _VLLM_START_SECONDS if engine_python else _START_SECONDS
         self._server_module = "vllm.entrypoints" if engine_python else "cartridge_distill.server"
         self.http = httpx.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60
@@ -175,7 +177,7 @@ class Rig:
         Raises:
             ChildFailed: the gateway ended, or it takes too long.
         """
-        wait_for(self.is_up, self.process, self.log_file, "the gateway", _START_SECONDS)
+        wait_for(self.is_up, self.process, self.log_file, "the gateway", self._start_seconds)
 
     def is_up(self) -> bool:
         """Does the server behind the gateway answer?"""
