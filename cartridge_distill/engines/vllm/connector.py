@@ -36,7 +36,8 @@ from cartridge_distill.engines.vllm.versions import known
 from cartridge_distill.engines.vllm.wanted import Misused, Wanted, check_request, read_parameters
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError, ConfigError
 
-logger = logging.getLogger(__name__)
+# vLLM shows what its own loggers say, and these are below them.
+logger = logging.getLogger("vllm.cartridges")
 
 _PR_SET_PDEATHSIG = 1
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from cartridge_distill.engines.vllm.placing import heads_of_rank
 from cartridge_distill.engines.vllm.wanted import Wanted
 
-logger = logging.getLogger(__name__)
+# vLLM shows what its own loggers say, and these are below them.
+logger = logging.getLogger("vllm.cartridges")
 
 Read = Callable[[Wanted], tuple[list[Tensor], list[Tensor]]]
 
@@ -80,7 +81,7 @@ class Residents:
             self._kept.popitem(last=False)
         made = DeviceKv([self._placed(t) for t in keys], [self._placed(t) for t in values])
         self._kept[wanted.content] = made
-        logger.info("cartridge %s: %d tokens", " + ".join(wanted.ids), wanted.tokens)
+        logger.info("loaded cartridge %s: %d tokens", " + ".join(wanted.ids), wanted.tokens)
         return made
 
     def _mine(self, tensor: Tensor) -> Tensor:

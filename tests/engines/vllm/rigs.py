@@ -48,12 +48,17 @@ def model(kind: str) -> PreTrainedModel:
 
 @contextmanager
 def serving(
-    kind: str, folder: Path, *server: object, options: tuple[object, ...] = ()
+    kind: str,
+    folder: Path,
+    *server: object,
+    dtype: str = "float32",
+    options: tuple[object, ...] = (),
 ) -> Iterator[Rig]:
     """A gateway over vLLM with a tiny model.
 
     Args:
         server: further arguments of vLLM.
+        dtype: of the model; vLLM itself would take a rounded one.
         options: further ones of the gateway.
     """
     python = vllm_python()
@@ -64,7 +69,9 @@ def serving(
         # Threads that spin for a core that somebody else has make everybody slow.
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         rig = Rig(
-            *(folder, folder / "model", *bounds, *options), server=server, engine_python=python
+            *(folder, folder / "model", *bounds, *options),
+            server=("--dtype", dtype, *server),
+            engine_python=python,
         )
         with rig:
             yield rig

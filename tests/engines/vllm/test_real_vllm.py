@@ -337,7 +337,7 @@ def test_prompts_in_pieces_and_a_cache_that_is_too_small(
 
 def test_bfloat16(tmp_path: Path, llama: PreTrainedModel) -> None:
     """The bound that was measured, for a model that is served in bfloat16."""
-    with serving("llama", tmp_path, "--dtype", "bfloat16") as rig:
+    with serving("llama", tmp_path, dtype="bfloat16") as rig:
         given = prefix(llama, 1, 64)
         put(rig, "rounded", given, torch.bfloat16)
         found = ask_all(rig, [(["rounded"], prompt) for prompt in PROMPTS], temperature=1.0)
