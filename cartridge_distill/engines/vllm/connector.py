@@ -53,7 +53,7 @@ class Load:
 
 
 @dataclass
-class Step(KVConnectorMetadata):  # type: ignore[misc]  # untyped here
+class Step(KVConnectorMetadata):
     """What the scheduler half tells the worker half of one step.
 
     Attributes:
@@ -65,7 +65,7 @@ class Step(KVConnectorMetadata):  # type: ignore[misc]  # untyped here
     refused: dict[str, list[int]] = field(default_factory=dict)
 
 
-class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # untyped here
+class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):
     """Cartridges as KV from elsewhere; see the module.
 
     Raises:

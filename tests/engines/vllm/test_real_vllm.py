@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.rollout.answers import read_answer
 from tests.engines.vllm.rigs import (
     MAX_TOKENS,
     PROMPTS,
@@ -30,7 +31,7 @@ from tests.engines.vllm.rigs import (
     worst,
 )
 from tests.gateway.rig import COMPLETIONS, Rig, completion, until
-from tests.tiny import plain_logprobs
+from tests.tiny import byte_tokenizer, plain_logprobs
 
 pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -162,12 +163,36 @@ def test_a_request_repeats_by_its_seed(rig: Rig, llama: PreTrainedModel) -> None
 
 def test_a_stop_string_ends_the_answer_with_its_tokens(rig: Rig, llama: PreTrainedModel) -> None:
     put(rig, "stops", prefix(llama, 7, 32))
-    [whole] = ask(rig, ["stops"], PROMPTS[2], 32, temperature=0.0)
-    assert 65 <= (letter := next(t for t in whole.token_ids[4:] if 33 <= t < 120))
-    stop = chr(letter + 33) if letter + 33 < 127 else None
-    body = completion("stops", 32, prompt=PROMPTS[2], temperature=0.0, ignore_eos=True)
-    answer = rig.http.post(COMPLETIONS, json=body | {"stop": stop or "~"}).json()
-    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    [whole] = ask(rig, ["stops"], PROMPTS[2], 48, temperature=0.7, seed=1)
+    letters = [byte_tokenizer().decode([token]) for token in whole.token_ids]
+    place = next(
+        place
+        for place, letter in enumerate(letters)
+        if place > 2 and letter.isascii() and letter.isprintable() and letter not in letters[:place]
+    )
+    refs = [{"id": "stops", "source": "local"}]
+    body = completion(None, 48, prompt=PROMPTS[2], cartridges=refs, ignore_eos=True, seed=1)
+    answer = rig.http.post(COMPLETIONS, json=body | {"stop": letters[place]}).json()
+    [found] = read_answer(answer, 1, 48)
+    assert found.token_ids == whole.token_ids[: place + 1] and found.finish_reason == "stop"
+    assert letters[place] not in answer["choices"][0]["text"]
+
+
+def test_an_end_token_is_the_last_one_and_counts(rig: Rig, llama: PreTrainedModel) -> None:
+    put(rig, "ends", prefix(llama, 7, 32))
+    refs = [{"id": "ends", "source": "local"}]
+    end = byte_tokenizer().eos_token_id
+    ended = 0
+    for prompt in PROMPTS[:8]:
+        body = completion(None, 60, prompt=prompt, cartridges=refs, temperature=2.0, n=8)
+        for found in read_answer(
+            rig.http.post(COMPLETIONS, json=body).json(), 8, 60, end_ids={end}
+        ):
+            assert end not in found.token_ids[:-1]
+            ended += found.finish_reason == "stop"
+            off = worst(llama, prefix(llama, 7, 32), prompt, found, temperature=2.0)
+            assert off < EXACT
+    assert ended > 0
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -275,8 +300,6 @@ def test_killed_in_the_middle_of_rollouts(rig: Rig, llama: PreTrainedModel) -> N
         assert len(answers) == len(PROMPTS)
         for process in family:  # nobody is left who holds the device
             until(lambda process=process: _is_gone(process), f"{process} has ended", 60)
-        from cartridge_distill.rollout.answers import read_answer
-
         for prompt, body in answers:
             [answer] = read_answer(body, 1, 64)
             assert worst(llama, given, prompt, answer) < EXACT
