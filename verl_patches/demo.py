@@ -12,6 +12,7 @@ steps as commands: `cartridge-distill prepare`, `serve`, `train`, `eval`.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import re
@@ -25,7 +26,10 @@ from pathlib import Path
 import httpx
 
 from cartridge_distill.data.command import DEFAULT_DATA
+from cartridge_distill.engines.vllm.launch import PackagePath, ServeCommand, check_python
+from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.report.recipe import write_recipe
+from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import fresh_folder
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, tail, wait_for
@@ -41,6 +45,7 @@ _CUDA_FLOAT32_BOUND = 1e-2
 # Counted by Ray, not used: TransferQueue's actors take a CPU each, and wait for ever without.
 _CUDA_RAY_CPUS = 16
 _PROMPT_TOKENS = 192
+_SPARE_TOKENS = 64  # of the context: a validation asks for longer answers
 
 
 def parse(arguments: list[str] | None = None, name: str = PROGRAM) -> argparse.Namespace:
@@ -78,6 +83,13 @@ def parse(arguments: list[str] | None = None, name: str = PROGRAM) -> argparse.N
     option("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads (%(default)s)")
     option("--device", default="cpu", choices=["cpu", "cuda"], help="(%(default)s)")
     option(
+        "--engine",
+        default="embedded",
+        choices=["embedded", "vllm"],
+        help="what writes the rollouts (%(default)s)",
+    )
+    option("--engine-python", help="with vllm: the Python of its environment (docs/vllm.md)")
+    option(
         "--dtype",
         choices=["bfloat16", "float32"],
         help="of the model in server and trainer (bfloat16 on cuda; float32 alone on a CPU)",
@@ -99,6 +111,8 @@ def parse(arguments: list[str] | None = None, name: str = PROGRAM) -> argparse.N
             )
     elif options.dtype == "bfloat16":
         parser.error("--dtype bfloat16 needs --device cuda; on a CPU the demo is in float32")
+    if (options.engine == "vllm") != (options.engine_python is not None):
+        parser.error("--engine vllm and --engine-python PATH go together")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.arguments = typed
     return options
@@ -117,7 +131,7 @@ def main(arguments: list[str] | None = None, name: str = PROGRAM) -> int:
     except KeyboardInterrupt:
         print("\nstopped; every process of the demo was ended", flush=True)
         return 130
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ChildFailed as error:
@@ -246,7 +260,7 @@ def prepare_data(
 
 
 def start_server(options: argparse.Namespace, model: str, out: Path, supervisor: Supervisor) -> str:
-    """Starts the embedded server on a free port; returns its URL."""
+    """Starts the embedded server or vLLM on a free port; returns its URL."""
     print("== rollout server", flush=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -257,7 +271,10 @@ def start_server(options: argparse.Namespace, model: str, out: Path, supervisor:
     command += ["--port", str(port), "--cartridge-dir", str(out / "cartridges")]
     command += ["--threads", str(options.threads), "--seed", str(options.seed)]
     command += ["--device", options.device, "--dtype", options.dtype]
-    server = supervisor.start(command, log, settings_of(options, out))
+    settings = settings_of(options, out)
+    if options.engine == "vllm":
+        command, settings = vllm_server(options, model, port, out, settings)
+    server = supervisor.start(command, log, settings)
 
     # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
     with httpx.Client(base_url=url, timeout=2) as http:
@@ -268,9 +285,34 @@ def start_server(options: argparse.Namespace, model: str, out: Path, supervisor:
             except httpx.TransportError:
                 return False
 
-        wait_for(answers, server, log, "server", timeout_s=180)
+        # vLLM imports and compiles for a minute or two before it looks at the model.
+        patience = 900 if options.engine == "vllm" else 180
+        wait_for(answers, server, log, "server", timeout_s=patience)
     print(f"   {url} speaks Tokasaurus' protocol; cartridges from {out / 'cartridges'}", flush=True)
     return url
+
+
+def vllm_server(
+    options: argparse.Namespace, model: str, port: int, out: Path, settings: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command of a vLLM that reads the run's cartridges, and its environment.
+
+    Raises:
+        ConfigError: there is no such Python.
+    """
+    command = ServeCommand(
+        model=model,
+        options=Options(cartridge_dir=out / "cartridges", seed=options.seed),
+        host="127.0.0.1",
+        port=port,
+        max_model_len=options.tokens + _PROMPT_TOKENS + options.response + _SPARE_TOKENS,
+        dtype=options.dtype,
+        more=("--seed", str(options.seed)),
+    )
+    package = PackagePath()
+    # It must outlive this function, and is gone with this process.
+    atexit.register(package.remove)
+    return command.own(check_python(options.engine_python)), package.environment(settings)
 
 
 def train(run: Run, supervisor: Supervisor) -> None:
