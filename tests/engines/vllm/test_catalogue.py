@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cartridge_distill.engines.vllm.catalogue import Catalogue, NoCartridge, con
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.engines.vllm.placing import heads_of_rank
 from cartridge_distill.engines.vllm.resident import Residents
-from cartridge_distill.engines.vllm.wanted import Wanted
+from cartridge_distill.engines.vllm.wanted import Misused, Wanted
 
 SHAPE = KvShape(2, 2, 4)
 
@@ -156,6 +157,17 @@ def test_ranks_have_the_heads_among_them(tmp_path: Path) -> None:
         kv = residents(tmp_path, rank, 2).get(wanted)
         assert kv.keys[0].shape == (16, 1, 4)
         assert torch.equal(kv.keys[1], want[1][0, heads_of_rank(2, rank, 2)].transpose(0, 1))
+
+
+def test_a_request_that_says_another_number_of_tokens(tmp_path: Path) -> None:
+    put(tmp_path, "v1", stored(1))
+    wanted = by_directory(tmp_path).wanted(["v1"])
+    kept = residents(tmp_path, 0, 1)
+    kept.get(wanted)
+    for tokens in (3, 17):  # resident or not
+        for one in (kept, residents(tmp_path, 0, 1)):
+            with pytest.raises(Misused, match=f"16 tokens, the request says {tokens}"):
+                one.get(replace(wanted, tokens=tokens))
 
 
 def test_the_least_recently_used_goes(tmp_path: Path) -> None:

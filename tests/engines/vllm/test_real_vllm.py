@@ -245,8 +245,12 @@ def test_a_request_past_the_front_fails_and_the_engine_lives(
         "sampling_params": {"max_tokens": 4, "temperature": 0.0},
         "kv_transfer_params": parameters,
     }
-    answer = httpx.post(rig.server_url() + "/inference/v1/generate", json=body, timeout=120)
+    route = rig.server_url() + "/inference/v1/generate"
+    plain = {name: value for name, value in body.items() if name != "kv_transfer_params"}
+    assert httpx.post(route, json=plain, timeout=120).status_code == 200
+    answer = httpx.post(route, json=body, timeout=120)
     assert answer.status_code >= 400, answer.text
+    assert "is failed: " in rig.log
     found = ask_all(rig, [(["by-hand"], prompt) for prompt in PROMPTS[:4]])
     off = [
         worst(llama, prefix(llama, 8, 32), prompt, one)
