@@ -64,6 +64,8 @@ class Planner:
             logger.error("request %s is failed: %s", request.request_id, error)
             self._requests[request.request_id] = error
             salt = f"refused {request.request_id}"
+            # With it vLLM asks for no load, and would compute what must not be computed.
+            request.skip_reading_prefix_cache = False
         own = request.cache_salt
         request.cache_salt = salt if own is None else f"{salt} {own}"
         request.block_hashes.clear()

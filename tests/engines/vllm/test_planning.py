@@ -29,6 +29,7 @@ class Request:
         self.sampling_params = SimpleNamespace(
             prompt_logprobs=None, skip_reading_prefix_cache=False, repetition_penalty=1.0
         )
+        self.skip_reading_prefix_cache = True
         self.cache_salt = salt
         self.block_hashes: list[str] = []
         self.update_block_hashes()
@@ -91,6 +92,7 @@ def test_what_must_not_be_computed_waits_for_a_load_that_fails(
     tokens, waits = planner.tokens_to_load(request_, 0)
     assert tokens > 0 and waits  # it is not computed meanwhile
     assert request_.cache_salt == "refused r"  # and shares nothing
+    assert not request_.skip_reading_prefix_cache  # with it vLLM would ask for no load
     planner.note(request_, ([3, 5],), tokens)
     plan = planner.next_plan()
     assert plan.refused == {"r": [3, 5]} and not plan.loads

@@ -226,31 +226,35 @@ def test_the_server_itself_knows_no_other_cartridges(rig: Rig, llama: PreTrained
     assert ask(rig, ["known"], PROMPTS[0])
 
 
+_BY_HAND = {"ids": ["by-hand"], "tokens": 32, "content": "0" * 64}
+
+
 @pytest.mark.parametrize(
-    "parameters",
+    ("parameters", "sampling"),
     [
-        {"cartridge": "by-hand"},
-        {"cartridge": {"ids": ["by-hand"], "tokens": 32, "content": "0" * 64}},
-        {"cartridge": {"ids": ["by-hand"], "tokens": 3, "content": "0" * 64}},
-        {"do_remote_prefill": True},
+        ({"cartridge": "by-hand"}, {}),
+        ({"cartridge": _BY_HAND}, {}),
+        ({"cartridge": _BY_HAND | {"tokens": 3}}, {}),
+        ({"cartridge": _BY_HAND}, {"prompt_logprobs": 0}),
+        ({"cartridge": _BY_HAND}, {"repetition_penalty": 1.2}),
+        ({"do_remote_prefill": True}, {}),
     ],
 )
 def test_a_request_past_the_front_fails_and_the_engine_lives(
-    rig: Rig, llama: PreTrainedModel, parameters: dict[str, Any]
+    rig: Rig, llama: PreTrainedModel, parameters: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
     """vLLM's own route for token ids takes what it is given: the connector does not."""
     put(rig, "by-hand", prefix(llama, 8, 32))
-    body = {
+    body: dict[str, Any] = {
         "token_ids": [0] * 32 + [10, 20],
-        "sampling_params": {"max_tokens": 4, "temperature": 0.0},
-        "kv_transfer_params": parameters,
+        "sampling_params": {"max_tokens": 4, "temperature": 0.0, **sampling},
     }
     route = rig.server_url() + "/inference/v1/generate"
-    plain = {name: value for name, value in body.items() if name != "kv_transfer_params"}
-    assert httpx.post(route, json=plain, timeout=120).status_code == 200
-    answer = httpx.post(route, json=body, timeout=120)
+    assert httpx.post(route, json=body, timeout=120).status_code == 200
+    failed = rig.log.count(" is failed: ")
+    answer = httpx.post(route, json=body | {"kv_transfer_params": parameters}, timeout=120)
     assert answer.status_code >= 400, answer.text
-    assert "is failed: " in rig.log
+    assert rig.log.count(" is failed: ") > failed
     found = ask_all(rig, [(["by-hand"], prompt) for prompt in PROMPTS[:4]])
     off = [
         worst(llama, prefix(llama, 8, 32), prompt, one)
