@@ -110,6 +110,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--wait", type=float, metavar="S", default=60.0, help="seconds to wait for it (%(default)s)"
     )
+    option(
+        "--engine",
+        choices=("embedded", "vllm"),
+        default=usual("engine"),
+        help="of a server of its own: what writes the rollouts (%(default)s)",
+    )
+    option(
+        "--engine-python",
+        metavar="PATH",
+        help="with --engine vllm: the Python of its environment (docs/vllm.md)",
+    )
     option("--log-to", metavar="NAMES", help="log to wandb, tensorboard, or wandb,tensorboard too")
     option("--dry-run", action="store_true", help="check everything, say the cost, write nothing")
     option("--overwrite", action="store_true", help="begin anew in the folder of an earlier run")

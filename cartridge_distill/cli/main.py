@@ -66,6 +66,13 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+class Engine(enum.StrEnum):
+    """What computes answers."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+
+
 def _in_words(command: Callable[P, R]) -> Callable[P, R]:
     """What goes wrong on purpose is one line and exit status 1, not a stack."""
 
@@ -405,11 +412,22 @@ def serve(
             help="A further name of this server, as clients write it; * for every name. Repeatable."
         ),
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="What computes.")] = Engine.embedded,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(
+            help="With vllm: the Python of its environment. Without it, the line that starts vLLM "
+            "is printed."
+        ),
+    ] = None,
 ) -> None:
     """Serve a run's cartridge: a page to ask it, and OpenAI's API. Or a model, to training.
 
     `cartridge-distill serve RUN` shows a page at http://127.0.0.1:8000/ that asks without document,
     with the cartridge, and with the full document.
+
+    On a CPU, and to try things, with the embedded server; with `--engine vllm` on an unmodified
+    vLLM, in an environment of its own (docs/vllm.md).
 
     For training, the gateway with the embedded server; what stands after -- goes to the gateway
     (`python -m cartridge_distill.gateway --help`):
@@ -440,14 +458,22 @@ def serve(
         tuple(document or ()),
         allow_other_model,
     )
-    if cartridge or run_folder is not None:
+    asked = bool(cartridge) or run_folder is not None
+    if not asked:
+        require("serve")
+    if engine is Engine.vllm:
+        from cartridge_distill.cli.serve_vllm import serve_vllm
+
+        raise typer.Exit(serve_vllm(options, engine_python, passed_on))
+    if engine_python is not None:
+        raise ConfigError("--engine-python goes with --engine vllm")
+    if asked:
         if passed_on:
             raise ConfigError(f"{' '.join(passed_on)}: only a server for training takes these")
         run(options)
     elif document or allow_other_model:
         raise ConfigError("--document and --allow-other-model are for cartridges: name a run, too")
     else:
-        require("serve")
         raise typer.Exit(run_rollout_server(options, passed_on))
 
 

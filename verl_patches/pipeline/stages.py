@@ -7,6 +7,7 @@ supervisor.
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import socket
@@ -19,6 +20,8 @@ import httpx
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.data.records import load_questions
+from cartridge_distill.engines.vllm.launch import PackagePath, ServeCommand, check_python
+from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, wait_for
@@ -29,6 +32,9 @@ from verl_patches.launching.result import Result, publish
 from verl_patches.launching.settings import Run
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
+# vLLM imports and compiles for a minute or two before it looks at the model.
+_START_SECONDS = {"embedded": 180, "vllm": 900}
+_SPARE_TOKENS = 64  # of vLLM's context: a validation asks for longer answers
 _SHOWN_LINES = 6
 _MOST_ERROR_LINES = 20
 _ERROR = re.compile(r"(?:\w*Error|error|refused): ")
@@ -124,9 +130,10 @@ def prepared(settings: Distillation, data: Path) -> Prepared:
 
 
 def start_server(settings: Distillation, supervisor: Supervisor) -> str:
-    """Starts the embedded server on a free port; returns its URL.
+    """Starts the embedded server, or vLLM, on a free port; returns its URL.
 
     Raises:
+        ConfigError: there is no such Python as vLLM's.
         ChildFailed: it did not come up.
     """
     port = free_port()
@@ -137,7 +144,10 @@ def start_server(settings: Distillation, supervisor: Supervisor) -> str:
     command += ["--port", str(port), "--cartridge-dir", str(settings.versions)]
     command += ["--threads", str(settings.threads), "--seed", str(settings.seed)]
     command += ["--device", settings.device, "--dtype", settings.dtype]
-    server = supervisor.start(command, log, environment_of(settings))
+    env = environment_of(settings)
+    if settings.engine == "vllm":
+        command, env = vllm_server(settings, port, env)
+    server = supervisor.start(command, log, env)
 
     # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
     with httpx.Client(base_url=url, timeout=2) as http:
@@ -148,8 +158,32 @@ def start_server(settings: Distillation, supervisor: Supervisor) -> str:
             except httpx.TransportError:
                 return False
 
-        wait_for(answers, server, log, "server", timeout_s=180)
+        wait_for(answers, server, log, "server", timeout_s=_START_SECONDS[settings.engine])
     return url
+
+
+def vllm_server(
+    settings: Distillation, port: int, env: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command of a vLLM that reads the run's cartridges, and its environment.
+
+    Raises:
+        ConfigError: there is no such Python.
+    """
+    longest = settings.tokens + settings.prompt_tokens + settings.response_tokens
+    command = ServeCommand(
+        model=settings.model,
+        options=Options(cartridge_dir=settings.versions, seed=settings.seed),
+        host="127.0.0.1",
+        port=port,
+        max_model_len=longest + _SPARE_TOKENS,
+        dtype=settings.dtype,
+        more=("--seed", str(settings.seed)),
+    )
+    package = PackagePath()
+    # It must outlive this function, and is gone with this process.
+    atexit.register(package.remove)
+    return command.own(check_python(settings.engine_python)), package.environment(env)
 
 
 def free_port() -> int:
