@@ -170,8 +170,7 @@ class Teacher:
         with self._forwarding(document_ids):
             for document_id in dict.fromkeys(document_ids):
                 members = [b for b, other in enumerate(document_ids) if other == document_id]
-                bare = document_id is BARE
-                prefix = self.bare_prefix() if bare else self.prefix(document_id)
+                prefix = self.bare_prefix() if document_id is None else self.prefix(document_id)
                 self._check_length(document_id, prefix, max(len(sequences[b]) for b in members))
                 batch = pack([sequences[b] for b in members]).to(self.device)
                 mask = np.concatenate([masks[b] for b in members])

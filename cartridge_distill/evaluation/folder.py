@@ -225,7 +225,7 @@ def _measure(
             raise ConfigError(
                 "--measures own_text: there are no questions, so there is nothing to write to"
             )
-        texts = OwnTexts(*common, document, conditions, questions, sampling, options.batch)
+        texts = OwnTexts(*common, document, conditions, questions, sampling)
         say(
             f"own texts: {texts.texts} of up to {options.measure_tokens} tokens, under "
             f"{len(conditions)} conditions; each is read by the teacher, too"

@@ -39,9 +39,10 @@ from cartridge_distill.evaluation.free_answers import matches, repeated_ngrams
 from cartridge_distill.evaluation.harness import Progress, by_view
 from cartridge_distill.evaluation.journal import Journal, own_text_key
 from cartridge_distill.evaluation.measure_rows import (
+    FREE,
     GREEDY,
+    SAMPLED,
     STARTED,
-    TEXTS,
     OwnText,
     own_text_index,
 )
@@ -97,13 +98,27 @@ def _nats(values: Tensor) -> list[float]:
     return [round(max(0.0, finite(value)), _DIGITS) for value in values.tolist()]
 
 
+@dataclass(frozen=True)
+class _Due:
+    """A text that is to be written."""
+
+    asked: Numbered[Question]
+    start: str
+    sampling: str
+
+    @property
+    def index(self) -> int:
+        return own_text_index(self.asked.index, self.start, self.sampling)
+
+
 class OwnTexts:
     """Has every condition write to every question, and scores what it wrote.
 
     Args:
         model, tokenizer, document, conditions: as for ``harness.Evaluation``.
         sampling: temperature, length and seed of the texts; greedy ones have the same length.
-        chunk: questions written to at once.
+        chunk: questions written to at once, twice each. A step of writing reads all weights
+            whatever the number of texts, so that more at once cost little more.
     """
 
     def __init__(
@@ -114,7 +129,7 @@ class OwnTexts:
         conditions: Sequence[Condition],
         questions: Sequence[Question],
         sampling: Sampling,
-        chunk: int = 8,
+        chunk: int = 16,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._document, self._conditions = document, list(conditions)
@@ -137,78 +152,92 @@ class OwnTexts:
         done, total = 0, self.texts
         for chunk in in_chunks(self._questions, self._chunk):
             for condition in self._conditions:
-                for start, sampling in TEXTS:
-                    due = [each for each in chunk if start != STARTED or each.item.stem]
+                for start in (FREE, STARTED):
+                    due = [
+                        _Due(each, start, sampling)
+                        for each in chunk
+                        for sampling in (GREEDY, SAMPLED)
+                        if start == FREE or each.item.stem
+                    ]
                     missing = [
-                        each
-                        for each in due
-                        if own_text_key(condition.name, own_text_index(each.index, start, sampling))
-                        not in journal
+                        text
+                        for text in due
+                        if own_text_key(condition.name, text.index) not in journal
                     ]
                     if missing:
-                        journal.add(list(self._rows(condition, missing, start, sampling)))
+                        journal.add(self._rows(condition, missing))
                     done += len(due)
                     if due and progress is not None:
                         progress(done, total)
 
-    def _rows(
-        self, condition: Condition, asked: list[Numbered[Question]], start: str, sampling: str
-    ) -> Iterator[OwnText]:
-        questions = [each.item for each in asked]
-        prompts = [self._prompt(question, start) for question in questions]
+    def _rows(self, condition: Condition, due: list[_Due]) -> list[OwnText]:
+        questions = [text.asked.item for text in due]
+        prompts = [self._prompt(text) for text in due]
         document = self._document.view(questions[0].document_id)
         views = [condition.view(each.document_id, each.question) for each in questions]
         for view in {id(view): view for view in (*views, document)}.values():
             check_context(
                 self._model, view, prompts, self._sampling.max_new_tokens, "--measure-tokens"
             )
-        texts = self._written(views, prompts, sampling)
-        scored: dict[int, Divergences] = {}
-        for view, group in by_view(views, range(len(views))):
-            for place, found in self._scored(condition, view, document, group, prompts, texts):
-                scored[place] = found
-        for place, (each, view, ids) in enumerate(zip(asked, views, texts, strict=True)):
-            text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
-            repeated, ngrams = repeated_ngrams(ids)
-            found = scored[place]
-            yield OwnText(
-                condition=condition.name,
-                document_id=each.item.document_id,
-                question_index=each.index,
-                start=start,
-                sampling=sampling,
-                temperature=0.0 if sampling == GREEDY else self._sampling.temperature,
-                seed=self._sampling.seed,
-                text=text,
-                ended=ids[-1] in self._ends,
-                kl=found.kl,
-                reverse_kl=found.reverse_kl,
-                overlap=found.overlap,
-                overlap_mass=found.overlap_mass,
-                entropy=found.entropy,
-                repeated=repeated,
-                ngrams=ngrams,
-                matched=matches(text, each.item.answer),
-                kv_tokens=view.kv_tokens,
-            )
-
-    def _prompt(self, question: Question, start: str) -> list[int]:
-        # Free, the answer has begun as well, with nothing: a template may open a thought for it.
-        begun = question.stem or "" if start == STARTED else ""
-        return started_prompt(self._tokenizer, question.question, begun)
-
-    def _written(
-        self, views: Sequence[View], prompts: Sequence[list[int]], sampling: str
-    ) -> list[list[int]]:
-        return sampled_answers(
+        temperatures = [self._temperature(text) for text in due]
+        written = sampled_answers(
             self._model,
             [view.prefix for view in views],
             prompts,
             self._sampling.max_new_tokens,
-            0.0 if sampling == GREEDY else self._sampling.temperature,
+            temperatures,
             [self._sampling.generator(prompt) for prompt in prompts],
             self._ends,
         )
+        scored: dict[int, Divergences] = {}
+        for view, group in by_view(views, range(len(views))):
+            scored.update(self._scored(condition, view, document, group, prompts, written))
+        return [
+            self._row(condition.name, *text, scored[place])
+            for place, text in enumerate(zip(due, views, temperatures, written, strict=True))
+        ]
+
+    def _row(
+        self,
+        condition: str,
+        due: _Due,
+        view: View,
+        temperature: float,
+        ids: list[int],
+        found: Divergences,
+    ) -> OwnText:
+        question = due.asked.item
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        repeated, ngrams = repeated_ngrams(ids)
+        return OwnText(
+            condition=condition,
+            document_id=question.document_id,
+            question_index=due.asked.index,
+            start=due.start,
+            sampling=due.sampling,
+            temperature=temperature,
+            seed=self._sampling.seed,
+            text=text,
+            ended=ids[-1] in self._ends,
+            kl=found.kl,
+            reverse_kl=found.reverse_kl,
+            overlap=found.overlap,
+            overlap_mass=found.overlap_mass,
+            entropy=found.entropy,
+            repeated=repeated,
+            ngrams=ngrams,
+            matched=matches(text, question.answer),
+            kv_tokens=view.kv_tokens,
+        )
+
+    def _temperature(self, due: _Due) -> float:
+        return 0.0 if due.sampling == GREEDY else self._sampling.temperature
+
+    def _prompt(self, due: _Due) -> list[int]:
+        question = due.asked.item
+        # Free, the answer has begun as well, with nothing: a template may open a thought for it.
+        begun = question.stem or "" if due.start == STARTED else ""
+        return started_prompt(self._tokenizer, question.question, begun)
 
     @torch.no_grad()
     def _scored(

@@ -149,7 +149,7 @@ def sampled_answers(
     prefixes: Sequence[Prefix | None],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | Sequence[float],
     generators: Sequence[random.Random],
     ends: frozenset[int] = frozenset(),
     on_token: Callable[[NewToken], None] | None = None,
@@ -157,25 +157,31 @@ def sampled_answers(
     """As :func:`greedy_answers`, sampled with each prompt's own random numbers.
 
     Args:
+        temperature: of all, or one a prompt; 0 takes the most likely tokens.
         on_token: called with each new token, of whichever prompt.
     """
     from cartridge_distill.server.engine import Engine
     from cartridge_distill.server.rows import Row
     from cartridge_distill.server.settings import ServerSettings
 
+    temperatures = (
+        [temperature] * len(prompts) if isinstance(temperature, int | float) else temperature
+    )
     try:
         engine = Engine(model, ServerSettings())
         rows = [
             Row(
                 list(prompt),
                 max_new_tokens,
-                temperature,
+                at,
                 generator,
                 prefix,
                 ends,
                 on_token=on_token,
             )
-            for prefix, prompt, generator in zip(prefixes, prompts, generators, strict=True)
+            for prefix, prompt, at, generator in zip(
+                prefixes, prompts, temperatures, generators, strict=True
+            )
         ]
         return [generated.token_ids for generated in engine.run(rows)]
     finally:

@@ -212,7 +212,7 @@ def test_a_stopped_one_goes_on(
         pass
 
     def stop(done: int, total: int) -> None:
-        if done == 4:
+        if done == 4:  # of one condition the free texts
             raise Stop
 
     with Journal(tmp_path / "stopped", {}, print) as journal, pytest.raises(Stop):
