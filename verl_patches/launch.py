@@ -34,6 +34,7 @@ from verl_patches.launching.command import command, environment, model_path, ove
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import StepLines, causes, log_file
 from verl_patches.launching.result import Result, check_place, publish
+from verl_patches.launching.resuming import check_saved
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
 
 _DESCRIPTION = """\
@@ -273,16 +274,6 @@ def saved_step(run: Run) -> int:
         CartridgeFormatError: what tells it is damaged, or lost.
     """
     return tracked_step(checkpoints(run)) or 0
-
-
-def check_saved(run: Run) -> None:
-    """Is it known where an earlier start of the run stood? The trainer asks again.
-
-    Raises:
-        CartridgeFormatError: it is not, and checkpoints are there.
-    """
-    if "trainer.resume_mode=resume_path" not in run.overrides:
-        saved_step(run)
 
 
 def how_to_go_on(run: Run) -> str:

@@ -13,7 +13,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
-from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
+from cartridge_distill.data.dataset import (
+    Row,
+    check_replaceable,
+    check_same_documents,
+    write_dataset,
+)
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.prompt_length import PromptLimit
@@ -47,6 +52,8 @@ def run(options: argparse.Namespace) -> None:
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
+    if not options.overwrite:
+        check_same_documents(options.out, sources)
     if options.prompt_recipe == SELF_STUDY:
         train, val = asyncio.run(self_study(sources, tokenizer, options))
     else:

@@ -16,18 +16,15 @@ _SAID = "[cartridge] "
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Before a worker's line Ray writes "(TaskRunner pid=123) " or "(WorkerDict pid=1, ip=...) ".
 _WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
-_ERROR = re.compile(r"(?:\w+\.)*\w+(?:Error|Unreachable|Refused|Died)\b.*: ?\S?")
+_ERROR = re.compile(
+    r"(?:\w+\.)*(?:\w+(?:Error|Unreachable|Refused|Died)|OtherSettings|DiskFull)\b.*: ?\S?"
+)
 _ONE_OF_SEVERAL = "- "  # our errors list what is wrong, a line each
 _STEP = re.compile(r"step (\d+)/(\d+)  ")
 _VALIDATION = re.compile(r"validation at step (\d+)/\d+  (.*?)(?:  [\d.]+s)?$")
 STARTED = "the server has the version to start from"
 """What the trainer says when nothing was refused: the next is its first step."""
-_OF_EVERY_RUN = ("the trainer is up; ", STARTED, "version ")
-
-
-def shown(line: str) -> str | None:
-    """What is printed of a line of the log with ``--verbose`` off and no step: our own words."""
-    return f"   {line.split(_SAID, 1)[1]}" if _SAID in line else None
+_OF_EVERY_RUN = ("the trainer is up; ", "model loaded; ", STARTED, "version ")
 
 
 class StepLines:
@@ -48,7 +45,7 @@ class StepLines:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._verbose, self._started, self._now = verbose, started, now
-        self._has_started = False
+        self._has_started = self._has_stepped = False
         self._once: set[str] = set()
         self._validation: tuple[int, str] | None = None
         self._last: float | None = None
@@ -67,12 +64,13 @@ class StepLines:
     def _text(self, said: str) -> str | None:
         if match := _VALIDATION.match(said):
             step, scores = int(match[1]), match[2]
-            if self._last is None:  # before the first step: no line will carry it
+            if not self._has_stepped:  # no line of a step will carry it
                 self._last = self._now()
                 return f"   before step {step + 1}: {scores}"
             self._validation = (step, scores)
             return None
         if match := _STEP.match(said):
+            self._has_stepped = True
             return f"   {said}{self._of_validation(int(match[1]))}{self._left(match)}"
         if said.startswith(_OF_EVERY_RUN) or said in self._once:
             if said.startswith(STARTED):
@@ -127,8 +125,7 @@ def causes(log: Path, most: int = 3) -> list[str]:
         for line in lines:
             text = _WORKER.sub("", _COLOUR.sub("", line)).strip()
             if _ERROR.match(text):
-                listed = found.setdefault(text, []) if text.endswith(":") else None
-                found.setdefault(text, [])
+                listed = found.setdefault(text, [])
             elif listed is not None and text.startswith(_ONE_OF_SEVERAL):
                 listed += [text] if text not in listed else []
             else:

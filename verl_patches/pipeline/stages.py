@@ -31,6 +31,7 @@ from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
 _SHOWN_LINES = 6
 _MOST_ERROR_LINES = 20
+_FOR_TRAIN = "name one behind the train command"
 _ERROR = re.compile(r"(?:\w*Error|error|refused): ")
 
 
@@ -81,7 +82,8 @@ def prepare_data(
     command += ["--response-tokens", str(settings.response_tokens)]
     env = environment_of(settings)
     printed = run_stage(command, "data", scratch, supervisor, env, verbose)
-    lines = [line for line in printed.splitlines() if line.strip()]
+    # The last is for who trains with another command.
+    lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]

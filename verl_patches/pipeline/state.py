@@ -12,12 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.cartridge.run_folder import METRICS_FILE, RECIPE_FILE, RUN_FILES
+from cartridge_distill.cartridge.run_folder import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RUN_FILES,
+)
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import OWNED, check_own, fresh_folder, replace_file
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.same_settings import check_same_settings
+from cartridge_distill.util.tracker import tracked_step
 from verl_patches.pipeline.settings import Distillation
 
 STATE_FILE = "distill.json"
@@ -89,19 +95,32 @@ def check_folder(settings: Distillation, overwrite: bool) -> State:
             f"--out {shorter(folder)} holds {what}; fix: name another --out, or --overwrite it"
         )
     said = _read(folder / STATE_FILE)
+    try:
+        _check_same(settings, said, fixed, documents)
+    except ConfigError:
+        if TRAINING in said["done"] or tracked_step(folder / CHECKPOINTS_FOLDER) is not None:
+            raise
+        check_own(folder, RUN_FILES)  # no step was trained with the others: nothing is lost
+        return new
+    new.done, new.facts, new.is_new = list(said["done"]), dict(said["facts"]), False
+    return new
+
+
+def _check_same(
+    settings: Distillation, said: dict[str, Any], fixed: dict[str, Any], documents: str
+) -> None:
+    folder = shorter(settings.out)
     check_same_settings(
         said["settings"],
         fixed,
-        f"{shorter(folder)} holds a run with other settings; fix: give the same, name another "
-        "--out, or --overwrite it:",
+        f"{folder} holds a run with other settings; fix: give the same, name another --out, or "
+        "--overwrite it:",
     )
     if said["documents"] != documents:
         raise ConfigError(
-            f"{settings.documents} has changed since {shorter(folder)} began; fix: name another "
-            "--out for the new text, or --overwrite the run"
+            f"{settings.documents} has changed since {folder} began; fix: name another --out for "
+            "the new text, or --overwrite the run"
         )
-    new.done, new.facts, new.is_new = list(said["done"]), dict(said["facts"]), False
-    return new
 
 
 def begin(state: State) -> None:
