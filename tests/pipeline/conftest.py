@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import patched  # noqa: F401  (a fixture)
+from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
 
 WORDS = (
     "The harbour master keeps the keys of the old museum.",
