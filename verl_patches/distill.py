@@ -219,6 +219,9 @@ def start(
     except (CartridgeDistillError, PatchError, OSError) as error:
         print(clean_text(f"error: {error}"), file=sys.stderr)
         return 2 if state is None or state.is_new else 1
+    finally:
+        if state is not None:
+            state.release()
     return 0
 
 

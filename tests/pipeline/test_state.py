@@ -12,7 +12,7 @@ from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import OWNED
 from cartridge_distill.util.same_settings import OtherSettings
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
-from verl_patches.pipeline.state import DATA, STAGES, TRAINING, begin, check_folder
+from verl_patches.pipeline.state import DATA, STAGES, TRAINING, State, begin, check_folder
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def begun(wanted: Distillation, *done: str) -> None:
     begin(state)
     for stage in done:
         state.finish(stage)
+    state.release()
+
+
+def look(wanted: Distillation, overwrite: bool = False) -> State:
+    """What another command would find."""
+    state = check_folder(wanted, overwrite)
+    state.release()
+    return state
 
 
 def saved(wanted: Distillation, step: int) -> None:
@@ -33,40 +41,40 @@ def saved(wanted: Distillation, step: int) -> None:
 
 
 def test_looking_writes_nothing_and_what_is_done_is_remembered(wanted: Distillation) -> None:
-    assert check_folder(wanted, False).is_new and not wanted.out.exists()
+    assert look(wanted).is_new and not wanted.out.exists()
     begun(wanted, DATA)
-    again = check_folder(wanted, False)
+    again = look(wanted)
     assert again.done == [DATA] and not again.is_new and not again.finished
     for stage in STAGES[1:]:
         again.finish(stage)
-    assert check_folder(wanted, False).finished
+    assert look(wanted).finished
 
 
 def test_settings_that_differ_are_refused_by_name(wanted: Distillation) -> None:
     begun(wanted, DATA)
     saved(wanted, 2)
     with pytest.raises(OtherSettings, match=r"(?s)fix: give the same.*lr: 0.03 there, 0.5 now"):
-        check_folder(replace(wanted, lr=0.5), False)
+        look(replace(wanted, lr=0.5))
     with pytest.raises(OtherSettings, match="overrides"):
-        check_folder(replace(wanted, overrides=("data.shuffle=False",)), False)
+        look(replace(wanted, overrides=("data.shuffle=False",)))
     may = replace(wanted, threads=7, server="http://one:1", log_to="tensorboard", wait=3.0)
-    assert check_folder(may, False).done == [DATA]
+    assert look(may).done == [DATA]
 
 
 def test_before_the_first_saved_step_other_settings_lose_nothing(wanted: Distillation) -> None:
     begun(wanted, DATA)
-    state = check_folder(replace(wanted, lr=0.5), False)
+    state = look(replace(wanted, lr=0.5))
     assert state.is_new and state.done == []
     (wanted.out / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.txt"):
-        check_folder(replace(wanted, lr=0.5), False)
+        look(replace(wanted, lr=0.5))
 
 
 def test_documents_that_changed_are_another_run(wanted: Distillation, handbook: Path) -> None:
     begun(wanted, DATA, TRAINING)
     (handbook / "a.txt").write_text("something else entirely")
     with pytest.raises(ConfigError, match="has changed since .* began; fix: "):
-        check_folder(wanted, False)
+        look(wanted)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -74,27 +82,39 @@ def test_a_folder_of_somebody_else_is_left_alone(wanted: Distillation, overwrite
     wanted.out.mkdir()
     (wanted.out / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match="did not write"):
-        check_folder(wanted, overwrite)
+        look(wanted, overwrite)
     (wanted.out / OWNED).touch()  # a run's folder, with somebody's file in it
     (wanted.out / "metrics.jsonl").touch()
     with pytest.raises((FileExistsError, ConfigError)):
-        check_folder(wanted, overwrite)
+        look(wanted, overwrite)
     assert (wanted.out / "thesis.tex").read_text() == "precious"
 
 
 def test_an_earlier_run_is_replaced_when_asked(wanted: Distillation) -> None:
     begun(wanted, DATA, TRAINING)
     (wanted.out / "metrics.jsonl").write_text("{}")
-    begin(check_folder(replace(wanted, lr=0.5), overwrite=True))
+    state = check_folder(replace(wanted, lr=0.5), overwrite=True)
+    begin(state)
+    state.release()
     assert sorted(path.name for path in wanted.out.iterdir()) == [OWNED, "distill.json"]
     assert json.loads((wanted.out / "distill.json").read_text())["settings"]["lr"] == 0.5
+
+
+def test_two_commands_do_not_work_in_one_folder(wanted: Distillation) -> None:
+    state = check_folder(wanted, False)
+    begin(state)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="another command works in .*; fix: wait"):
+            check_folder(replace(wanted, lr=0.5), overwrite)
+    state.release()
+    assert look(wanted, True).is_new
 
 
 def test_a_state_that_is_damaged_is_named(wanted: Distillation) -> None:
     begun(wanted)
     (wanted.out / "distill.json").write_text("{")
     with pytest.raises(ConfigError, match=r"distill.json cannot be read .*fix: "):
-        check_folder(wanted, False)
+        look(wanted)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 36, 100, 2000])

@@ -7,8 +7,10 @@ its report.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class State:
         self.done: list[str] = []
         self.facts: dict[str, Any] = {}
         self.is_new = True
+        self._locked: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -55,6 +58,32 @@ class State:
         self.done.append(stage)
         self.facts |= facts
         self.write()
+
+    def lock(self) -> None:
+        """Keeps others out of the folder until :meth:`release`, or the end of this process.
+
+        Raises:
+            ConfigError: another one works there.
+        """
+        mark = self.folder / OWNED
+        if not mark.is_file():
+            return
+        self.release()
+        self._locked = os.open(mark, os.O_RDONLY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"another command works in {shorter(self.folder)}; fix: wait for its end, or name "
+                "another --out"
+            ) from None
+
+    def release(self) -> None:
+        """Lets others in."""
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def write(self) -> None:
         said = {
@@ -83,6 +112,18 @@ def check_folder(settings: Distillation, overwrite: bool) -> State:
     new = State(folder, json.loads(json.dumps(fixed)), documents)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return new
+    new.lock()
+    try:
+        return _of_folder(settings, new, fixed, documents, overwrite)
+    except BaseException:
+        new.release()
+        raise
+
+
+def _of_folder(
+    settings: Distillation, new: State, fixed: dict[str, Any], documents: str, overwrite: bool
+) -> State:
+    folder = settings.out
     if overwrite:
         check_own(folder, RUN_FILES)
         return new
@@ -128,6 +169,7 @@ def begin(state: State) -> None:
     if state.is_new:
         fresh_folder(state.folder, RUN_FILES)
         state.is_new = False
+        state.lock()
     state.write()
 
 
