@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_place(run.folder)
     except KeyboardInterrupt:
         return 130
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -48,6 +49,7 @@ class _Commands(typer.Typer):
 def _usage(error: Any) -> str:
     """What was typed wrong, with the fix."""
     said = " ".join(error.format_message().split()).rstrip(".")
+    said = re.sub(r" \(Possible options: (.*)\)$", r" Did you mean \1?", said)
     what, meant, near = said.partition(" Did you mean ")
     if meant:
         return f"{what.rstrip('.')}; fix: did you mean {near}"

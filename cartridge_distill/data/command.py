@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
         from cartridge_distill.data.prepare import run
 
         run(options)
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
