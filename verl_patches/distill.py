@@ -205,7 +205,7 @@ def start(
             running.run(settings, state, supervisor, record, options.verbose)
     except KeyboardInterrupt:
         hint = running.how_to_go_on(settings, state) if settings and state else "nothing was begun"
-        print(f"\nstopped: {hint}", flush=True)
+        print(f"\nstopped: {hint}: {program()} {shlex.join(typed)}", flush=True)
         return 130
     except launch.TrainingFailed as error:
         hint = "fix what the cause names, then start it again"

@@ -70,7 +70,8 @@ exit status: 0 trained; 1 or veRL's own: it failed; 2 refused before anything st
 """
 
 
-QUIET_SECONDS = 60.0
+QUIET_SECONDS = 90.0
+"""After so many without a line a stage says that it is still there."""
 # Of these the same command ends the same way.
 _REFUSED = re.compile(
     r"\b(?:ConfigError|OtherSettings|CartridgeFormatError|DocumentError|AttentionCompileError"
@@ -216,7 +217,11 @@ def train(
     length = wanted(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = log_file(run.folder)
-    say(f"   log: {shorter(log)}; the first step comes in a minute or so")
+    steps = "one epoch" if length.last_step is None else f"{length.last_step} steps"
+    say(
+        f"== training: {run.tokens} tokens, {steps}; the first one comes in a minute or so (log: "
+        f"{shorter(log)})"
+    )
     child = supervisor.start(command(run), log, environment(run))
     status = follow(child, log, StepLines(verbose, started), "veRL", QUIET_SECONDS)
     if status != 0:

@@ -451,6 +451,10 @@ def test_one_line_a_step_with_the_time_left_and_the_rest_once() -> None:
     )
     assert shown(f"{worker}step 4/4  loss 1.0") == "   step 4/4  loss 1.0"
     assert started == [1]
+    resumed = StepLines(now=lambda: 0.0)
+    assert resumed(f"{worker}resumed from run/checkpoints/global_step_3, step 3 of 4") is not None
+    assert "before step 4: KL" in str(resumed(f"{worker}validation at step 3/4  {validation}  1s"))
+    assert resumed(f"{worker}validation at step 4/4  {validation}  1s") is None
     everything = StepLines(verbose=True)
     assert everything("WARNING something") == "WARNING something"
 

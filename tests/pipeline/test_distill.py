@@ -112,7 +112,9 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     assert "3 versions served (the first, and one a step)" in done.stdout
     assert "trained cartridge" in done.stdout
     following = lines[lines.index("next:") + 1 :]
-    assert [line.split()[-2:][0] for line in following[:3]] == ["chat", "serve", "eval"]
+    assert [
+        next(w for w in line.split() if w in ("chat", "serve", "push")) for line in following
+    ] == ["chat", "serve", "push"]
     assert all("runs/mine" in line for line in following)
     assert (run / "report.html").is_file() and (run / "evaluation" / "evaluation.json").is_file()
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
@@ -134,7 +136,7 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
     assert "trained cartridge" in again.stdout
     other = typed(*words, "--lr", "0.5")
-    assert other.returncode == 1 and "lr: 0.03 there, 0.5 now" in other.stderr
+    assert other.returncode == 2 and "lr: 0.03 there, 0.5 now" in other.stderr
     (run / "notes.txt").write_text("mine")
     over = typed(*words, "--overwrite")
     assert over.returncode != 0 and "notes.txt" in over.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     last = log.read_text().strip().splitlines()[-1]
     step = int(tracker.read_text())
     assert last.startswith(f"stopped: step {step} is saved; the same command goes on"), last
+    assert shlex.split(last)[-len(typed) + 3 :] == typed[3:]  # ready to paste
     state = json.loads((run / "distill.json").read_text())
     assert state["done"] == ["data"]
     rows = (run / "data" / "train.parquet").stat().st_mtime_ns

@@ -22,6 +22,7 @@ _ERROR = re.compile(
 _ONE_OF_SEVERAL = "- "  # our errors list what is wrong, a line each
 _STEP = re.compile(r"step (\d+)/(\d+)  ")
 _VALIDATION = re.compile(r"validation at step (\d+)/\d+  (.*?)(?:  [\d.]+s)?$")
+_RESUMED = re.compile(r"resumed from .*, step (\d+) of \d+")
 STARTED = "the server has the version to start from"
 """What the trainer says when nothing was refused: the next is its first step."""
 _OF_EVERY_RUN = ("the trainer is up; ", "model loaded; ", STARTED, "version ")
@@ -45,7 +46,8 @@ class StepLines:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._verbose, self._started, self._now = verbose, started, now
-        self._has_started = self._has_stepped = False
+        self._has_started = False
+        self._stands_at = 0
         self._once: set[str] = set()
         self._validation: tuple[int, str] | None = None
         self._last: float | None = None
@@ -64,19 +66,20 @@ class StepLines:
     def _text(self, said: str) -> str | None:
         if match := _VALIDATION.match(said):
             step, scores = int(match[1]), match[2]
-            if not self._has_stepped:  # no line of a step will carry it
+            if step == self._stands_at:  # before the first step: no line of a step will carry it
                 self._last = self._now()
                 return f"   before step {step + 1}: {scores}"
             self._validation = (step, scores)
             return None
         if match := _STEP.match(said):
-            self._has_stepped = True
             return f"   {said}{self._of_validation(int(match[1]))}{self._left(match)}"
         if said.startswith(_OF_EVERY_RUN) or said in self._once:
             if said.startswith(STARTED):
                 self._last = self._now()
             return None
         self._once.add(said)
+        if match := _RESUMED.match(said):
+            self._stands_at = int(match[1])
         return f"   {said}"
 
     def _of_validation(self, step: int) -> str:

@@ -84,6 +84,7 @@ def prepare_data(
     printed = run_stage(command, "data", scratch, supervisor, env, verbose)
     # The last is for who trains with another command.
     lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
+    lines = [line for line in lines if " dropped: " not in line or " 0 dropped" not in line]
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]
@@ -175,7 +176,7 @@ def train(
     return publish(run.folder, launch.checkpoints(run), launch.saved_step(run))
 
 
-def proof(settings: Distillation) -> list[str]:
+def proof(settings: Distillation) -> str:
     """What shows that the run was what it says, from the server's logs and the metrics."""
     out = settings.out
     logged = [json.loads(line)["data"] for line in (out / METRICS_FILE).read_text().splitlines()]
@@ -190,10 +191,10 @@ def proof(settings: Distillation) -> list[str]:
         starts = "" if len(logs) == 1 else f" in {len(logs)} starts"
         served = f"{len(set(found))} versions served{starts} (the first, and one a step); "
     # The engine does not save a cartridge over a base that changed, and this one was saved.
-    return [
-        f"== proof: {served}server and trainer differ by {worst:.1e} at most in log-probs",
-        f"   of {len(metrics)} steps {changed:.0f} changed a frozen token; base weights: unchanged",
-    ]
+    return (
+        f"== proof: {served}log-probs of server and trainer differ by {worst:.1e} at most; "
+        f"{changed:.0f} of {len(metrics)} steps changed a frozen token, none a base weight"
+    )
 
 
 def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = False) -> None:
@@ -207,12 +208,12 @@ def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = Fal
 
 
 def table(out: Path) -> list[str]:
-    """The evaluation's, without the lines on differences."""
+    """The evaluation's, without the lines below it."""
     from cartridge_distill.evaluation.table import format_table
 
     summary = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     lines = format_table(summary).splitlines()
-    return [line for line in lines if line.startswith(("|", "[low"))]
+    return [line for line in lines if line.startswith("|")]
 
 
 def report(out: Path) -> Path:
