@@ -43,7 +43,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 	@echo "== packages (some minutes the first time)"
 	$(PIP) install --quiet --progress-bar off --no-compile "$$(grep '^torch==' $(LOCK))"
 	$(PIP) install --progress-bar off --no-compile --no-deps -r $(LOCK) \
-	  | awk '!/already satisfied|^  Using cached/ { print; fflush() }'
+	  | awk '/^Collecting/ && ++n % 40 == 0 { print "   " n " packages"; fflush() }'
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,7 +27,38 @@ from cartridge_distill.util.secrecy import clean_text
 P = ParamSpec("P")
 R = TypeVar("R")
 
-app = typer.Typer(
+
+class _Commands(typer.Typer):
+    """Typer's, whose usage errors have the one form of all others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program: ends the process with the command's status."""
+        try:
+            status = typer.main.get_command(self)(*args, standalone_mode=False, **kwargs)
+        except Exception as error:
+            # A usage error; typer has them from click, or from its own copy of it.
+            if not hasattr(error, "format_message"):
+                raise
+            typer.echo(f"error: {_usage(error)}", err=True)
+            sys.exit(getattr(error, "exit_code", 2))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What was typed wrong, with the fix."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    said = re.sub(r" \(Possible options: (.*)\)$", r" Did you mean \1?", said)
+    what, meant, near = said.partition(" Did you mean ")
+    if meant:
+        return f"{what.rstrip('.')}; fix: did you mean {near}"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "cartridge-distill"
+    return f"{what}; fix: see `{command} --help`"
+
+
+app = _Commands(
     name="cartridge-distill",
     no_args_is_help=True,
     add_completion=False,

@@ -13,7 +13,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
-from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
+from cartridge_distill.data.dataset import (
+    Row,
+    check_replaceable,
+    check_same_documents,
+    write_dataset,
+)
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
@@ -55,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
+    if not options.overwrite:
+        check_same_documents(options.out, sources)
     if options.questions is not None:
         sources = add_questions(sources, options.questions, options.seed)
         say(f"{sum(len(source.questions) for source in sources)} questions for the evaluation")

@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
         from cartridge_distill.evaluation.folder import evaluate_folder
 
         table = evaluate_folder(options)
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
 
 MANIFEST = "cartridge_distill_model.json"
@@ -264,7 +265,7 @@ def main(
     program: str = "python -m cartridge_distill.model.demo_model",
 ) -> int:
     """The command line; prints the folder, returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -87,6 +87,7 @@ class Distillation:
     prompt_tokens: int = 192
     lr: float = 0.03
     prompt_recipe: str = "started"
+    questions: str | None = None
     test_every: int | None = None
     save_every: int | None = None
     seed: int = 0

@@ -37,6 +37,7 @@ _START_SECONDS = {"embedded": 180, "vllm": 900}
 _SPARE_TOKENS = 64  # of vLLM's context: a validation asks for longer answers
 _SHOWN_LINES = 6
 _MOST_ERROR_LINES = 20
+_FOR_TRAIN = "name one behind the train command"
 _ERROR = re.compile(r"(?:\w*Error|error|refused): ")
 
 
@@ -85,9 +86,13 @@ def prepare_data(
     command += ["--recipe", settings.prompt_recipe, "--seed", str(settings.seed)]
     command += ["--rows", str(settings.rows), "--prompt-tokens", str(settings.prompt_tokens)]
     command += ["--response-tokens", str(settings.response_tokens)]
+    if settings.questions is not None:
+        command += ["--questions", settings.questions]
     env = environment_of(settings)
     printed = run_stage(command, "data", scratch, supervisor, env, verbose)
-    lines = [line for line in printed.splitlines() if line.strip()]
+    # The last is for who trains with another command.
+    lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
+    lines = [line for line in lines if " dropped: " not in line or " 0 dropped" not in line]
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]
@@ -207,7 +212,7 @@ def train(
     return publish(run.folder, launch.checkpoints(run), launch.saved_step(run))
 
 
-def proof(settings: Distillation) -> list[str]:
+def proof(settings: Distillation) -> str:
     """What shows that the run was what it says, from the server's logs and the metrics."""
     out = settings.out
     logged = [json.loads(line)["data"] for line in (out / METRICS_FILE).read_text().splitlines()]
@@ -222,10 +227,10 @@ def proof(settings: Distillation) -> list[str]:
         starts = "" if len(logs) == 1 else f" in {len(logs)} starts"
         served = f"{len(set(found))} versions served{starts} (the first, and one a step); "
     # The engine does not save a cartridge over a base that changed, and this one was saved.
-    return [
-        f"== proof: {served}server and trainer differ by {worst:.1e} at most in log-probs",
-        f"   of {len(metrics)} steps {changed:.0f} changed a frozen token; base weights: unchanged",
-    ]
+    return (
+        f"== proof: {served}log-probs of server and trainer differ by {worst:.1e} at most; "
+        f"{changed:.0f} of {len(metrics)} steps changed a frozen token, none a base weight"
+    )
 
 
 def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = False) -> None:
@@ -239,12 +244,12 @@ def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = Fal
 
 
 def table(out: Path) -> list[str]:
-    """The evaluation's, without the lines on differences."""
+    """The evaluation's, without the lines below it."""
     from cartridge_distill.evaluation.table import format_table
 
     summary = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     lines = format_table(summary).splitlines()
-    return [line for line in lines if line.startswith(("|", "[low"))]
+    return [line for line in lines if line.startswith("|")]
 
 
 def report(out: Path) -> Path:

@@ -6,7 +6,7 @@
     global_step_7/data.pt    where the data stood, and what data it was
     global_step_7/.saving    while it is written, until the tracker names it
     history.jsonl            the numbers of all steps so far, see history
-    best.json                the saved step with the lowest validation KL; it is kept
+    best.json                the validations' KL; the best step's checkpoint is kept
     latest_checkpointed_iteration.txt    "7"; written last
     .running                 locked by the run that trains here
     runs.txt                 a run id for every start, see verl_patches/rollout/run_ids.py
