@@ -130,7 +130,7 @@ ROOMS = (
     "cli",
 )
 # The same of the glue; what lies beside its rooms (hooks, launch, manage, ...) is in no order.
-GLUE_ROOMS = ("platform", "config", "actor", "rollout", "trainer", "launching")
+GLUE_ROOMS = ("platform", "config", "actor", "rollout", "trainer", "launching", "pipeline")
 ROOMS_OF = {"cartridge_distill": ROOMS, "verl_patches": GLUE_ROOMS}
 
 

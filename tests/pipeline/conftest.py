@@ -12,7 +12,7 @@ from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
 WORDS = (
     "The harbour master keeps the keys of the old museum.",
     "He opens it at nine on weekdays, and at noon on Sundays.",
-    "Visitors leave their coats at the desk.",
+    "Visitors leave their coats at the door.",
 )
 
 
