@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="documents: .txt, .md, .html, .pdf")
+    parser.add_argument("folder", type=Path, help="documents: .txt, .md, .rst, .html, .pdf")
     parser.add_argument("--show", metavar="NAME", help="print the text that was read of this file")
     return parser.parse_args(arguments)
 

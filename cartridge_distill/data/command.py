@@ -1,7 +1,7 @@
 """Documents to veRL's training files: prompts, documents, and what is kept aside for evaluation.
 
 Reads LongHealth's JSON schema (its `benchmark_v5.json`, or the fictional records of this package,
-`data/examples/`), or any .txt, .md, .html and .pdf files, and writes into one folder:
+`data/examples/`), or any .txt, .md, .rst, .html and .pdf files, and writes into one folder:
 
     train.parquet     the prompts to train on, in veRL's schema; each names its document by id
     val.parquet       prompts of the same kind, kept aside
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         "--data",
         required=True,
         help="records: a JSON file, its URL, or `longhealth`; or documents: a folder (all below it "
-        "that is .txt, .md, .html or .pdf) or one file",
+        "that is .txt, .md, .rst, .html or .pdf) or one file",
     )
     option("--tokenizer", required=True, help="folder or hub id of the model to be trained")
     option("--out", type=Path, required=True, help="folder to write to")

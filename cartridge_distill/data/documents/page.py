@@ -37,7 +37,7 @@ _ROLES = ("navigation", "search", "banner", "contentinfo", "menu", "menubar", "t
 _NAVIGATION = re.compile(
     r"^(?:nav|navbar|navigation|navheader|navfooter|nav-?panel|breadcrumbs?|toc|contents"
     r"|table-?of-?contents|list-of-(?:figures|tables|examples)|sphinxsidebar|sidebar|related"
-    r"|path|lang(?:uage)?s?|toplang|bottomlang|menu|footer|site-?header|site-?footer|mw-jump-link|printfooter|catlinks|skip-?links?)$",
+    r"|toplang|bottomlang|menu|footer|site-?header|site-?footer|mw-jump-link|printfooter|catlinks|skip-?links?)$",
     re.I,
 )
 _HEADING_MARK = re.compile(r"^[\s¶#§¤🔗\u200b\uf0c1]*$")

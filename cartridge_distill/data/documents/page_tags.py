@@ -9,6 +9,7 @@ The source comes out as it was but for that. Not done here: what else browsers r
 
 from __future__ import annotations
 
+from html import escape
 from html.parser import HTMLParser
 
 _VOID = frozenset(
@@ -50,7 +51,7 @@ class _Writer(HTMLParser):
     """Writes what it reads, and an end tag in front of each tag that implies one."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=False)
+        super().__init__()
         self.parts: list[str] = []
         self._open: list[str] = []
 
@@ -74,13 +75,8 @@ class _Writer(HTMLParser):
         self.parts.append(f"</{tag}>")
 
     def handle_data(self, data: str) -> None:
-        self.parts.append(data)
-
-    def handle_entityref(self, name: str) -> None:
-        self.parts.append(f"&{name};")
-
-    def handle_charref(self, name: str) -> None:
-        self.parts.append(f"&#{name};")
+        raw = bool(self._open) and self._open[-1] in ("script", "style")
+        self.parts.append(data if raw else escape(data, quote=False))
 
     def handle_comment(self, data: str) -> None:
         pass

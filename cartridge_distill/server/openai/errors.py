@@ -184,7 +184,7 @@ def _kind(value: Any) -> str:
 def _offered(app: FastAPI) -> list[str]:
     """What a client may ask for, as ``POST /v1/chat/completions``."""
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    return [f"{next(iter(route.methods))} {route.path}" for route in routes]
+    return [f"{method} {route.path}" for route in routes for method in sorted(route.methods or ())]
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -70,11 +70,17 @@ def test_end_tags_may_be_left_out() -> None:
 
 def test_end_tags_that_stand_there_stay_where_they_are() -> None:
     html = (
-        "<ul><li>One<ul><li>Inner &amp; &#955;</li></ul></li><li>Two<br/></li></ul>"
+        "<ul><li>One<ul><li>Inner &amp; λ</li></ul></li><li>Two<br/></li></ul>"
         "<table><tr><td><table><tr><td>a</td></tr></table></td></tr></table><p>x</p>"
         '<a href="b">link</a><script>if (a<b) "</li>";</script>'
     )
     assert with_end_tags(html) == html
+
+
+def test_signs_stay_what_they_are() -> None:
+    said = "AT&T asks: a < b, a=1&b=2, &eacute;, &#955;, &amp;lt; and <code>x &lt; y</code>."
+    assert page(f"<p>{said}</p>") == "AT&T asks: a < b, a=1&b=2, é, λ, &lt; and `x < y`."
+    assert "/etc/passwd" in page('<p>It is in <span class="path">/etc/passwd</span>.</p>')
 
 
 def test_a_page_that_is_one_pre_gives_its_prose_and_keeps_its_code() -> None:
