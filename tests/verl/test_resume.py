@@ -145,6 +145,21 @@ def test_damage_is_named(build: Any, tmp_path: Path) -> None:
     engine = build()
     engine.save_checkpoint(str(tmp_path / "actor"))
     state = tmp_path / "actor" / "training_state.safetensors"
+    whole = state.read_bytes()
+    changed = bytearray(whole)
+    changed[-1000] ^= 1
+    state.write_bytes(changed)
+    with pytest.raises(CartridgeFormatError, match="the tensors are not those that were written"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
+    state.write_bytes(whole)
+    engine.load_checkpoint(str(tmp_path / "actor"))
+    train(engine, range(1))
+    engine.save_checkpoint(str(tmp_path / "later"))
+    shutil.copytree(tmp_path / "later" / "cartridge", tmp_path / "actor" / "cartridge2")
+    shutil.rmtree(tmp_path / "actor" / "cartridge")
+    (tmp_path / "actor" / "cartridge2").rename(tmp_path / "actor" / "cartridge")
+    with pytest.raises(CartridgeFormatError, match="of step 1, the training state of step 0"):
+        engine.load_checkpoint(str(tmp_path / "actor"))
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CartridgeFormatError, match="the training state is damaged"):
         engine.load_checkpoint(str(tmp_path / "actor"))
@@ -306,7 +321,9 @@ def test_a_damaged_data_position_ends_in_words(damage: bytes, tmp_path: Path) ->
     save(tmp_path, 1)
     folder = tmp_path / "global_step_1"
     whole = (folder / run_folder.DATA_FILE).read_bytes()
-    for content in (damage, whole[: len(whole) // 2], whole[:-30]):
+    one_bit = bytearray(whole)
+    one_bit[whole.index(b"_num_yielded") + 18] ^= 1
+    for content in (damage, whole[: len(whole) // 2], whole[:-30], bytes(one_bit)):
         (folder / run_folder.DATA_FILE).write_bytes(content)
         with pytest.raises(CartridgeFormatError, match="cannot be read as a data position"):
             run_folder.read_data_position(folder, ABOUT)
