@@ -5,6 +5,7 @@
 # make test-versions   core, engine and server tests with another torch and transformers
 # make gpu-check   on a GPU machine, ten minutes: is it right, how fast; ends in a table
 # make gpu-bundle  the same for a GPU node without network, in parts of 58 MiB
+# make vllm-env  an environment of its own with vLLM, in .venv-vllm; VLLM_ENV="--cuda" for GPUs
 # make docs    the documentation as a site, in build/site
 # make lint    linters and types alone
 # make format  let ruff rewrite what it can
@@ -21,9 +22,9 @@ LOCK := requirements/lock.txt
 PATCHES := $(shell find verl_patches -name '*.patch')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-long test-versions gpu-check gpu-bundle docs lint format clean
+.PHONY: help setup demo test test-long test-versions gpu-check gpu-bundle docs lint format clean vllm-env
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -11
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST)) | head -12
 
 setup: $(VENV)/.patched
 
@@ -42,7 +43,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml $(VENV)/.created
 	@echo "== packages (some minutes the first time)"
 	$(PIP) install --quiet --progress-bar off --no-compile "$$(grep '^torch==' $(LOCK))"
 	$(PIP) install --progress-bar off --no-compile --no-deps -r $(LOCK) \
-	  | awk '!/already satisfied|^  Using cached/ { print; fflush() }'
+	  | awk '/^Collecting/ && ++n % 40 == 0 { print "   " n " packages"; fflush() }'
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -69,6 +70,10 @@ gpu-check: setup
 
 gpu-bundle: setup
 	@exec $(BIN)/python -m benchmarks.gpu_bundle $(GPU_BUNDLE)
+
+# vLLM pins another torch and transformers than the training.
+vllm-env: setup
+	$(BIN)/python -m cartridge_distill.engines.vllm --make-environment .venv-vllm $(VLLM_ENV)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -128,5 +133,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-torch* $(DOCS) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-torch* .venv-vllm $(DOCS) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -44,6 +44,7 @@ from benchmarks.planted_servers import (  # noqa: E402
     Experiment,
     World,
 )
+from cartridge_distill.data.command import DEFAULT_DATA  # noqa: E402
 from cartridge_distill.data.document_store import DocumentStore  # noqa: E402
 from cartridge_distill.model.loading import load_model  # noqa: E402
 from cartridge_distill.model.prompts import render_document, render_prompt  # noqa: E402
@@ -60,7 +61,8 @@ def demo_world(options: argparse.Namespace) -> World:
     data = Path(options.data)
     if not (data / "train.parquet").is_file():
         rows = str(options.steps * options.prompts)
-        prepare(["--tokenizer", str(folder), "--out", str(data), "--rows", rows])
+        typed = ["--data", str(DEFAULT_DATA), "--tokenizer", str(folder)]
+        prepare([*typed, "--out", str(data), "--rows", rows])
     import pandas
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

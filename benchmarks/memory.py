@@ -56,7 +56,7 @@ from cartridge_distill.distill.teacher import Teacher  # noqa: E402
 from cartridge_distill.model.attention import resolve_backend  # noqa: E402
 from cartridge_distill.model.forward import packed_forward, recomputing_layers  # noqa: E402
 from cartridge_distill.model.packing import pack  # noqa: E402
-from cartridge_distill.model.shape import ModelShape  # noqa: E402
+from cartridge_distill.model.shape import DecoderShape  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.util.processes import say  # noqa: E402
 
@@ -196,7 +196,7 @@ def predict_beyond(student: PreTrainedModel, options: argparse.Namespace) -> flo
         micro_batches=1,
         topk=TOPK,
     )
-    plan = predict_step(ModelShape.of(student.config), shape)
+    plan = predict_step(DecoderShape.of(student.config), shape)
     terms = plan.stages[plan.peak_stage]
     # Held before, or not yet there: the optimizer is new in each step.
     there = ("weights", "cartridge in float32", "AdamW's moments")

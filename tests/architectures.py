@@ -76,6 +76,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         _SHARED | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     "gemma4_unified_text, layers that share KV": ("gemma4_unified_text", _SHARED),
+    "phimoe, no window": ("phimoe", {"sliding_window": None}),
     "qwen2, a window": ("qwen2", {"use_sliding_window": True}),
     "bert, a decoder": ("bert", {"is_decoder": True}),
     "roberta, a decoder": ("roberta", {"is_decoder": True}),

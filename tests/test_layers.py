@@ -129,21 +129,46 @@ ROOMS = (
     "report",
     "cli",
 )
+# The same of the glue; what lies beside its rooms (hooks, launch, manage, ...) is in no order.
+GLUE_ROOMS = ("platform", "config", "actor", "rollout", "trainer", "launching", "pipeline")
+ROOMS_OF = {"cartridge_distill": ROOMS, "verl_patches": GLUE_ROOMS}
 
 
-def _rooms_imported_by(path: Path) -> set[str]:
-    found: set[str] = set()
+def _names_imported_by(path: Path) -> list[str]:
+    """Full names, wherever the import stands: ``a.b.c`` of ``from a.b import c``."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, *rest = name.split(".")
-            if package == "cartridge_distill" and rest and rest[0] in ROOMS:
-                found.add(rest[0])
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _rooms_imported_by(path: Path, package: str) -> set[str]:
+    parts = [name.split(".") for name in _names_imported_by(path)]
+    return {
+        rest[0]
+        for first, *rest in parts
+        if first == package and rest[:1] and rest[0] in ROOMS_OF[package]
+    }
+
+
+@pytest.mark.parametrize("package", ["cartridge_distill", "verl_patches", "benchmarks"])
+def test_no_module_imports_itself_in_a_circle(package: str) -> None:
+    files = {}
+    for path in (PROJECT / package).rglob("*.py"):
+        parts = path.relative_to(PROJECT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    left = {}
+    for module, path in files.items():
+        names = _names_imported_by(path)
+        imported = {name if name in files else name.rpartition(".")[0] for name in names}
+        left[module] = (imported & files.keys()) - {module}
+    assert len(left) > 20
+    while free := {module for module, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported for module, imported in left.items() if module not in free}
+    assert not left, f"these import each other in a circle, or a circle: {sorted(left)}"
 
 
 def _tables_of_modules() -> dict[Path, set[str]]:
@@ -176,12 +201,15 @@ def test_every_module_of_the_core_lies_in_a_room() -> None:
     assert [path.name for path in core.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_below_it(room: str) -> None:
-    allowed = {*ROOMS[: ROOMS.index(room)], room}
+@pytest.mark.parametrize(
+    ("package", "room"), [(package, room) for package, rooms in ROOMS_OF.items() for room in rooms]
+)
+def test_a_room_imports_only_rooms_below_it(package: str, room: str) -> None:
+    rooms = ROOMS_OF[package]
+    allowed = {*rooms[: rooms.index(room)], room}
     wrong = {
         path.relative_to(PROJECT).as_posix(): sorted(above)
-        for path in sorted((PROJECT / "cartridge_distill" / room).rglob("*.py"))
-        if (above := _rooms_imported_by(path) - allowed)
+        for path in sorted((PROJECT / package / room).rglob("*.py"))
+        if (above := _rooms_imported_by(path, package) - allowed)
     }
     assert not wrong, f"{room} imports rooms above it: {wrong}"

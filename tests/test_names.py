@@ -46,7 +46,7 @@ RETIRED: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     r"\bkept_apart\b": ("decontamination, _evaluation_texts", ()),
     r"\bOneEach\b": ("what does it do?", ()),
-    r"\bTeacherDesk\b|\bteacher_desk\b|\bdesk\b": ("TeacherAnswers, teacher_answers", ()),
+    r"\bTeacherDesk\b|\bteacher_desk\b|\bdesk\b": ("RolloutTeacher, rollout_teacher", ()),
     r"formats[./]own\b|formats[./]stored\b|--to own\b": ("native, stored_cartridge", ()),
     r"\bmake_equal\b": ("copy_from_rank_0", ()),
     r"\bdecoder_config\b|(?<!def )\bget_text_config\(": ("kv_shape.text_config", ()),
@@ -55,6 +55,11 @@ RETIRED: dict[str, tuple[str, tuple[str, ...]]] = {
     r"\bstored: StoredCartridge|\bstored = |\bstored\.[a-z]": (
         "cartridge",
         ("cartridge_distill/cartridge/",),
+    ),
+    # An installed package has no such script.
+    r"training/prepare_data\.py": (
+        "`cartridge-distill prepare`",
+        ("cartridge_distill/", "verl_patches/config/checks", "verl_patches/actor/"),
     ),
     r"\bour own format\b": ("the native format", ("cartridge_distill/", "docs/")),
 }

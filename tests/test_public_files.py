@@ -42,6 +42,21 @@ def test_the_package_names_the_licence_and_carries_its_files(project: dict[str, 
     assert not [name for name in project["classifiers"] if name.startswith("License ::")]
 
 
+def test_the_package_carries_every_kind_of_data_that_it_promises(project: dict[str, Any]) -> None:
+    """A pattern that fits no file is left out of the wheel without a word; PEP 561's mark too."""
+    promised = tomllib.loads(text("pyproject.toml"))["tool"]["setuptools"]["package-data"]
+    for package, patterns in promised.items():
+        found = {pattern: set((ROOT / package).glob(pattern)) for pattern in patterns}
+        assert all(found.values()), f"{package}: patterns that fit no file: {found}"
+        files = {path for path in (ROOT / package).rglob("*") if path.is_file()}
+        data = {path for path in files if path.suffix not in (".py", ".pyc")}
+        left_out = data - set().union(*found.values())
+        assert not left_out, f"{package}: not in the wheel: {sorted(left_out)}"
+    assert ("Typing :: Typed" in project["classifiers"]) == (
+        "py.typed" in promised["cartridge_distill"]
+    )
+
+
 def test_the_notice_names_what_the_patches_quote() -> None:
     notice = text("NOTICE")
     assert "veRL 0.9.1" in notice

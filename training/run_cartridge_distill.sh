@@ -11,9 +11,10 @@
 #                    versions are uploaded, which takes a gateway at TOKASAURUS_URL
 #   SERVED_MODEL     what the gateway calls the model  (MODEL)
 #   MODEL            base model, folder or hub id      (meta-llama/Llama-3.2-3B-Instruct)
-#   DATA             folder of training/prepare_data.py (data/longhealth; written when absent)
+#   DATA             folder of training/prepare_data.py (data/longhealth, written when absent)
 #   SOURCE, PATIENTS, ROWS   what is written there     (longhealth, patient_01, 4096 prompts);
-#                    SOURCE may be a folder of documents, PATIENTS some of them (docs/data.md)
+#                    SOURCE may be a folder of documents, PATIENTS some of them (docs/data.md).
+#                    A DATA of your own that is not there is written when one of the two is set
 #   TOKENS, LR, BATCH, TEMPERATURE                     (2048, 0.02, 32, 0.7)
 #   OUT              checkpoints and metrics           (runs/<name of DATA>)
 #   PLATFORM         cuda or cpu                       (cuda)
@@ -38,12 +39,13 @@ fi
 
 PYTHON=${PYTHON:-$([[ -x $ROOT/.venv/bin/python ]] && echo "$ROOT/.venv/bin/python" || echo python3)}
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+GIVEN_DATA=${DATA:-}
 MODEL=${MODEL:-meta-llama/Llama-3.2-3B-Instruct}
 DATA=${DATA:-$ROOT/data/longhealth}
 NAME=$(basename "$DATA" | sed 's/[^[:alnum:]]\{1,\}/-/g; s/^-//; s/-$//') # begins the version ids
 
 if [[ ${TOKASAURUS_URL:-} == *@* ]]; then # never shown, not even to the list of processes
-  echo "refused: TOKASAURUS_URL holds a user or a password; the gateway's token goes into TOKASAURUS_API_KEY" >&2
+  echo "error: TOKASAURUS_URL holds a user or a password; the gateway's token goes into TOKASAURUS_API_KEY" >&2
   exit 2
 fi
 
@@ -62,6 +64,10 @@ fi
 [[ -z ${TEMPERATURE:-} ]] || train+=(--temperature "$TEMPERATURE")
 
 if [[ ! -f $DATA/train.parquet ]]; then
+  if [[ -n $GIVEN_DATA && -z ${SOURCE:-}${PATIENTS:-} ]]; then # a typo must not train on other documents
+    echo "error: DATA=$DATA: no prepared data there; fix: name the folder that has them, or say with SOURCE what to write" >&2
+    exit 2
+  fi
   "${train[@]}" --only-check "$@" || exit # before minutes of work on the data
   SOURCE=${SOURCE:-longhealth}
   if [[ $SOURCE == longhealth ]]; then PATIENTS=${PATIENTS:-patient_01}; fi
@@ -70,7 +76,7 @@ if [[ ! -f $DATA/train.parquet ]]; then
   prepare+=(--recipe mixed --rows "${ROWS:-4096}" --tokenizer "$MODEL" --out "$DATA")
   echo "no data in $DATA; writing it: ${prepare[*]}"
   if [[ -z ${DRY_RUN:-} ]]; then
-    "${prepare[@]}" || { echo "refused: the data could not be written, see above." >&2; exit 2; }
+    "${prepare[@]}" || { echo "error: the data could not be written, see above." >&2; exit 2; }
   fi
 fi
 exec "${train[@]}" ${DRY_RUN:+--dry-run} "$@"

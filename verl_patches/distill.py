@@ -86,6 +86,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="where the prompts come from, see `prepare --help` (%(default)s)",
     )
     option(
+        "--questions",
+        metavar="FILE",
+        help="that the cartridge is judged by: .csv, .json or .jsonl, see `prepare --help`",
+    )
+    option(
         "--test-every",
         **number,
         help="steps between validations on the documents' questions, 0 for none (four in a run, "
@@ -109,6 +114,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--server", metavar="URL", help="that writes the rollouts (default: one of its own)")
     option(
         "--wait", type=float, metavar="S", default=60.0, help="seconds to wait for it (%(default)s)"
+    )
+    option(
+        "--engine",
+        choices=("embedded", "vllm"),
+        default=usual("engine"),
+        help="of a server of its own: what writes the rollouts (%(default)s)",
+    )
+    option(
+        "--engine-python",
+        metavar="PATH",
+        help="with --engine vllm: the Python of its environment (docs/vllm.md)",
     )
     option("--log-to", metavar="NAMES", help="log to wandb, tensorboard, or wandb,tensorboard too")
     option("--dry-run", action="store_true", help="check everything, say the cost, write nothing")
@@ -149,6 +165,8 @@ def settings_of(options: argparse.Namespace) -> Distillation:
         ConfigError: a value that cannot be.
     """
     checks.check_documents(options.documents)
+    if options.questions is not None:
+        checks.check_documents(options.questions)
     names = {field.name for field in fields(Distillation)} - {"overrides", "out"}
     given = {name: getattr(options, name) for name in names}
     given["device"] = options.device or ("cuda" if _sees_a_gpu() else "cpu")
@@ -205,7 +223,7 @@ def start(
             running.run(settings, state, supervisor, record, options.verbose)
     except KeyboardInterrupt:
         hint = running.how_to_go_on(settings, state) if settings and state else "nothing was begun"
-        print(f"\nstopped: {hint}", flush=True)
+        print(f"\nstopped: {hint}: {program()} {shlex.join(typed)}", flush=True)
         return 130
     except launch.TrainingFailed as error:
         hint = "fix what the cause names, then start it again"
@@ -219,6 +237,9 @@ def start(
     except (CartridgeDistillError, PatchError, OSError) as error:
         print(clean_text(f"error: {error}"), file=sys.stderr)
         return 2 if state is None or state.is_new else 1
+    finally:
+        if state is not None:
+            state.release()
     return 0
 
 

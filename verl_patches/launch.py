@@ -34,6 +34,7 @@ from verl_patches.launching.command import command, environment, model_path, ove
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import StepLines, causes, log_file
 from verl_patches.launching.result import Result, check_place, publish
+from verl_patches.launching.resuming import check_saved
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
 
 _DESCRIPTION = """\
@@ -69,7 +70,8 @@ exit status: 0 trained; 1 or veRL's own: it failed; 2 refused before anything st
 """
 
 
-QUIET_SECONDS = 60.0
+QUIET_SECONDS = 90.0
+"""After so many without a line a stage says that it is still there."""
 # Of these the same command ends the same way.
 _REFUSED = re.compile(
     r"\b(?:ConfigError|OtherSettings|CartridgeFormatError|DocumentError|AttentionCompileError"
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_place(run.folder)
     except KeyboardInterrupt:
         return 130
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -215,7 +217,11 @@ def train(
     length = wanted(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = log_file(run.folder)
-    say(f"   log: {shorter(log)}; the first step comes in a minute or so")
+    steps = "one epoch" if length.last_step is None else f"{length.last_step} steps"
+    say(
+        f"== training: {run.tokens} tokens, {steps}; the first one comes in a minute or so (log: "
+        f"{shorter(log)})"
+    )
     child = supervisor.start(command(run), log, environment(run))
     status = follow(child, log, StepLines(verbose, started), "veRL", QUIET_SECONDS)
     if status != 0:
@@ -273,16 +279,6 @@ def saved_step(run: Run) -> int:
         CartridgeFormatError: what tells it is damaged, or lost.
     """
     return tracked_step(checkpoints(run)) or 0
-
-
-def check_saved(run: Run) -> None:
-    """Is it known where an earlier start of the run stood? The trainer asks again.
-
-    Raises:
-        CartridgeFormatError: it is not, and checkpoints are there.
-    """
-    if "trainer.resume_mode=resume_path" not in run.overrides:
-        saved_step(run)
 
 
 def how_to_go_on(run: Run) -> str:

@@ -54,10 +54,12 @@ class Prefix:
 
     @property
     def num_tokens(self) -> int:
+        """P."""
         return self.keys[0].shape[2]
 
     @property
     def kv_shape(self) -> KvShape:
+        """Layers, heads and head sizes."""
         heads = tuple(key.shape[1] for key in self.keys)
         return KvShape(len(self.keys), heads, tuple(key.shape[3] for key in self.keys))
 

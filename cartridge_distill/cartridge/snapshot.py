@@ -97,36 +97,44 @@ class Snapshot:
 
     @property
     def num_layers(self) -> int:
+        """L: layers that have keys and values of their own."""
         return len(self.parts["frozen_keys"])
 
     @property
     def num_frozen_tokens(self) -> int:
+        """How many of the first tokens are never trained."""
         return self.parts["frozen_keys"][0].shape[2]
 
     @property
     def num_tokens(self) -> int:
+        """P, frozen tokens included."""
         return self.num_frozen_tokens + self.parts["trainable_keys"][0].shape[2]
 
     @property
     def kv_shape(self) -> KvShape:
+        """Layers, heads and head sizes."""
         keys = self.parts["frozen_keys"]
         heads, sizes = (tuple(key.shape[axis] for key in keys) for axis in (1, 3))
         return KvShape(len(keys), heads, sizes)
 
     @property
     def kv_heads(self) -> PerLayer:
+        """H; one number a layer where layers differ."""
         return self.kv_shape.kv_heads
 
     @property
     def head_dim(self) -> PerLayer:
+        """D; one number a layer where layers differ."""
         return self.kv_shape.head_dim
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of all tensors."""
         return self.parts["frozen_keys"][0].dtype
 
     @property
     def num_bytes(self) -> int:
+        """Of all tensors' numbers."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.items())
 
     def check_finite(self) -> None:

@@ -94,14 +94,17 @@ class TrainableCache(nn.Module):
 
     @property
     def num_frozen_tokens(self) -> int:
+        """How many of the first tokens are never trained."""
         return int(self.frozen_keys[0].shape[2])
 
     @property
     def num_tokens(self) -> int:
+        """P, frozen tokens included."""
         return self.num_frozen_tokens + int(self.trainable_keys[0].shape[2])
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return len(self.frozen_keys)
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@
 ``doctor``        what is there, what fits together, and the fix for what does not
 ``untrained``     ``init``: a cartridge before its first step
 ``serve``         the rollout server for training, or cartridges behind OpenAI's chat API
+``serve_vllm``    the same with vLLM, or the line that starts it
 ``chat``          the options of a conversation in the terminal
 ``conversation``  the conversation itself
 ``terminal``      how it looks: what is typed, answers as they come, side by side

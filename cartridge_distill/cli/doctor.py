@@ -207,7 +207,7 @@ def _memory(subject: Subject) -> Finding:
     from cartridge_distill.distill.memory_plan import predict_step
     from cartridge_distill.distill.step_shape import StepShape
     from cartridge_distill.model.reading import read_model_config
-    from cartridge_distill.model.shape import ModelShape
+    from cartridge_distill.model.shape import DecoderShape
 
     try:
         step = StepShape(
@@ -215,7 +215,7 @@ def _memory(subject: Subject) -> Finding:
             row_tokens=subject.row_tokens,
             document_tokens=subject.document_tokens,
         )
-        plan = predict_step(ModelShape.of(read_model_config(subject.model)), step)
+        plan = predict_step(DecoderShape.of(read_model_config(subject.model)), step)
     except (CartridgeDistillError, OSError, ValueError) as error:
         return Finding("memory", False, str(error).splitlines()[0])
     said = f"{plan.line()}\n{plan.describe()}".replace("\n", "\n      ")

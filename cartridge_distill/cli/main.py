@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,7 +27,38 @@ from cartridge_distill.util.secrecy import clean_text
 P = ParamSpec("P")
 R = TypeVar("R")
 
-app = typer.Typer(
+
+class _Commands(typer.Typer):
+    """Typer's, whose usage errors have the one form of all others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program: ends the process with the command's status."""
+        try:
+            status = typer.main.get_command(self)(*args, standalone_mode=False, **kwargs)
+        except Exception as error:
+            # A usage error; typer has them from click, or from its own copy of it.
+            if not hasattr(error, "format_message"):
+                raise
+            typer.echo(f"error: {_usage(error)}", err=True)
+            sys.exit(getattr(error, "exit_code", 2))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What was typed wrong, with the fix."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    said = re.sub(r" \(Possible options: (.*)\)$", r" Did you mean \1?", said)
+    what, meant, near = said.partition(" Did you mean ")
+    if meant:
+        return f"{what.rstrip('.')}; fix: did you mean {near}"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "cartridge-distill"
+    return f"{what}; fix: see `{command} --help`"
+
+
+app = _Commands(
     name="cartridge-distill",
     no_args_is_help=True,
     add_completion=False,
@@ -64,6 +96,13 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Engine(enum.StrEnum):
+    """What computes answers."""
+
+    embedded = "embedded"
+    vllm = "vllm"
 
 
 def _in_words(command: Callable[P, R]) -> Callable[P, R]:
@@ -405,11 +444,22 @@ def serve(
             help="A further name of this server, as clients write it; * for every name. Repeatable."
         ),
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="What computes.")] = Engine.embedded,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(
+            help="With vllm: the Python of its environment. Without it, the line that starts vLLM "
+            "is printed."
+        ),
+    ] = None,
 ) -> None:
     """Serve a run's cartridge: a page to ask it, and OpenAI's API. Or a model, to training.
 
     `cartridge-distill serve RUN` shows a page at http://127.0.0.1:8000/ that asks without document,
     with the cartridge, and with the full document.
+
+    On a CPU, and to try things, with the embedded server; with `--engine vllm` on an unmodified
+    vLLM, in an environment of its own (docs/vllm.md).
 
     For training, the gateway with the embedded server; what stands after -- goes to the gateway
     (`python -m cartridge_distill.gateway --help`):
@@ -440,14 +490,22 @@ def serve(
         tuple(document or ()),
         allow_other_model,
     )
-    if cartridge or run_folder is not None:
+    asked = bool(cartridge) or run_folder is not None
+    if not asked:
+        require("serve")
+    if engine is Engine.vllm:
+        from cartridge_distill.cli.serve_vllm import serve_vllm
+
+        raise typer.Exit(serve_vllm(options, engine_python, passed_on))
+    if engine_python is not None:
+        raise ConfigError("--engine-python goes with --engine vllm")
+    if asked:
         if passed_on:
             raise ConfigError(f"{' '.join(passed_on)}: only a server for training takes these")
         run(options)
     elif document or allow_other_model:
         raise ConfigError("--document and --allow-other-model are for cartridges: name a run, too")
     else:
-        require("serve")
         raise typer.Exit(run_rollout_server(options, passed_on))
 
 

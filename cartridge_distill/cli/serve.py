@@ -208,7 +208,7 @@ def _serve(
     url = shown_url(options.host, listener)
     typer.echo(f"serving {', '.join([*sources, *shown.documents])} on {url}/v1 (Ctrl-C ends it)")
     typer.echo(f"playground: {url}/")
-    say_next(_curl(f"{url}/v1", next(iter(sources))))
+    say_next(chat_request(f"{url}/v1", next(iter(sources))))
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -218,18 +218,21 @@ def _serve(
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def _curl(base: str, name: str) -> str:
+def chat_request(base: str, name: str) -> str:
     """A request to the chat API, ready to paste."""
     body = {"model": name, "messages": [{"role": "user", "content": "What do you know?"}]}
     kind = "-H 'Content-Type: application/json'"
     return f"curl {base}/chat/completions {kind} -d {shlex.quote(json.dumps(body))}"
 
 
-def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
-    """The gateway with the embedded server, until Ctrl-C.
+def run_rollout_server(
+    options: ServeOptions, more: list[str], engine: list[str] | None = None
+) -> int:
+    """The gateway with the embedded server or vLLM, until Ctrl-C.
 
     Args:
         more: further arguments of the gateway.
+        engine: the gateway's arguments for another engine than the embedded server.
 
     Returns:
         Its exit status.
@@ -253,11 +256,12 @@ def run_rollout_server(options: ServeOptions, more: list[str]) -> int:
     if options.host in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
         arguments.append("--no-token")
-    server = ["--device", options.device, "--dtype", options.dtype, "--seed", str(options.seed)]
+    server = ["--device", options.device] if engine is None else []
+    server += ["--dtype", options.dtype, "--seed", str(options.seed)]
     if options.threads is not None:
         server += ["--threads", str(options.threads)]
     where = [] if options.device.startswith("cuda") else ["--device", "cpu"]
     url = f"http://{options.host}:{port}"
     train = ["--model", options.model, "--data", "DATA", "--server", url, *where]
     say_next(next_command("train", *train) + "    # DATA: the folder that prepare wrote")
-    return main([*arguments, "--", *server])
+    return main([*arguments, *(engine or ()), "--", *server])

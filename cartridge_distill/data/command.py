@@ -34,6 +34,7 @@ from pathlib import Path
 
 from cartridge_distill.data.limits import PROMPT_TOKENS, RESPONSE_TOKENS
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, say_next
 
@@ -42,14 +43,14 @@ EXAMPLE_RECORDS = Path(__file__).parent / "examples"
 DEFAULT_DATA = EXAMPLE_RECORDS / "demo.json"
 EXAMPLES = """\
 examples:
-  the demo's record, started answers:
-    PROGRAM --tokenizer MODEL_DIR --out data/demo
+  a LongHealth record, started answers:
+    PROGRAM --data record.json --tokenizer MODEL --out data/record
   a folder of your own; MODEL is the model that will be trained:
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook
   the same, judged by your own questions:
     PROGRAM --data handbook/ --questions questions.csv --tokenizer MODEL --out data/handbook
   the same, with prompts that the model writes itself:
-    python -m cartridge_distill.server --model MODEL &
+    cartridge-distill serve --model MODEL &
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook \\
         --recipe self_study --server http://127.0.0.1:10210 --rows 1024
   two patients of LongHealth:
@@ -60,7 +61,7 @@ examples:
 
 def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argparse.Namespace:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,12 +70,17 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     option = parser.add_argument
     option(
         "--data",
-        default=str(DEFAULT_DATA),
+        required=True,
         help="records: a JSON file, its URL, or `longhealth`; or documents: a folder (all below it "
-        "that is .txt, .md, .html or .pdf) or one file (default: the demo's record)",
+        "that is .txt, .md, .html or .pdf) or one file",
     )
     option("--tokenizer", required=True, help="folder or hub id of the model to be trained")
     option("--out", type=Path, required=True, help="folder to write to")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace what was prepared there from other documents",
+    )
     option("--patients", nargs="+", metavar="ID", help="which patients or documents (default: all)")
     option(
         "--skip-unreadable",
@@ -195,7 +201,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
         from cartridge_distill.data.prepare import run
 
         run(options)
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartridge_distill.data.decontamination import Guard, check_held_out
+from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.documents.source import Source
 from cartridge_distill.data.records import Question, save_documents, save_questions
 from cartridge_distill.util.errors import ConfigError
@@ -128,6 +129,27 @@ def check_replaceable(out: Path) -> None:
             f"--out {out} holds {', '.join(there)}, which this command did not write; name another "
             "folder, or move them away"
         )
+
+
+def check_same_documents(out: Path, sources: Sequence[Source]) -> None:
+    """Is what lies in the folder of the same documents? A run may be training on them.
+
+    Raises:
+        ConfigError: it is of others.
+    """
+    file = out / FILES[2]
+    if not file.is_file():
+        return
+    there = DocumentStore.from_file(file)
+    before = {name: there.text(name) for name in there.ids}
+    now = {part.document.document_id: part.document.text for s in sources for part in s.parts}
+    if before == now:
+        return
+    gone = sorted(name for name in before if before[name] != now.get(name))
+    what = f"of other documents ({', '.join(gone[:3])}, ...)" if gone else "of fewer documents"
+    raise ConfigError(
+        f"--out {out} holds what was prepared {what}; fix: name another folder, or --overwrite it"
+    )
 
 
 def write_dataset(

@@ -110,6 +110,7 @@ class Seen:
         return None
 
     def add(self, text: str) -> None:
+        """Remembers a prompt."""
         key = frozenset(words(text))
         for word in _first_words(key):
             self._by_word[word].append(len(self._texts))

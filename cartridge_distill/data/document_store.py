@@ -37,10 +37,15 @@ class DocumentStore:
 
     @classmethod
     def from_file(cls, path: str | Path) -> DocumentStore:
+        """The documents of a ``.parquet`` or ``.jsonl`` file of ``document_id`` and ``text``.
+
+        Raises:
+            DocumentError: it is not there or cannot be read, or a row is wrong; the row is named.
+        """
         path = Path(path)
         if not path.is_file():
             raise DocumentError(
-                f"documents file {path} does not exist; training/prepare_data.py writes it"
+                f"documents file {path} does not exist; `cartridge-distill prepare` writes it"
             )
         if path.suffix not in (".parquet", ".jsonl"):
             raise DocumentError(f"documents file {path}: expected .parquet or .jsonl")
@@ -75,6 +80,7 @@ class DocumentStore:
 
     @property
     def ids(self) -> list[str]:
+        """All ids, in the order of the file."""
         return list(self._texts)
 
     def text(self, document_id: str) -> str:

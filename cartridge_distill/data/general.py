@@ -50,7 +50,7 @@ def document_of(info: Mapping[str, Any] | None, key: str, where: str) -> str | N
     if value is None:
         raise DocumentError(
             f"{where} (extra_info {info!r}) has no {key!r}; without its document the teacher would "
-            "be the bare model. Prepare the data with training/prepare_data.py, or set "
+            "be the bare model. Prepare the data with `cartridge-distill prepare`, or set "
             "actor_rollout_ref.actor.cartridge.document_key. A row that is to have no document "
             f"says so: kind {GENERAL!r}"
         )

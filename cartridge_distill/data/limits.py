@@ -2,12 +2,14 @@
 
 One limit: what ``prepare`` writes, ``doctor`` looks at and the training takes is counted by the
 rendering of :mod:`cartridge_distill.model.prompts`, see :mod:`.prompt_length`.
+
+Without imports: ``--help`` of these commands needs the numbers and nothing else.
 """
 
 from __future__ import annotations
 
 PROMPT_TOKENS = 512
-"""``data.max_prompt_length`` of the training."""
+"""Of a prompt: ``--prompt-tokens``."""
 
 RESPONSE_TOKENS = 256
-"""``data.max_response_length`` of the training."""
+"""Of an answer: ``--response-tokens``."""

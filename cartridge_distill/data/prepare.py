@@ -1,4 +1,4 @@
-"""What training/prepare_data.py does: reads, cuts, makes prompts, writes the training files."""
+"""``cartridge-distill prepare``: reads, cuts, makes prompts, writes the training files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.cartridge.kv_shape import text_config
-from cartridge_distill.data.dataset import Row, check_replaceable, write_dataset
+from cartridge_distill.data.dataset import (
+    Row,
+    check_replaceable,
+    check_same_documents,
+    write_dataset,
+)
 from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
@@ -55,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
     # What a document may have is checked below; transformers would warn about each long one.
     tokenizer.model_max_length = sys.maxsize
     sources = split_sources(sources, tokenizer, options)
+    if not options.overwrite:
+        check_same_documents(options.out, sources)
     if options.questions is not None:
         sources = add_questions(sources, options.questions, options.seed)
         say(f"{sum(len(source.questions) for source in sources)} questions for the evaluation")
@@ -102,10 +109,7 @@ def check_options(options: argparse.Namespace) -> None:
     writes = options.prompt_recipe == SELF_STUDY or options.write_questions
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"
-        raise ConfigError(
-            f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}; "
-            "`cartridge-distill serve` speaks another protocol."
-        )
+        raise ConfigError(f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}")
     if options.prompt_recipe != SELF_STUDY:
         if options.held_out is not None:
             raise ConfigError(

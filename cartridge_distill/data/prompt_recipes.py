@@ -150,6 +150,7 @@ def shuffled_passes(items: Sequence[Any], rng: random.Random) -> Iterator[Any]:
 
 
 def started_rows(cuts: Sequence[Cut], rng: random.Random, name_it: bool) -> Iterator[Row]:
+    """A row for each cut, pass after pass without end; the caller stops."""
     for cut in shuffled_passes(cuts, rng):
         messages = rng.choice(_started_messages(cut, name_it))
         rest = cut.rest.strip()
@@ -212,6 +213,7 @@ def open_prompts(sources: Sequence[Source], name_it: bool) -> list[tuple[Source,
 
 
 def open_rows(prompts: Sequence[tuple[Source, str, str]], rng: random.Random) -> Iterator[Row]:
+    """A row for each prompt, pass after pass without end; the caller stops."""
     for source, document_id, text in shuffled_passes(prompts, rng):
         yield make_row(source, document_id, _open_messages(text), "open", "open")
 

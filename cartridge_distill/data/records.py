@@ -64,6 +64,7 @@ class Question:
 
     @property
     def answer(self) -> str:
+        """The right option's text."""
         return self.options[self.correct]
 
 
@@ -106,10 +107,12 @@ class Document:
 
     @classmethod
     def of(cls, document_id: str, text: str, title: str | None = None) -> Document:
+        """A document with the hash of its text."""
         return cls(document_id, text, sha256_of(text), title)
 
 
 def sha256_of(text: str) -> str:
+    """Of the text in UTF-8, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -223,7 +226,7 @@ def load_questions(path: Path) -> list[Question]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} is not a file of evaluation questions ({error!r}). "
-            "Write it with training/prepare_data.py."
+            "Write it with `cartridge-distill prepare`."
         ) from error
 
 

@@ -44,7 +44,7 @@ from cartridge_distill.distill.step_shape import StepShape
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.model.logprobs import ROWS_AT_ONCE
 from cartridge_distill.model.prefill import PREFILL_TOKENS
-from cartridge_distill.model.shape import ModelShape
+from cartridge_distill.model.shape import DecoderShape
 from cartridge_distill.util.errors import ConfigError
 
 _GIB = 1024**3
@@ -70,12 +70,13 @@ class MemoryPlan:
         stages: for each stage its terms at its worst moment, by name.
     """
 
-    model: ModelShape
+    model: DecoderShape
     step: StepShape
     stages: dict[str, Terms]
 
     @property
     def peak_stage(self) -> str:
+        """The stage that takes most."""
         return max(self.stages, key=self.of_stage)
 
     @property
@@ -137,7 +138,7 @@ class MemoryPlan:
         return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
 
 
-def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
+def predict_step(model: DecoderShape, step: StepShape) -> MemoryPlan:
     """The memory of one step; the module's docstring has the formulas."""
     size = step.dtype.itemsize
     row = _row(step, step.row_tokens)
@@ -212,7 +213,7 @@ def predict_step(model: ModelShape, step: StepShape) -> MemoryPlan:
     )
 
 
-def _held(model: ModelShape, step: StepShape) -> Terms:
+def _held(model: DecoderShape, step: StepShape) -> Terms:
     """In use from the first step to the last."""
     size, ranks = step.dtype.itemsize, step.ranks
     weights = model.parameters
@@ -242,7 +243,7 @@ def _seen(step: StepShape, row: int, prefix: int) -> int:
     return row * (prefix + own)
 
 
-def _kept_by_layer(model: ModelShape, step: StepShape, row: int) -> Terms:
+def _kept_by_layer(model: DecoderShape, step: StepShape, row: int) -> Terms:
     """For the backward, by one layer."""
     size = step.dtype.itemsize
     queries, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -263,7 +264,7 @@ def _kept_by_layer(model: ModelShape, step: StepShape, row: int) -> Terms:
     return {"norms": norms, "MLP": mlp, "attention": attention}
 
 
-def _kept(model: ModelShape, step: StepShape, row: int, layer: Terms) -> Terms:
+def _kept(model: DecoderShape, step: StepShape, row: int, layer: Terms) -> Terms:
     """For the backward, by all layers."""
     if step.gradient_checkpointing:
         inputs = model.layers * step.dtype.itemsize * row * model.hidden
@@ -278,7 +279,7 @@ def _without_passing(kept: Terms, step: StepShape, joined: int) -> Terms:
     return kept
 
 
-def _passing(model: ModelShape, step: StepShape, row: int, prefix: int, frozen: bool) -> int:
+def _passing(model: DecoderShape, step: StepShape, row: int, prefix: int, frozen: bool) -> int:
     """Most that one layer has in use in a forward and does not keep."""
     size = step.dtype.itemsize
     queries, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -301,7 +302,7 @@ def _passing(model: ModelShape, step: StepShape, row: int, prefix: int, frozen: 
 
 
 def _backward(
-    model: ModelShape,
+    model: DecoderShape,
     step: StepShape,
     row: int,
     layer: Terms,

@@ -60,8 +60,10 @@ class StepShape:
 
     @property
     def trained(self) -> int:
+        """N: tokens that the loss sees; all of the row where nobody says."""
         return self.row_tokens if self.trained_tokens is None else self.trained_tokens
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sequence; the whole row where nobody says."""
         return self.row_tokens if self.sequence_tokens is None else self.sequence_tokens

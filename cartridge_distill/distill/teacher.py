@@ -67,10 +67,12 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.model.parameters()).device
 
     @property
     def context(self) -> int | None:
+        """Tokens that the model was made for, document included; None: its config does not say."""
         return getattr(text_config(self.model.config), "max_position_embeddings", None)
 
     def document_ids(self, document_id: str) -> list[int]:
@@ -154,6 +156,7 @@ class Teacher:
 
         Raises:
             DocumentError: a document is missing, or document + sequence exceed the context.
+            ValueError: not as many sequences as masks and ids, or none.
         """
         if not len(sequences) == len(response_masks) == len(document_ids) > 0:
             raise ValueError(
@@ -167,8 +170,7 @@ class Teacher:
         with self._forwarding(document_ids):
             for document_id in dict.fromkeys(document_ids):
                 members = [b for b, other in enumerate(document_ids) if other == document_id]
-                bare = document_id is BARE
-                prefix = self.bare_prefix() if bare else self.prefix(document_id)
+                prefix = self.bare_prefix() if document_id is None else self.prefix(document_id)
                 self._check_length(document_id, prefix, max(len(sequences[b]) for b in members))
                 batch = pack([sequences[b] for b in members]).to(self.device)
                 mask = np.concatenate([masks[b] for b in members])

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cartridge_distill.cartridge.content_hash import (
@@ -31,7 +30,7 @@ from cartridge_distill.cartridge.content_hash import (
     check_hashes,
     sha256_of_named,
 )
-from cartridge_distill.cartridge.formats.known_keys import refuse_unknown
+from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.sealed import sealed
@@ -145,8 +144,8 @@ def load_state(directory: str | Path) -> TrainingState:
             f"{about_path} is in format {told!r:.80}, this program reads {FORMAT!r}"
         )
     try:
-        tensors = load_file(state_path)
-    except (ValueError, OSError, SafetensorError) as error:
+        tensors = read_safetensors(state_path)
+    except CartridgeFormatError as error:
         raise _damaged(state_path, str(error)) from error
     refuse_unknown(about, {"format", *_COUNTS, "recipe", *HASHES}, str(about_path))
     check_hashes(sha256_of_named(tensors), about, state_path, about_path)

@@ -35,7 +35,6 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Protocol
 
 from cartridge_distill.cartridge.kv_shape import text_config
-from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.evaluation.conditions import View
 from cartridge_distill.evaluation.named_option import ANSWER_TAG, chosen_option
@@ -145,7 +144,9 @@ class LocalAnswerer:
     ) -> list[str]:
         """Raises ConfigError where prefix, prompt and answer are over the model's context."""
         prefixes, heard = [view.prefix for view in views], self._heard
-        self._check_context(prefixes, prompts)
+        new = self._sampling.max_new_tokens
+        for view, prompt in zip(views, prompts, strict=True):
+            check_context(self._model, view, [prompt], new, "--max-new-tokens")
         found = sampled_answers(
             self._model,
             prefixes,
@@ -158,19 +159,28 @@ class LocalAnswerer:
         )
         return [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
-    def _check_context(
-        self, prefixes: Sequence[Prefix | None], prompts: Sequence[list[int]]
-    ) -> None:
-        limit = getattr(text_config(self._model.config), "max_position_embeddings", None)
-        new = self._sampling.max_new_tokens
-        for prefix, prompt in zip(prefixes, prompts, strict=True):
-            read = prefix.num_tokens if prefix is not None else 0
-            if limit is not None and read + len(prompt) + new > limit:
-                raise ConfigError(
-                    f"{read} KV tokens, a question of {len(prompt)} and an answer of up to {new} "
-                    f"are over the model's context of {limit}; lower --max-new-tokens, or leave "
-                    "the condition out of --conditions"
-                )
+
+def check_context(
+    model: Any, view: View, prompts: Sequence[Sequence[int]], new: int, option: str
+) -> None:
+    """Refuses what the model has no positions for.
+
+    Args:
+        view: what was read before the prompts.
+        new: tokens of an answer, at most.
+        option: that says how many they are.
+
+    Raises:
+        ConfigError: what was read, a prompt and an answer are over the model's context.
+    """
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if limit is not None and view.kv_tokens + longest + new > limit:
+        raise ConfigError(
+            f"{view.kv_tokens} KV tokens, a question of {longest} and an answer of up to {new} "
+            f"are over the model's context of {limit}; lower {option}, or leave "
+            "the condition out of --conditions"
+        )
 
 
 class ServerAnswerer:

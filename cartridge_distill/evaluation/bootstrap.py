@@ -33,7 +33,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A score as ``sum(values) / sum(weights)`` over n questions."""
+    """A score as ``sum(values) / sum(weights)`` over n questions.
+
+    A question of weight 0 has nothing to say about the score, as a short answer about late tokens,
+    and is not drawn.
+    """
 
     values: Sequence[float]
     weights: Sequence[float]
@@ -41,6 +45,18 @@ class Ratio:
     @classmethod
     def mean_of(cls, values: Sequence[float]) -> Ratio:
         return cls(values, [1.0] * len(values))
+
+    @property
+    def counting(self) -> NDArray[np.bool_]:
+        """``[n]`` bool: which questions have any weight."""
+        return np.asarray(self.weights, float) > 0
+
+    def take(self, questions: NDArray[np.bool_]) -> Ratio:
+        """The score over some of the questions."""
+        return Ratio(
+            np.asarray(self.values, float)[questions].tolist(),
+            np.asarray(self.weights, float)[questions].tolist(),
+        )
 
     @property
     def value(self) -> float:
@@ -51,14 +67,15 @@ def estimate(ratio: Ratio, seed: int = 0) -> Estimate:
     """A score with its interval.
 
     Raises:
-        ValueError: there is no question.
+        ValueError: there is no question, or none that counts.
     """
+    ratio = ratio.take(ratio.counting)
     resampled = _resampled(ratio, seed)
     return _interval(ratio.value, resampled, len(ratio.values))
 
 
 def estimate_difference(ratio: Ratio, baseline: Ratio, seed: int = 0) -> Estimate:
-    """``ratio - baseline`` of the same questions, in the same order.
+    """``ratio - baseline`` of the same questions, in the same order, where both count.
 
     Raises:
         ValueError: they are not as many, or none.
@@ -67,6 +84,8 @@ def estimate_difference(ratio: Ratio, baseline: Ratio, seed: int = 0) -> Estimat
         raise ValueError(
             f"{len(ratio.values)} and {len(baseline.values)} questions cannot be compared in pairs"
         )
+    both = ratio.counting & baseline.counting
+    ratio, baseline = ratio.take(both), baseline.take(both)
     differences = _resampled(ratio, seed) - _resampled(baseline, seed)
     return _interval(ratio.value - baseline.value, differences, len(ratio.values))
 

@@ -5,6 +5,9 @@ untrained and the trained cartridge, and with the full document. Scores: KL to t
 model per token, log-loss of the right answer, accuracy of multiple choice by option likelihood,
 and, with --generate, by generated answer as LongHealth is asked.
 
+With --measures, divergence to the full-document model on text that each condition writes itself,
+and from the bare model on unrelated prompts.
+
 Writes into --out: evaluation.json (the table, and sample answers), evaluation.parquet (every
 question under every condition). Stopped or killed, the same command goes on where it was.
 docs/evaluation.md has the formulas and the files.
@@ -31,7 +34,10 @@ from cartridge_distill.evaluation.names import (
     CLOSEST,
     CONDITIONS,
     MAX_NEW_TOKENS,
+    MEASURE_TOKENS,
+    MEASURES,
     NAMED,
+    SHADE_TOKENS,
     TEMPERATURE,
 )
 from cartridge_distill.util.command_line import Parser
@@ -87,6 +93,13 @@ def parser(program: str) -> argparse.ArgumentParser:
     option("--prompts", action="store_true", help="KL on the held-out prompts of val.parquet, too")
     option("--answer-tokens", type=int, default=ANSWER_TOKENS, help="for the KL (%(default)s)")
     option("--samples", type=int, default=5, help="questions with sample answers (%(default)s)")
+    option(
+        "--shade-tokens",
+        type=int,
+        default=SHADE_TOKENS,
+        help="of each document (the first four), whose divergence the report shows token by token; "
+        "0 for none (%(default)s)",
+    )
     option("--seed", type=int, default=0, help="of sampling and bootstrap (%(default)s)")
     option("--dtype", default="float32", choices=DTYPES, help="of the model (%(default)s)")
     option("--batch", type=int, default=8, help="questions at once; memory (%(default)s)")
@@ -94,6 +107,31 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--record",
         action="store_true",
         help="also write the table into the cartridge's own JSON: info and the model card show it",
+    )
+    measures = made.add_argument_group(
+        "further measures: on text that each condition writes itself, and on unrelated prompts"
+    )
+    option = measures.add_argument
+    option(
+        "--measures",
+        nargs="+",
+        choices=MEASURES,
+        default=[],
+        metavar="GROUP",
+        help=f"some of: {', '.join(MEASURES)}. own_text has every condition answer every question "
+        "up to four times, which takes a while; the work is said before it begins (default: none)",
+    )
+    option(
+        "--measure-tokens",
+        type=int,
+        default=MEASURE_TOKENS,
+        help="of each text of own_text, at most (%(default)s)",
+    )
+    option(
+        "--measure-temperature",
+        type=float,
+        help="of the sampled texts (default: that of the training's rollouts, as the cartridge "
+        "says)",
     )
     generated = made.add_argument_group("generated answers, as LongHealth is asked")
     option = generated.add_argument
@@ -116,18 +154,29 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
     """Runs the command; returns its exit status."""
     made = parser(program)
     options = made.parse_args(arguments)
-    for name, least in (("limit", 1), ("answer_tokens", 1), ("batch", 1), ("max_new_tokens", 1)):
+    for name, least in (
+        ("limit", 1),
+        ("answer_tokens", 1),
+        ("batch", 1),
+        ("max_new_tokens", 1),
+        ("measure_tokens", 1),
+        ("shade_tokens", 0),
+    ):
         value = getattr(options, name)
         if value is not None and value < least:
             made.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
     if (options.served or options.server) and not options.generate:
         made.error("--server and --served are for generated answers: add --generate")
+    if options.measure_tokens > MEASURE_TOKENS:
+        made.error(f"--measure-tokens {options.measure_tokens}: give {MEASURE_TOKENS} or fewer")
+    if options.measure_temperature is not None and not options.measure_temperature > 0:
+        made.error(f"--measure-temperature {options.measure_temperature}: give more than 0")
     try:
         complete(options)
         from cartridge_distill.evaluation.folder import evaluate_folder
 
         table = evaluate_folder(options)
-    except CartridgeDistillError as error:
+    except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

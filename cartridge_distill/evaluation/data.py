@@ -54,7 +54,7 @@ def load_prompts(
         ConfigError: the file is missing or damaged, has other columns, or a row names no document.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is not there: training/prepare_data.py writes held-out prompts")
+        raise ConfigError(f"{path} is not there: `cartridge-distill prepare` writes it")
     rows = read_rows(path)
     missing = {"prompt", "extra_info"} - set(rows.columns)
     if missing:
@@ -84,7 +84,7 @@ class EvaluationData:
     def from_folder(
         cls, folder: Path, tokenizer: Any, with_prompts: bool = False, limit: int | None = None
     ) -> EvaluationData:
-        """Reads a folder of training/prepare_data.py.
+        """Reads a folder of ``cartridge-distill prepare``.
 
         Args:
             with_prompts: the held-out prompts, too; they are taken in any case where there are no

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,12 +35,20 @@ from cartridge_distill.evaluation.names import (
     BEST_CHUNK,
     FULL_DOCUMENT,
     NO_DOCUMENT,
+    OFF_CONTEXT,
+    OFF_CONTEXT_TOKENS,
+    OWN_TEXT,
+    ROLLOUT_TEMPERATURE,
     TRAINED,
     UNTRAINED,
 )
+from cartridge_distill.evaluation.off_context import OffContextPrompts
+from cartridge_distill.evaluation.own_text import OwnTexts
+from cartridge_distill.evaluation.progress import Stage, heard, say, terminal_progress
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.results import check_replaceable, summarise, write_summary
 from cartridge_distill.evaluation.scoring import greedy_answers
+from cartridge_distill.evaluation.shading import SHADING_FILE, shade, write_shading
 from cartridge_distill.evaluation.table import format_table
 from cartridge_distill.model.identity import check_same_weights
 from cartridge_distill.model.loading import load_model
@@ -51,8 +58,9 @@ from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import ConfigError
 
 SAMPLE_TOKENS = 40
-SAMPLED = (NO_DOCUMENT, TRAINED, FULL_DOCUMENT)
-_REPORT_SECONDS = 10.0
+SAMPLED = (NO_DOCUMENT, BEST_CHUNK, TRAINED, FULL_DOCUMENT)
+SHADED = 4
+"""Documents whose text the report shades, at most."""
 
 
 @dataclass
@@ -100,7 +108,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         chunk=options.batch,
     )
     with Journal(options.out, _settings(options, loaded, sampling), say) as journal:
-        evaluation.run(loaded.data.questions, loaded.data.prompts, journal, _terminal_progress())
+        evaluation.run(loaded.data.questions, loaded.data.prompts, journal, terminal_progress())
+        _measure(options, loaded, document, conditions, journal)
         results = journal.results()
         described = {
             "model": options.model,
@@ -108,10 +117,12 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "cartridge": str(options.cartridge),
             "versions": _versions(),
             **({"answers_read_by": options.read_answers} if options.generate else {}),
+            **_measure_settings(options, loaded),
         }
         summary = summarise(results, described, options.seed)
         summary["samples"] = _samples(options, loaded, conditions)
-        written = [*results.write(options.out), write_summary(options.out, summary)]
+        written = [*results.write(options.out), *_shaded(options, loaded, conditions, document)]
+        written.append(write_summary(options.out, summary))
         journal.remove()
     say(f"written: {', '.join(str(path) for path in written)}")
     return summary
@@ -131,7 +142,7 @@ def _means(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _load(options: argparse.Namespace) -> _Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _Stage(f"reading {options.data}"):
+    with Stage(f"reading {options.data}"):
         tokenizer = read_tokenizer(options.model)
         data = EvaluationData.from_folder(options.data, tokenizer, options.prompts, options.limit)
     stored = read_cartridge(options.cartridge, read_model_config(options.model))
@@ -140,7 +151,7 @@ def _load(options: argparse.Namespace) -> _Loaded:
     )
     if told is not None:
         say(f"warning: {told}")
-    with _Stage(f"loading {options.model} ({options.dtype}, {device})"):
+    with Stage(f"loading {options.model} ({options.dtype}, {device})"):
         model = load_model(options.model, getattr(torch, options.dtype), device)
     teacher = Teacher(
         model, data.documents, lambda text: render_document(tokenizer, text), max_cached=1
@@ -182,7 +193,7 @@ def _answerer(
         return None, None
     sampling = answers.Sampling(options.temperature, options.max_new_tokens, options.seed)
     if options.server is None:
-        local = answers.LocalAnswerer(loaded.model, loaded.tokenizer, sampling, _heard())
+        local = answers.LocalAnswerer(loaded.model, loaded.tokenizer, sampling, heard())
         return local, sampling
     served = {}
     if options.served:
@@ -192,8 +203,59 @@ def _answerer(
             "--server generates with the cartridge it serves: say its id with --served, or leave "
             f"{TRAINED!r} out of --conditions"
         )
-    server = answers.ServerAnswerer(options.server, loaded.tokenizer, sampling, served, _heard())
+    server = answers.ServerAnswerer(options.server, loaded.tokenizer, sampling, served, heard())
     return server, sampling
+
+
+def _measure(
+    options: argparse.Namespace,
+    loaded: _Loaded,
+    document: FullDocument,
+    conditions: Sequence[Condition],
+    journal: Journal,
+) -> None:
+    """The groups of ``--measures``, each with a word of the work before it begins."""
+    common = (loaded.model, loaded.tokenizer)
+    if OWN_TEXT in options.measures:
+        sampling = answers.Sampling(
+            _measure_temperature(options, loaded), options.measure_tokens, options.seed
+        )
+        questions = loaded.data.questions
+        if not questions:
+            raise ConfigError(
+                "--measures own_text: there are no questions, so there is nothing to write to"
+            )
+        texts = OwnTexts(*common, document, conditions, questions, sampling)
+        say(
+            f"own texts: {texts.texts} of up to {options.measure_tokens} tokens, under "
+            f"{len(conditions)} conditions; each is read by the teacher, too"
+        )
+        texts.run(journal, terminal_progress("own texts"))
+    if OFF_CONTEXT in options.measures:
+        ids = loaded.data.documents.ids
+        unrelated = OffContextPrompts(*common, conditions, ids, options.seed, options.batch)
+        say(
+            f"unrelated prompts: {unrelated.prompts}, {OFF_CONTEXT_TOKENS} tokens at most of the "
+            f"bare model's answer to each, under {len(conditions)} conditions"
+        )
+        unrelated.run(journal, terminal_progress("unrelated prompts"))
+
+
+def _measure_temperature(options: argparse.Namespace, loaded: _Loaded) -> float:
+    if options.measure_temperature is not None:
+        return float(options.measure_temperature)
+    return float(loaded.meta.recipe.get("rollout.temperature", ROLLOUT_TEMPERATURE))
+
+
+def _measure_settings(options: argparse.Namespace, loaded: _Loaded) -> dict[str, Any]:
+    """What the rows of ``--measures`` depend on, by what they are; nothing where there are none."""
+    if not options.measures:
+        return {}
+    found: dict[str, Any] = {"groups": sorted(options.measures)}
+    if OWN_TEXT in options.measures:
+        found["temperature"] = _measure_temperature(options, loaded)
+        found["tokens"] = options.measure_tokens
+    return {"measures": found}
 
 
 def _settings(
@@ -216,6 +278,7 @@ def _settings(
         and [asdict(sampling), options.server, options.served, options.read_answers],
         "seed": options.seed,
         "versions": _versions(),
+        **_measure_settings(options, loaded),
     }
 
 
@@ -247,7 +310,7 @@ def _samples(
     for condition in conditions:
         if condition.name not in SAMPLED:
             continue
-        with _Stage(f"sample answers, {condition.name}"):
+        with Stage(f"sample answers, {condition.name}"):
             prefixes = [condition.view(q.document_id, q.question).prefix for q in chosen]
             found = greedy_answers(loaded.model, prefixes, prompts, SAMPLE_TOKENS, ends)
         for question, ids, texts in zip(chosen, found, said, strict=True):
@@ -264,51 +327,33 @@ def _samples(
     ]
 
 
-def say(line: str) -> None:
-    """A line for the user, beside the table on standard output."""
-    print(line, file=sys.stderr, flush=True)
-
-
-class _Stage:
-    """Says what is being done, and how long it took."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        say(f"{self._what} ...")
-        self._start = time.monotonic()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            say(f"{self._what}: {time.monotonic() - self._start:.1f} s")
-
-
-def _heard() -> Callable[[int], None]:
-    """Says every few seconds how many tokens were generated: an answer can take minutes."""
-    start = said = time.monotonic()
-    total = 0
-
-    def count(tokens: int) -> None:
-        nonlocal said, total
-        total += tokens
-        now = time.monotonic()
-        if now - said >= _REPORT_SECONDS:
-            said = now
-            say(f"generating answers: {total} tokens so far ({now - start:.0f} s)")
-
-    return count
-
-
-def _terminal_progress() -> Callable[[int, int], None]:
-    """A line on stderr every tenth of the way; on a terminal it overwrites itself."""
-    start = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        if done < total and done * 10 // total == (done - 1) * 10 // total:
-            return
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        line = f"evaluating: {done * 100 // total} % ({time.monotonic() - start:.0f} s)"
-        print(line, end=end, file=sys.stderr, flush=True)
-
-    return show
+def _shaded(
+    options: argparse.Namespace,
+    loaded: _Loaded,
+    conditions: Sequence[Condition],
+    document: FullDocument,
+) -> list[Path]:
+    """The first documents' divergence, token by token, where trained and full are compared."""
+    (options.out / SHADING_FILE).unlink(missing_ok=True)  # of an earlier evaluation
+    by_name = {condition.name: condition for condition in conditions}
+    if options.shade_tokens == 0 or not {TRAINED, FULL_DOCUMENT} <= set(by_name):
+        return []
+    asked = [*loaded.data.questions, *loaded.data.prompts]
+    names = list(dict.fromkeys(item.document_id for item in asked))[:SHADED]
+    made = []
+    for name in names:
+        with Stage(f"the divergence along {name}"):
+            full = document.view(name).prefix
+            cartridge = by_name[TRAINED].view(name, "").prefix
+            assert full is not None and cartridge is not None
+            text = loaded.data.documents.text(name)
+            try:
+                found = shade(
+                    *(loaded.model, loaded.tokenizer, name, text),
+                    *(full, cartridge, options.shade_tokens),
+                )
+            except ConfigError as error:  # a document that leaves no room for a passage
+                say(f"{name} is not shaded: {error}")
+                continue
+            made.append(found)
+    return [write_shading(options.out, made)] if made else []

@@ -7,7 +7,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cartridge_distill.data.records import Question
@@ -83,7 +83,7 @@ class Evaluation:
         if not questions and not prompts:
             raise ConfigError(
                 "There are no evaluation questions, and no held-out prompts. Write some with "
-                "training/prepare_data.py."
+                "`cartridge-distill prepare`."
             )
         total = len(self._conditions) * (len(questions) + len(prompts))
         done = sum(question_key(*k) in journal for k in self._keys(len(questions)))
@@ -131,7 +131,7 @@ class Evaluation:
                 continue
             views = [condition.view(document_id, chunk[i].item.question) for i in places]
             scored: dict[int, tuple[float, list[float]]] = {}
-            for view, group in _by_view(views, places):
+            for view, group in by_view(views, places):
                 kls = self._kls(condition.name, view, teacher.take(group))
                 scores = option_scores(self._model, view.prefix, [asked[i] for i in group])
                 scored.update(zip(group, zip(kls, scores, strict=True), strict=True))
@@ -192,7 +192,7 @@ class Evaluation:
                 teacher = self._teacher_answers(document_id, ids)
             views = [condition.view(document_id, chunk[i].item.asked) for i in places]
             sums: dict[int, float] = {}
-            for view, group in _by_view(views, places):
+            for view, group in by_view(views, places):
                 kls = self._kls(condition.name, view, teacher.take(group))
                 sums.update(zip(group, kls, strict=True))
             yield [
@@ -228,7 +228,7 @@ class Evaluation:
         return self._answerer.answer(condition, views, prompts)
 
 
-def _by_view(views: Sequence[View], places: Sequence[int]) -> Iterator[tuple[View, list[int]]]:
+def by_view(views: Sequence[View], places: Iterable[int]) -> Iterator[tuple[View, list[int]]]:
     """Places with one and the same prefix together."""
     groups: dict[int, tuple[View, list[int]]] = {}
     for view, place in zip(views, places, strict=True):

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.evaluation.measure_rows import OffContext, OwnText
+from cartridge_distill.evaluation.measures import MeasureRows
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult, Results
 from cartridge_distill.util import journal
 from cartridge_distill.util.errors import ConfigError
@@ -19,9 +21,14 @@ from cartridge_distill.util.same_settings import OtherSettings
 
 JOURNAL_FILE = "evaluation.journal.jsonl"
 
-Row = QuestionResult | PromptResult
+Row = QuestionResult | PromptResult | OwnText | OffContext
 Key = tuple[str, str, int]
-_KINDS: dict[str, type[Row]] = {"question": QuestionResult, "prompt": PromptResult}
+_KINDS: dict[str, type[Row]] = {
+    "question": QuestionResult,
+    "prompt": PromptResult,
+    "own_text": OwnText,
+    "off_context": OffContext,
+}
 
 
 def question_key(condition: str, index: int) -> Key:
@@ -32,10 +39,22 @@ def prompt_key(condition: str, index: int) -> Key:
     return "prompt", condition, index
 
 
+def own_text_key(condition: str, index: int) -> Key:
+    return "own_text", condition, index
+
+
+def off_context_key(condition: str, index: int) -> Key:
+    return "off_context", condition, index
+
+
 def _key(row: Row) -> Key:
     if isinstance(row, QuestionResult):
         return question_key(row.condition, row.question_index)
-    return prompt_key(row.condition, row.prompt_index)
+    if isinstance(row, PromptResult):
+        return prompt_key(row.condition, row.prompt_index)
+    if isinstance(row, OwnText):
+        return own_text_key(row.condition, row.index)
+    return off_context_key(row.condition, row.prompt_index)
 
 
 class Journal:
@@ -92,6 +111,10 @@ class Journal:
         return Results(
             [row for row in rows if isinstance(row, QuestionResult)],
             [row for row in rows if isinstance(row, PromptResult)],
+            MeasureRows(
+                [row for row in rows if isinstance(row, OwnText)],
+                [row for row in rows if isinstance(row, OffContext)],
+            ),
         )
 
     def remove(self) -> None:

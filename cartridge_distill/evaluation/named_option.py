@@ -138,6 +138,12 @@ def _words(text: str) -> list[tuple[str, int, int]]:
     return [(_word(found[0]), found.start(), found.end()) for found in _WORD.finditer(text)]
 
 
+def compared_words(text: str) -> list[str]:
+    """The words of a text as options' texts are compared: without articles, but for lone ones."""
+    found = [word for word, _, _ in _words(_plain(text))]
+    return [word for word in found if word not in _ARTICLES] or found
+
+
 def _word(text: str) -> str:
     text = re.sub(r"\s", "", text).replace("−", "-").casefold()
     if any(letter.isdigit() for letter in text):

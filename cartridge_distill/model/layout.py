@@ -79,6 +79,7 @@ class PackedLayout:
             self.computed = self.of_token = np.arange(batch.num_tokens)
 
     def note_layer(self, layer: int) -> None:
+        """The layer came through the packed attention."""
         self._layers_seen.add(layer)
 
     def check_used_by_all(self, num_layers: int) -> None:

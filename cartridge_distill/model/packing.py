@@ -25,7 +25,11 @@ HostIndex = NDArray[np.int64]
 
 
 def host_mask(mask: Tensor | HostMask) -> HostMask:
-    """A bool mask as numpy. A tensor on a GPU is fetched, for which the host waits."""
+    """A bool mask as numpy. A tensor on a GPU is fetched, for which the host waits.
+
+    Raises:
+        ValueError: it is not bool, or not 1-D.
+    """
     found = mask.numpy(force=True) if isinstance(mask, Tensor) else mask
     if found.dtype != np.bool_ or found.ndim != 1:
         raise ValueError(f"a mask is 1-D and bool; got {found.dtype} of shape {found.shape}")
@@ -60,10 +64,12 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return int(self.input_ids.shape[0])
 
     @property
     def device(self) -> torch.device:
+        """Where the row is."""
         return self.input_ids.device
 
     @cached_property

@@ -36,6 +36,10 @@ def prefix_from_tokens(
 
     Returns:
         A prefix of P tokens in the model's dtype, detached.
+
+    Raises:
+        ValueError: ``at_once`` below 1.
+        ConfigError: as :func:`cartridge_distill.model.forward.packed_forward`.
     """
     if at_once < 1:
         raise ValueError(f"at_once={at_once}: a piece has at least one token")

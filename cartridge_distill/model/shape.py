@@ -20,7 +20,7 @@ from cartridge_distill.util.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class DecoderShape:
     """What a decoder's memory depends on.
 
     Attributes:
@@ -50,7 +50,7 @@ class ModelShape:
     capped_logits: bool
 
     @classmethod
-    def of(cls, config: Any) -> ModelShape:
+    def of(cls, config: Any) -> DecoderShape:
         """Of a transformers config.
 
         Raises:

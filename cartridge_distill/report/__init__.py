@@ -8,6 +8,10 @@
 ``comparison``  recipes after equal tokens, a value for each seed
 ``verdict``     the sentence at the top, and its arithmetic
 ``colours``     one colour for each run and condition, in table and plots alike
+``positions``   divergence along the texts that conditions write themselves
+``answers``     what was answered, in words for a few questions and with marks for all
+``shading``     the document's text, shaded where the cartridge goes astray
+``facts``       how each run was started, and what it took
 ``figures``     the plots, as plotly figures
 ``page``        the template filled in
 ==============  =================================================================

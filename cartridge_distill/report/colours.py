@@ -64,4 +64,5 @@ def of_run(place: int) -> Style:
 
 
 def of_condition(name: str) -> Style:
+    """Of a row of the table."""
     return CONDITIONS.get(name, Style(_OCHRE, "pentagon"))

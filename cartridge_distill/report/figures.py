@@ -13,9 +13,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT
 from cartridge_distill.report import colours
 from cartridge_distill.report.groups import Group, TokenAxis
 from cartridge_distill.report.reading import Interval, Metrics, Run
+
+PERCENT = frozenset(
+    {"accuracy", "generated_accuracy", "generated_match", "topk_overlap", "repetition", "ended"}
+)
+"""Metrics of a table that are shares of something."""
 
 _LOSS = "actor/loss"
 _STAGES = {
@@ -27,6 +33,8 @@ _STAGES = {
 _STEP_SECONDS = "timing_s/step"
 _LEGEND_ABOVE = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "normal"}
 _BOUND = "actor/logprob_diff/bound"
+_REFERENCES = {"val/kl": "kl", "val/log_loss": "log_loss", "val/accuracy": "accuracy"}
+"""Curves of held-out questions, and the evaluation's metric of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Figure:
     Attributes:
         key: its id in the page.
         curve: whether its x axis is steps or tokens, as the reader chooses.
+        flat: what it shows never changes, and is said here in words; "" where it does.
     """
 
     key: str
@@ -43,6 +52,7 @@ class Figure:
     note: str
     plot: Any
     curve: bool = True
+    flat: str = ""
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = self.plot.to_plotly_json()
@@ -69,6 +79,18 @@ _VALIDATION = (
 )
 _TRAINING = (
     _Curve(_LOSS, "Training loss", "per response token; by default the KL to the teacher"),
+    _Curve("actor/loss_general", "Loss of general rows", "whose teacher is the bare model"),
+    _Curve("actor/student_entropy", "Entropy of the student", "nats per response token"),
+    _Curve(
+        "actor/topk_overlap",
+        "Top-k overlap",
+        "of the teacher’s likeliest tokens, those that are the student’s",
+        percent=True,
+    ),
+)
+_OPTIMIZER = (
+    _Curve("actor/grad_norm", "Gradient norm", "before it is clipped"),
+    _Curve("actor/lr", "Learning rate", "of the step"),
 )
 _HEALTH = (
     _Curve(
@@ -96,11 +118,12 @@ def curves(groups: Sequence[Group], axis: TokenAxis | None) -> list[Figure]:
     """Every curve that at least one run has."""
     figures = [_curve(spec, groups, axis) for spec in (*_VALIDATION, *_TRAINING)]
     figures.append(_stages(groups, axis))
-    figures += [_curve(spec, groups, axis) for spec in _HEALTH]
+    figures += [_curve(spec, groups, axis) for spec in (*_OPTIMIZER, *_HEALTH)]
     return [figure for figure in figures if figure is not None]
 
 
-def _layout(**more: Any) -> dict[str, Any]:
+def layout(**more: Any) -> dict[str, Any]:
+    """What all plots have in common, and what one has besides."""
     return {
         "template": "none",
         "margin": {"l": 52, "r": 14, "t": 10, "b": 44},
@@ -124,7 +147,7 @@ def _layout(**more: Any) -> dict[str, Any]:
 
 
 def _curve(spec: _Curve, groups: Sequence[Group], axis: TokenAxis | None) -> Figure | None:
-    figure = go.Figure(layout=_layout())
+    figure = go.Figure(layout=layout())
     for place, group in enumerate(groups):
         _draw_group(figure, spec, group, place, axis)
     if not figure.data:
@@ -138,9 +161,19 @@ def _curve(spec: _Curve, groups: Sequence[Group], axis: TokenAxis | None) -> Fig
             figure.update_yaxes(dtick=1)
     if spec.percent:
         figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
+    flat = _flat(spec, [value for trace in figure.data for value in trace.y])
     if spec.key == "actor/logprob_diff/max":
         _draw_bound(figure, groups, axis)
-    return Figure(spec.key.replace("/", "-"), spec.title, spec.note, figure)
+    if spec.key in _REFERENCES:
+        _draw_references(figure, _REFERENCES[spec.key], groups, axis)
+    return Figure(spec.key.replace("/", "-"), spec.title, spec.note, figure, flat=flat)
+
+
+def _flat(spec: _Curve, values: Sequence[float]) -> str:
+    """The one value that a curve has throughout."""
+    if min(values) != max(values):
+        return ""
+    return f"{100 * values[0]:.0f} %" if spec.percent else f"{values[0]:.3g}"
 
 
 def _draw_group(
@@ -164,7 +197,7 @@ def _draw_group(
             y=[*high, *reversed(low)],
             meta=there_and_back,
             fill="toself",
-            fillcolor=_translucent(style.colour),
+            fillcolor=translucent(style.colour),
             line={"width": 0},
             mode="lines",
             hoverinfo="skip",
@@ -220,6 +253,39 @@ def _draw_bound(figure: Any, groups: Sequence[Group], axis: TokenAxis | None) ->
         )
 
 
+def _draw_references(
+    figure: Any, metric: str, groups: Sequence[Group], axis: TokenAxis | None
+) -> None:
+    """What the best chunk and the full document come to in the evaluation of the same questions.
+
+    Only where one group is drawn: the questions of several runs may differ.
+    """
+    evaluation = groups[0].runs[0].evaluation if len(groups) == 1 else None
+    if evaluation is None:
+        return
+    steps = sorted({place for trace in figure.data for place in trace.meta["step"]})
+    meta = _places([steps[0], steps[-1]], groups[0].runs, axis)
+    for name in (BEST_CHUNK, FULL_DOCUMENT):
+        row = evaluation.get(name)
+        found = row.get(metric) if row is not None else None
+        if found is None:
+            continue
+        colour = colours.of_condition(name).colour
+        figure.add_scatter(
+            x=meta["step"],
+            y=[found.mean, found.mean],
+            meta=meta,
+            mode="lines+text",
+            line={"dash": "dot", "width": 1.5, "color": colour},
+            text=["", name],
+            textposition="top left",
+            textfont={"color": colour},
+            cliponaxis=False,
+            name=name,
+            hoverinfo="skip",
+        )
+
+
 # --- seconds ------------------------------------------------------------------------------------
 
 
@@ -229,7 +295,7 @@ def _stages(groups: Sequence[Group], axis: TokenAxis | None) -> Figure | None:
         return _stages_of_one(groups[0].runs[0], axis)
     means = [(html.escape(group.name), _mean_seconds(group)) for group in groups]
     figure = go.Figure(
-        layout=_layout(
+        layout=layout(
             barmode="stack",
             hovermode="closest",
             showlegend=True,
@@ -269,7 +335,7 @@ def _stages_of_one(run: Run, axis: TokenAxis | None) -> Figure | None:
     if not found:
         return None
     figure = go.Figure(
-        layout=_layout(
+        layout=layout(
             barmode="stack",
             bargap=0,
             showlegend=True,
@@ -326,7 +392,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
     if not shown:
         return None
     names = [html.escape(mark.name) for mark, _ in shown]
-    percent = metric.endswith("accuracy")
+    percent = metric in PERCENT
     figure = go.Figure(
         go.Scatter(
             x=[found.mean for _, found in shown],
@@ -343,7 +409,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
             hovertemplate="%{y}: %{x:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
             "<extra></extra>",
         ),
-        layout=_layout(
+        layout=layout(
             height=78 + 34 * len(shown),
             hovermode="closest",
             margin={"l": 10, "r": 18, "t": 6, "b": 40},
@@ -375,6 +441,7 @@ def conditions(marks: Sequence[Mark], metric: str, title: str, note: str) -> Fig
     return Figure(f"conditions-{metric}", title, "", figure, False)
 
 
-def _translucent(colour: str) -> str:
+def translucent(colour: str) -> str:
+    """A colour ``#rrggbb`` as the ground of a band."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.2)"

@@ -1,4 +1,48 @@
 "use strict";
+// What needs no plots: a filter, copies of commands, the data as a file.
+(() => {
+  const which = document.getElementById("which");
+  const shown = {
+    all: () => true,
+    wrong: (row) => row.dataset.right === "0",
+    missed: (row) => row.dataset.missed === "1",
+    right: (row) => row.dataset.right === "1",
+  };
+  which?.addEventListener("change", () => {
+    const rows = [...document.querySelectorAll("table.marks tbody tr")];
+    for (const row of rows) row.hidden = !shown[which.value](row);
+    const left = rows.filter((row) => !row.hidden).length;
+    document.getElementById("count").textContent = `Shown: ${left} of ${rows.length}.`;
+  });
+
+  for (const button of document.querySelectorAll("button.copy")) {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      const command = button.previousElementSibling;
+      try {
+        await navigator.clipboard.writeText(command.textContent);
+        button.textContent = "Copied";
+      } catch {
+        // Without leave to write: the text is chosen, for the reader's own Ctrl-C.
+        getSelection().selectAllChildren(command);
+        button.textContent = "Press Ctrl-C";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+  }
+
+  const download = document.getElementById("download");
+  download.hidden = false;
+  download.addEventListener("click", () => {
+    const text = document.getElementById("data").textContent;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    link.download = "cartridge-report.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  });
+})();
+
 (async () => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const tokenTitle = JSON.parse(document.getElementById("token-title").textContent);
@@ -81,6 +125,12 @@
   }
   document.documentElement.dataset.plots = "drawn";
 
+  // Folded away, a plot has no width to be drawn in.
+  for (const folded of document.querySelectorAll("details.flat")) {
+    folded.addEventListener("toggle", () => {
+      for (const place of folded.querySelectorAll(".canvas")) draw(place.id);
+    });
+  }
   for (const input of document.querySelectorAll("input[name=axis]")) {
     input.addEventListener("change", () => { axis = input.value; drawAll(); });
   }

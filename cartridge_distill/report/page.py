@@ -10,7 +10,6 @@ import base64
 import gzip
 import hashlib
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,11 +22,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from cartridge_distill.evaluation.names import TRAINED, UNTRAINED
-from cartridge_distill.report import colours, figures, verdict
+from cartridge_distill.evaluation.names import TRAINED
+from cartridge_distill.report import answers, colours, facts, figures, positions, shading, verdict
 from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
-from cartridge_distill.report.reading import Condition, Interval, Run, condition_order, read_run
+from cartridge_distill.report.reading import (
+    Condition,
+    Interval,
+    Position,
+    Run,
+    condition_order,
+    read_run,
+)
 from cartridge_distill.util.errors import ReportError
 
 # Columns of the table: metric, heading, unit or remark.
@@ -39,6 +45,15 @@ _METRICS = (
     ("accuracy", "Accuracy", "multiple choice, by likelihood"),
     ("generated_accuracy", "Generated accuracy", "answers written out"),
 )
+_MEASURES = (
+    ("student_kl", "KL on own text", "nats per token, lower is better"),
+    ("student_reverse_kl", "Reverse KL on own text", "nats per token, lower is better"),
+    ("topk_overlap", "Top-20 overlap", "with the teacher’s, on own text"),
+    ("generated_match", "Right in free answer", "contains the right answer"),
+    ("repetition", "Repeated 4-grams", "of own text, lower is better"),
+    ("ended", "Ended", "texts that end by themselves"),
+    ("off_context_kl", "KL off context", "to the bare model, nats per token, lower is better"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Row:
     style: colours.Style
     kv_tokens: int
     metrics: dict[str, Interval | None]
+    positions: list[Position]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -92,11 +108,17 @@ def render(runs: Sequence[Run]) -> str:
     comparison = compare(groups, axis) if len(groups) > 1 else None
     said = verdict.of_one(groups[0]) if len(groups) == 1 else verdict.of_several(comparison, axis)
     rows = condition_rows(groups)
-    shown = [each for each in _METRICS if any(row.metrics.get(each[0]) for row in rows)]
+    tables = [
+        [each for each in metrics if any(row.metrics.get(each[0]) for row in rows)]
+        for metrics in (_METRICS, _MEASURES)
+    ]
     marks = [figures.Mark(row.name, row.style, row.metrics) for row in rows]
-    pictures = [figures.conditions(marks, *each) for each in shown]
-    above = [picture for picture in pictures if picture is not None]
+    pictures = [figures.conditions(marks, *each) for metrics in tables for each in metrics]
+    lines = [positions.Line(row.name, row.style, row.positions) for row in rows]
+    above = [each for each in pictures if each is not None] + positions.figures(lines)
     curves = figures.curves(groups, axis)
+    columns, questions = answers.all_questions(groups)
+    named = [(group.run_name(run), run) for group in groups for run in group.runs]
     script = _own("page.js")
     environment = Environment(
         loader=PackageLoader("cartridge_distill.report", ""),
@@ -109,23 +131,37 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("page.html").render(
         names=[group.name for group in groups],
         verdict=said,
-        metrics=shown,
+        tables=[metrics for metrics in tables if metrics],
+        percents=figures.PERCENT,
         rows=rows,
         confidence=_confidence(runs),
         seeds=max(len(group.runs) for group in groups),
         conditions=above,
         standings=_standings(groups, axis),
         legend=[(group.name, colours.of_run(n)) for n, group in enumerate(groups)],
-        curves=curves,
+        curves=[figure for figure in curves if not figure.flat],
+        flat=[figure for figure in curves if figure.flat],
         tokens=axis.title if axis is not None else None,
-        samples=_samples(groups),
-        recipes=[_recipe(group.run_name(run), run) for group in groups for run in group.runs],
+        samples=answers.samples(groups),
+        columns=columns,
+        questions=questions,
+        levels=shading.LEVELS,
+        documents=_shaded(groups),
+        totals=facts.totals(runs[0]) if len(runs) == 1 else [],
+        recipes=[facts.of_run(*each) for each in named],
+        data=[facts.data_of(*each) for each in named],
         figures={picture.key: picture.as_json() for picture in (*above, *curves)},
         style=Markup(_own("page.css")),  # our own text, as is the script's
         script=Markup(script),
         plotly=_packed_plotly(),
         script_hashes=[_hash(script), _hash(get_plotlyjs())],
     )
+
+
+def _shaded(groups: Sequence[Group]) -> list[tuple[str, list[shading.Shown]]]:
+    """The documents as each group's cartridge has them, its first seed's."""
+    found = [(group.name, group.runs[0].shading) for group in groups]
+    return [(name, shading.shown(each.documents)) for name, each in found if each is not None]
 
 
 @cache
@@ -180,7 +216,8 @@ def condition_rows(groups: Sequence[Group]) -> list[Row]:
             elif any(seen == row.condition for seen, _ in found):
                 name = f"{row.condition}, {group.name}"
             style = colours.of_run(place) if trained else colours.of_condition(row.condition)
-            found.append((row.condition, Row(name, style, row.kv_tokens, row.metrics)))
+            shown = Row(name, style, row.kv_tokens, row.metrics, row.positions)
+            found.append((row.condition, shown))
     found.sort(key=lambda pair: condition_order(pair[0]))
     return [row for _, row in found]
 
@@ -215,7 +252,8 @@ def _mean_rows(group: Group) -> list[Condition]:
         if len(same) < len(tables) or any(row.kv_tokens != first.kv_tokens for row in same):
             continue
         metrics = {metric: _mean([row.get(metric) for row in same]) for metric in first.metrics}
-        rows.append(first.model_copy(update={"metrics": metrics}))
+        along = positions.mean_positions([row.positions for row in same])
+        rows.append(first.model_copy(update={"metrics": metrics, "positions": along}))
     return rows
 
 
@@ -258,66 +296,3 @@ def _standings(groups: Sequence[Group], axis: TokenAxis | None) -> dict[str, Any
             for standing in order
         ],
     }
-
-
-# --- samples and recipes ------------------------------------------------------------------------
-
-
-def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """By question: what each condition answers, and each group's cartridge (its first seed's)."""
-    found: dict[str, dict[str, Any]] = {}
-    for place, group in enumerate(groups):
-        evaluation = group.runs[0].evaluation
-        for sample in evaluation.samples if evaluation else ():
-            entry = found.setdefault(
-                sample.question,
-                {"question": sample.question, "right": sample.right_answer, "answers": {}},
-            )
-            for condition, text in sample.answers.items():
-                if condition == UNTRAINED:  # worse than none to read, and in the table
-                    continue
-                trained = condition == TRAINED
-                style = colours.of_run(place) if trained else colours.of_condition(condition)
-                name = group.name if trained and len(groups) > 1 else condition
-                key = (condition_order(condition), place if trained else 0, name)
-                entry["answers"].setdefault(key, (name, style, text))
-    return [
-        {**entry, "answers": [answer for _, answer in sorted(entry["answers"].items())]}
-        for entry in found.values()
-    ]
-
-
-def _recipe(name: str, run: Run) -> dict[str, Any]:
-    recipe, evaluation = run.recipe, run.evaluation
-    facts: list[tuple[str, object]] = [("folder", run.folder)]
-    if recipe is not None:
-        facts.append(("seed", recipe.seed))
-        facts.append(("started", recipe.started))
-    elif evaluation is not None:
-        facts.append(("seed", evaluation.seed))
-    if evaluation is not None:
-        facts += [
-            ("model", evaluation.model),
-            ("model’s revision", evaluation.model_revision),
-            ("cartridge", evaluation.cartridge),
-        ]
-    elif recipe is not None:
-        facts.append(("model", recipe.model))
-    if recipe is not None and recipe.git is not None:
-        changed = ", with changes that are not committed" if recipe.git.changed else ""
-        facts.append(("commit", recipe.git.commit + changed))
-    versions = recipe.versions if recipe else evaluation.versions if evaluation else {}
-    settings = recipe.environment if recipe else {}
-    return {
-        "name": name,
-        "found": recipe is not None,
-        "facts": [(what, str(value)) for what, value in facts if value is not None],
-        "versions": sorted(versions.items()),
-        "command": _typed(settings, recipe.command) if recipe else "",
-        "overrides": recipe.overrides if recipe else [],
-    }
-
-
-def _typed(settings: dict[str, str], command: Sequence[str]) -> str:
-    """As a shell takes it."""
-    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in settings.items()), shlex.join(command)])

@@ -7,16 +7,19 @@ questions stand in ``evaluation.parquet``, the held-out prompts in ``evaluation_
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cartridge_distill.util.errors import ReportError
-from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"
@@ -26,6 +29,7 @@ _RATIOS: dict[str, tuple[str, str | None]] = {
     "kl": ("kl_sum", "kl_tokens"),
     "prompt_kl": ("kl_sum", "kl_tokens"),
 }
+_TOLD = ["question", "right_answer", "likelihood_correct"]
 _RESAMPLES = 10_000
 
 Floats = NDArray[np.float64]
@@ -33,9 +37,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Questions:
-    """A table for each condition, all with the same questions in the same order."""
+    """A table for each condition, all with the same questions in the same order.
+
+    Attributes:
+        asked: the questions with their right answers, in that order; empty where the file does not
+            have them.
+    """
 
     tables: Mapping[str, pd.DataFrame]
+    asked: list[tuple[str, str]]
 
     def resampled(self, condition: str, metric: str, draws: Floats) -> Floats:
         """The metric in each resample.
@@ -52,6 +62,13 @@ class Questions:
         found: Floats = (draws @ table[above].to_numpy(float)) / (draws @ weights)
         return found
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything that was read, for a file of JSON."""
+        found: list[dict[str, Any]] = json.loads(
+            pd.concat(self.tables.values()).to_json(orient="records")
+        )
+        return found
+
     def draws(self, seed: int = 0) -> Floats:
         """10,000 resamples with replacement (Efron and Tibshirani 1993, chapter 13)."""
         count = len(next(iter(self.tables.values())))
@@ -65,22 +82,24 @@ def read_questions(path: Path) -> Questions | None:
     Raises:
         ReportError: it is no parquet file, lacks columns, or its conditions differ in questions.
     """
-    return _read(path, "question", ["log_loss", "kl_sum", "kl_tokens"])
+    return _read(path, "question", ["log_loss", "kl_sum", "kl_tokens"], _TOLD)
 
 
 def read_prompts(path: Path) -> Questions | None:
     """Reads the held-out prompts of an evaluation; as :func:`read_questions`."""
-    return _read(path, "prompt", ["kl_sum", "kl_tokens"])
+    return _read(path, "prompt", ["kl_sum", "kl_tokens"], [])
 
 
-def _read(path: Path, asked: str, columns: list[str]) -> Questions | None:
+def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questions | None:
+    """``told`` are columns that may be absent, all together."""
     if not path.exists():
         return None
     keys = ["document_id", f"{asked}_index"]
     wanted = ["condition", *keys, *columns]
     try:
-        rows = read_rows(path, wanted)
-    except (OSError, ValueError) as error:
+        more = told if told and set(told) <= set(pq.read_schema(path).names) else []
+        rows = pd.read_parquet(path, columns=[*wanted, *more])
+    except (pa.ArrowException, ValueError) as error:
         raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
     if rows.empty:
         raise ReportError(f"{path} holds no {asked}")
@@ -89,4 +108,5 @@ def _read(path: Path, asked: str, columns: list[str]) -> Questions | None:
     for name, table in tables.items():
         if table[keys].to_numpy().tolist() != first[keys].to_numpy().tolist():
             raise ReportError(f"{path}: {first_name!r} and {name!r} have other {asked}s")
-    return Questions(tables)
+    texts = zip(*(first[name].astype(str) for name in _TOLD[:2]), strict=True) if more else ()
+    return Questions(tables, list(texts))

@@ -24,7 +24,9 @@ from cartridge_distill.report.questions import (
     read_questions,
 )
 from cartridge_distill.report.recipe import RECIPE_FILE, Recipe
+from cartridge_distill.report.shading import SHADING_FILE, Shading
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.json_text import no_name_twice
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -52,14 +54,30 @@ class Interval(BaseModel):
         return self
 
 
+class Position(BaseModel):
+    """Divergences at some positions of the texts that a condition wrote; None where none was."""
+
+    first: int = Field(ge=1)
+    last: int
+    student_kl: Interval | None = None
+    student_reverse_kl: Interval | None = None
+
+    def get(self, metric: str) -> Interval | None:
+        """By its name in the evaluation's metrics."""
+        found = {"student_kl": self.student_kl, "student_reverse_kl": self.student_reverse_kl}
+        return found[metric]
+
+
 class Condition(BaseModel):
     """One row of the table. ``metrics`` by name; None where one was not measured."""
 
     condition: str
     kv_tokens: int
     metrics: dict[str, Interval | None]
+    positions: list[Position] = []
 
     def get(self, metric: str) -> Interval | None:
+        """The interval of a metric; None where it was not measured."""
         return self.metrics.get(metric)
 
 
@@ -84,6 +102,7 @@ class Evaluation(BaseModel):
     versions: dict[str, str] = {}
 
     def get(self, condition: str) -> Condition | None:
+        """A condition's row; None where it was not asked for."""
         return next((row for row in self.conditions if row.condition == condition), None)
 
     @model_validator(mode="after")
@@ -112,6 +131,7 @@ class Metrics:
 
     @property
     def steps(self) -> list[int]:
+        """Ascending."""
         return list(self.by_step)
 
     def series(self, key: str) -> list[Point]:
@@ -123,6 +143,7 @@ class Metrics:
         ]
 
     def has(self, key: str) -> bool:
+        """Whether any step logged a number under the key."""
         return any(row.get(key) is not None for row in self.by_step.values())
 
 
@@ -135,10 +156,12 @@ class Run:
     evaluation: Evaluation | None
     questions: Questions | None
     prompts: Questions | None
+    shading: Shading | None
     recipe: Recipe | None
 
     @property
     def seed(self) -> int | None:
+        """As the recipe says, else as the evaluation does; None where nothing does."""
         if self.recipe is not None:
             return self.recipe.seed
         return self.evaluation.seed if self.evaluation is not None else None
@@ -159,6 +182,7 @@ def read_run(folder: Path) -> Run:
         _read_json(evaluated / EVALUATION_FILE, Evaluation),
         read_questions(evaluated / QUESTIONS_FILE),
         read_prompts(evaluated / PROMPTS_FILE),
+        _read_json(evaluated / SHADING_FILE, Shading),
         _read_json(folder / RECIPE_FILE, Recipe),
     )
 
@@ -205,7 +229,7 @@ def read_metrics(path: Path) -> Metrics:
 def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{place}: not JSON ({error}). Delete a line that a killed run left half written"
         ) from None
@@ -233,7 +257,10 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
     if not path.exists():
         return None
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        return kind.model_validate(json.loads(text, object_pairs_hook=no_name_twice))
+    except RecursionError:
+        raise ReportError(f"{path} is nested too deep for a file of ours") from None
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
@@ -242,3 +269,5 @@ def _read_json(path: Path, kind: type[M]) -> M | None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise ReportError(f"{path}: {where}: {first['msg']}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ReportError(f"{path}: not JSON that is read: {error}") from None

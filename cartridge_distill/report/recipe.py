@@ -8,6 +8,7 @@ variables that are called like a credential are left out.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from cartridge_distill.cartridge.run_folder import RECIPE_FILE
+from cartridge_distill.util.sealed import sealed, unsealed
 from cartridge_distill.util.secrecy import HIDDEN, clean_arguments, clean_settings, is_secret
 
 __all__ = [
@@ -44,7 +46,12 @@ class Commit(BaseModel):
 
 
 class Recipe(BaseModel):
-    """The contents of ``recipe.json``. ``folder`` is the run's, as it was written."""
+    """The contents of ``recipe.json``. ``folder`` is the run's, as it was written.
+
+    The file holds a hash of its entries, see :mod:`cartridge_distill.util.sealed`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str
     folder: str
@@ -57,6 +64,11 @@ class Recipe(BaseModel):
     versions: dict[str, str] = {}
     git: Commit | None = None
     started: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        return unsealed(value) if isinstance(value, dict) else value
 
     @field_validator("command", "overrides")
     @classmethod
@@ -121,7 +133,8 @@ def write_recipe(
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE_FILE
-    path.write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(sealed(recipe.model_dump(mode="json")), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 

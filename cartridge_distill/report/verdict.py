@@ -1,4 +1,4 @@
-"""The sentence at the top of the report, computed and plain about what it does not show.
+"""The sentences at the top of the report, computed and plain about what they do not show.
 
 One recipe: which share of the way from the untrained cartridge to the full document the trained one
 goes. Several: which is best after equal tokens, and whether the seeds' spread explains it.
@@ -24,7 +24,10 @@ _ENDS = (UNTRAINED, TRAINED, FULL_DOCUMENT)
 
 @dataclass(frozen=True)
 class Verdict:
-    """``sentence`` says it; ``note`` how it was computed. ``good`` colours it: None is open."""
+    """``sentence``, one or two of them, says it; ``note`` how it was computed.
+
+    ``good`` colours it: None is open.
+    """
 
     sentence: str
     note: str
@@ -173,8 +176,8 @@ def _of_run(
     level = f"{evaluation.confidence:.0%}".replace("%", " %")
     if share is None:
         return Verdict(
-            f"{room} the full document is not measurably better than the untrained cartridge in "
-            f"{title} {figures}: there is no gap for training to close.",
+            f"The full document is not measurably better than the untrained cartridge in {title} "
+            f"{figures}: there is no gap for training to close. {room}.",
             f"The {level} interval of their difference contains zero: ask more {asked}, or harder "
             "ones.",
             None,
@@ -187,21 +190,23 @@ def _of_run(
     if share.high < 0:
         between = f"[{_percent(-share.high)}, {_percent(-share.low)}]"
         return Verdict(
-            f"{room} the trained cartridge is worse than the untrained one in {title} {figures}, "
-            f"by {_percent(-share.value)} % {between} of the gap that it should have closed.",
+            f"The trained cartridge is worse than the untrained one in {title} {figures}, by "
+            f"{_percent(-share.value)} % {between} of the gap that it should have closed. "
+            f"{room}{chunk}.",
             note,
             False,
         )
     if share.low <= 0:
         return Verdict(
-            f"{room} training shows no certain effect: {_percent(share.value)} % of the way to the "
-            f"full document in {title} {figures}, and the interval {between} contains zero.",
+            f"Training shows no certain effect: {_percent(share.value)} % of the way to the full "
+            f"document in {title} {figures}, and the interval {between} contains zero. "
+            f"{room}{chunk}.",
             note,
             None,
         )
     return Verdict(
-        f"{room} the cartridge closes {_percent(share.value)} % {between} of the way from the "
-        f"untrained cartridge to the full document in {title} {figures}{chunk}.",
+        f"The cartridge closes {_percent(share.value)} % {between} of the way from the untrained "
+        f"cartridge to the full document in {title} {figures}. {room}{chunk}.",
         note,
         True,
     )
@@ -213,7 +218,7 @@ def _better_chunk(evaluation: Evaluation, metric: str, trained: Interval) -> str
     found = row.get(metric) if row is not None else None
     if row is None or found is None or found.mean >= trained.mean:
         return ""
-    return f", yet the best chunk alone, with {row.kv_tokens:,}, comes to {found.mean:.2f}"
+    return f"; the best chunk alone, with {row.kv_tokens:,}, comes to {found.mean:.2f}"
 
 
 def _of_seeds(
@@ -226,8 +231,8 @@ def _of_seeds(
     room, seeds = _room(evaluations[0]), f"{len(ends)} seeds"
     if untrained <= full:
         return Verdict(
-            f"{room} the full document is not better than the untrained cartridge in {title} "
-            f"{figures}: there is no gap for training to close.",
+            f"The full document is not better than the untrained cartridge in {title} {figures}: "
+            f"there is no gap for training to close. {room}.",
             f"Means over {seeds}.",
             None,
         )
@@ -238,15 +243,15 @@ def _of_seeds(
     share = _percent(mean(shares))
     if high < 0:
         said = (
-            f"training makes the cartridge worse in {title} {figures}, with every seed {between}."
+            f"Training makes the cartridge worse in {title} {figures}, with every seed {between}."
         )
-        return Verdict(f"{room} {said}", note, False)
+        return Verdict(f"{said} {room}.", note, False)
     if low <= 0:
-        said = f"training has no certain effect on {title} {figures}: {share} % {between}."
-        return Verdict(f"{room} {said}", note, None)
+        said = f"Training has no certain effect on {title} {figures}: {share} % {between}."
+        return Verdict(f"{said} {room}.", note, None)
     return Verdict(
-        f"{room} the cartridge closes {share} % {between} of the way from the untrained cartridge "
-        f"to the full document in {title} {figures}.",
+        f"The cartridge closes {share} % {between} of the way from the untrained cartridge to the "
+        f"full document in {title} {figures}. {room}.",
         note,
         True,
     )
@@ -257,7 +262,7 @@ def _room(evaluation: Evaluation) -> str:
     assert trained is not None and full is not None  # the caller has their metrics
     few, many = trained.kv_tokens, full.kv_tokens
     fewer = f" ({many / few:.1f}× fewer)" if few and many > few else ""
-    return f"With {few:,} KV tokens in place of {many:,}{fewer},"
+    return f"It takes {few:,} KV tokens in place of {many:,}{fewer}"
 
 
 def _percent(share: float) -> str:

@@ -41,6 +41,9 @@ def read_answer(
         raise RolloutError(first_problem(error)) from error
     if len(answer.choices) != n:
         raise RolloutError(f"{len(answer.choices)} choices, asked for {n}")
+    places = [choice.index for choice in answer.choices]
+    if places != list(range(n)):
+        raise RolloutError(f"the choices have the places {places[:8]}, not 0 to {n - 1} in order")
     reasons = [choice.finish_reason for choice in answer.choices]
     completions = decode_fingerprint(answer.system_fingerprint, reasons, vocab_size)
     for number, completion in enumerate(completions):

@@ -157,7 +157,11 @@ class TokasaurusClient:
         )
 
     async def models(self) -> list[str]:
-        """Names of the models the server has loaded."""
+        """Names of the models the server has loaded.
+
+        Raises:
+            RolloutError: as :meth:`complete`; or the answer does not follow the protocol.
+        """
         body = await self._http.json("GET", "/v1/models")
         try:
             return [card.id for card in ModelList.model_validate(body).data]
@@ -178,7 +182,7 @@ class TokasaurusClient:
             raise RolloutError(
                 f"{self.url} takes no uploads: it is a bare server. Put the gateway in front of it "
                 "(python -m cartridge_distill.gateway --help), or give the server's cartridge "
-                "directory as this machine sees it (SYNC_DIR)"
+                "directory as this machine sees it (--sync-dir; SYNC_DIR for the run script)"
             ) from error
 
     async def complete(

@@ -1,7 +1,8 @@
 """HTTP with patience: what can pass is tried again, what cannot fails at once.
 
 Tried again, with exponential backoff and jitter, a bounded number of times: connection errors,
-timeouts, HTTP 408, 425, 429 and 5xx, and answers that are cut short or are not JSON. A server's
+timeouts, HTTP 408, 425, 429 and 5xx, and answers that are cut short, are not JSON, or have another
+SHA-256 than their ``Content-Digest`` says. A server's
 ``Retry-After`` is the least wait, the backoff still grows. Other statuses fail with the server's
 own words.
 
@@ -29,6 +30,7 @@ from yarl import URL
 
 from cartridge_distill.rollout.connections import proxy_for, tls
 from cartridge_distill.rollout.redirects import MAX_REDIRECTS, Target, next_target
+from cartridge_distill.util.content_digest import HEADER, is_of
 from cartridge_distill.util.errors import (
     RolloutError,
     ServerRefused,
@@ -40,8 +42,8 @@ from cartridge_distill.util.server_url import checked_url
 logger = logging.getLogger(__name__)
 
 HOW_TO_START = (
-    "Start one with `python -m cartridge_distill.server --model MODEL --cartridge-dir DIR`, or "
-    "deploy a real one (modal/), and pass its URL (TOKASAURUS_URL)"
+    "Start one with `cartridge-distill serve --model MODEL`, or a real one (docs/serving.md), and "
+    "name its URL (--server; TOKASAURUS_URL for the run script)"
 )
 CREDENTIAL_VARIABLES = ("TOKASAURUS_API_KEY", "MODAL_PROXY_KEY", "MODAL_PROXY_SECRET")
 CREDENTIALS = (
@@ -99,6 +101,7 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """The body as text; what is no UTF-8 is replaced."""
         return self.body.decode(errors="replace")
 
 
@@ -305,6 +308,11 @@ class RetryingHttp:
             raise ServerRefused(
                 f"{method} {self.url}{path} was refused with HTTP {status}: {detail(reply)}{fix}",
                 status,
+            )
+        if not is_of(reply.headers.get(HEADER), reply.body):
+            raise _Passing(
+                f"the answer's {len(reply.body)} bytes are not those that the server sent: their "
+                f"SHA-256 is not that of {HEADER}"
             )
         try:
             return json.loads(reply.body)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.known_hosts import KnownHosts
 from cartridge_distill.util.listening import listening_socket
@@ -46,7 +47,7 @@ good to know:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cartridge_distill.server",
         description="Serve a transformers model with cartridges over Tokasaurus' protocol.",
         epilog=EXAMPLES,

@@ -57,7 +57,7 @@ from cartridge_distill.server.protocol import (
 from cartridge_distill.server.rows import EngineError, NewToken, Row
 from cartridge_distill.server.sampling import RequestSeeds
 from cartridge_distill.server.settings import ServerSettings
-from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY, unless_disconnected
 from cartridge_distill.util.http_errors import add_refusals, protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
@@ -204,11 +204,18 @@ def create_app(service: Answering, hosts: KnownHosts | None = None) -> FastAPI:
     add_refusals(app)
     app.add_middleware(OnlyKnownHosts, hosts=hosts or KnownHosts())
 
-    async def complete(request: CompletionRequest, http: Request) -> Response:
+    async def answered(
+        request: AnyRequest,
+        http: Request,
+        answer: Callable[..., Response],
+    ) -> Response:
         done = await unless_disconnected(http, service.generate(request))
         if done is None:
-            return Response(status_code=499)  # nobody reads it
-        return await asyncio.to_thread(completion_answer, request, *done)
+            return Response(status_code=CLIENT_WENT_AWAY)
+        return await asyncio.to_thread(answer, request, *done)
+
+    async def complete(request: CompletionRequest, http: Request) -> Response:
+        return await answered(request, http, completion_answer)
 
     def completion_answer(
         request: CompletionRequest, job: Job, results: list[Completion]
@@ -217,10 +224,7 @@ def create_app(service: Answering, hosts: KnownHosts | None = None) -> FastAPI:
         return JSONResponse(answer.model_dump())
 
     async def chat(request: ChatCompletionRequest, http: Request) -> Response:
-        done = await unless_disconnected(http, service.generate(request))
-        if done is None:
-            return Response(status_code=499)  # nobody reads it
-        return await asyncio.to_thread(chat_answer, request, *done)
+        return await answered(request, http, chat_answer)
 
     def chat_answer(
         request: ChatCompletionRequest, job: Job, results: list[Completion]

@@ -74,6 +74,11 @@ class SharedDirectoryPublisher:
         self._published.append(version)
 
     def retire(self, keep: int) -> list[str]:
+        """As :meth:`CartridgePublisher.retire`.
+
+        Raises:
+            ConfigError: ``keep`` below 1.
+        """
         gone = oldest(self._published, keep)
         for version in gone:
             shutil.rmtree(self.directory / version)
@@ -81,6 +86,7 @@ class SharedDirectoryPublisher:
         return gone
 
     def delete_runs(self, runs: Collection[str]) -> list[str]:
+        """As :meth:`CartridgePublisher.delete_runs`, half-written directories too."""
         gone = []
         for folder in sorted(self.directory.iterdir()):
             # A write that was killed leaves ".<version>.<random>".

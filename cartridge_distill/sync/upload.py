@@ -119,6 +119,7 @@ class Upload:
 
     @property
     def num_bytes(self) -> int:
+        """Of the whole file."""
         return len(self.head) + self.header.data_bytes
 
     def chunks(self, size: int = 2**20) -> Iterator[bytes | memoryview]:

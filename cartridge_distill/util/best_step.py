@@ -1,8 +1,8 @@
 """Which saved step of a run is the best: the one with the lowest validation KL.
 
-``best.json`` lies beside the checkpoints and holds a step and its KL. Only a step that was saved
-whole counts, for a number without its cartridge is of no use. A run without validations has no
-such file, and its last step is taken.
+``best.json`` lies beside the checkpoints and holds the KL of each validated step that was saved. A
+number without its cartridge is of no use, so a step whose checkpoint is not whole does not count. A
+run without validations has no such file, and its last step is taken.
 
 The trainer writes it, the launcher reads it.
 """
@@ -24,7 +24,7 @@ BEST_FILE = "best.json"
 
 @dataclass(frozen=True)
 class BestStep:
-    """A saved step, its validation KL in nats per token, and how many validations it was of."""
+    """A saved step, its validation KL in nats per token, and of how many validations."""
 
     step: int
     kl: float
@@ -41,38 +41,36 @@ def read_best(checkpoints: Path, last: int) -> BestStep | None:
     Raises:
         CartridgeFormatError: the file is damaged.
     """
+    found = {step: kl for step, kl in _read(checkpoints).items() if step <= last}
+    there = [step for step in found if is_whole(step_folder(checkpoints, step))]
+    if not there:
+        return None
+    best = min(there, key=lambda step: (found[step], step))
+    return BestStep(best, found[best], len(found))
+
+
+def note_validation(checkpoints: Path, step: int, kl: float) -> None:
+    """Takes a validation down; not that of a step without a whole checkpoint, or without a number.
+
+    What was noted of later steps is of a timeline that was left, and goes.
+    """
+    if not is_whole(step_folder(checkpoints, step)) or not math.isfinite(kl):
+        return
+    found = {n: value for n, value in _read(checkpoints).items() if n < step} | {step: kl}
+
+    def write(file: Path) -> None:
+        file.write_text(json.dumps({"kl": found}) + "\n")
+
+    replace_file(checkpoints / BEST_FILE, write, overwrite=True)
+
+
+def _read(checkpoints: Path) -> dict[int, float]:
     file = checkpoints / BEST_FILE
     if not file.is_file():
-        return None
+        return {}
     try:
-        said = json_text.load(file)
-        found = BestStep(int(said["step"]), float(said["kl"]), int(said["validations"]))
-    except (json_text.JsonError, KeyError, TypeError, ValueError) as error:
+        return {int(step): float(kl) for step, kl in json_text.load(file)["kl"].items()}
+    except (json_text.JsonError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CartridgeFormatError(
             f"{file} is damaged ({error!r}); fix: delete it, and the last step is taken"
         ) from error
-    if found.step > last or not is_whole(step_folder(checkpoints, found.step)):
-        return None
-    return found
-
-
-def note_validation(checkpoints: Path, step: int, kl: float) -> BestStep | None:
-    """Takes a validation down; the best step so far.
-
-    A step that was not saved whole, and a KL that is no number, change nothing.
-    """
-    best = read_best(checkpoints, step)
-    if not is_whole(step_folder(checkpoints, step)) or not math.isfinite(kl):
-        return best
-    if best is not None and best.step == step:
-        return best  # a resumed run validates once more where it goes on
-    count = 1 if best is None else best.validations + 1
-    step, kl = (step, kl) if best is None or kl < best.kl else (best.step, best.kl)
-    found = BestStep(step, kl, count)
-
-    def write(file: Path) -> None:
-        said = {"step": found.step, "kl": found.kl, "validations": found.validations}
-        file.write_text(json.dumps(said) + "\n")
-
-    replace_file(checkpoints / BEST_FILE, write, overwrite=True)
-    return found

@@ -10,6 +10,9 @@ from starlette.requests import Request
 
 T = TypeVar("T")
 
+CLIENT_WENT_AWAY = 499
+"""nginx's status of a request whose client left before its answer: for logs, nobody reads it."""
+
 
 async def unless_disconnected(http: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """Awaits ``work``; cancels it and returns None when the client goes away first.

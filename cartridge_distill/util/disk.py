@@ -1,8 +1,8 @@
 """A disk that is full, or fails, said as such.
 
-The system says it with an error number, torch's writer with a line of its own C++ code, that of
-safetensors in brackets. What is replaced whole (``files``) is written within :func:`named_disk`,
-and so is whatever else is large.
+The system says it with an error number, torch's writer with a line of its own C++ code, those of
+safetensors and Parquet in brackets. What is replaced whole (``files``) is written within
+:func:`named_disk`, and so is whatever else is large.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FAILED = (
 )
 # What torch's writer calls itself in its errors, which have no error number.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_NUMBER_IN_WORDS = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
 
 class DiskFull(CartridgeDistillError, OSError):
@@ -68,10 +68,10 @@ def named_disk(folder: Path, whatever: bool = False) -> Iterator[None]:
 
 def _number(error: Exception) -> int | None:
     """The system's number of an error, which some libraries have in their words alone."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _RUST_ERROR.search(str(error))
-    return int(found[1]) if found else None
+    found = _NUMBER_IN_WORDS.search(str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def _failed(folder: Path, reason: object) -> DiskFailed:

@@ -1,5 +1,7 @@
 """Before any route: how much a request may bring and how slowly, and no answer without its end.
 
+An answer that is whole gets its hash into a header, see ``content_digest``.
+
 A plain ASGI layer, so that it also holds for bodies that a route streams. What it refuses, and what
 a route did not foresee, is answered with ``Connection: close``: the connection cannot be used
 again, and a client's pool must know.
@@ -15,6 +17,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cartridge_distill.util.content_digest import HEADER, digest_of
+
 logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 8 * 2**20
@@ -24,6 +28,7 @@ IDLE_SECONDS = 60.0
 MAX_IDLE_SECONDS = 3600.0
 SLOWEST_BYTES_PER_S = 2**15
 """A client that sends less, in the mean, would hold its place for hours."""
+_DIGEST = HEADER.lower().encode()
 ErrorBody = Callable[[str, int, str], Any]
 """From the path, the status and the words of an error to what is sent as JSON."""
 
@@ -76,12 +81,22 @@ class Front:
             return
         body = _Body(receive, limit, self._idle_s)
         is_started = False
+        held: Message | None = None
 
         async def watched(message: Message) -> None:
-            nonlocal is_started
+            nonlocal is_started, held
             if body.refusal is not None and not is_started:
                 return  # whatever a route made of the exception: the answer is ours
-            is_started = True
+            if message["type"] == "http.response.start":
+                held = message  # until it is known whether the body is whole
+                return
+            if held is not None:
+                start, held = held, None
+                if not message.get("more_body", False):
+                    digest = digest_of(message.get("body", b"")).encode()
+                    start = {**start, "headers": [*start["headers"], (_DIGEST, digest)]}
+                is_started = True
+                await send(start)
             await send(message)
 
         try:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.same_settings import check_same_settings
 from cartridge_distill.util.sealed import is_sealed, sealed, unsealed
@@ -45,7 +46,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A file of an earlier version has no hashes, and gets none.
         self._is_sealed = True
-        self._file: BinaryIO = path.open("a+b")
+        self._file: BinaryIO = path.open("a+b", buffering=0)
         try:
             self._lock()
             self.rows, self.torn = self._read(made_with)
@@ -64,16 +65,27 @@ class Journal:
         self._file.close()
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Writes rows; when this returns, they outlive this process and the machine."""
+        """Writes rows; when this returns, they outlive this process and the machine.
+
+        Raises:
+            DiskFull, DiskFailed: they cannot be written.
+        """
         self._write(*rows)
         self.rows.extend(map(dict, rows))
 
     def _write(self, *values: Mapping[str, Any]) -> None:
         lines = [sealed(value) if self._is_sealed else dict(value) for value in values]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        handle, rest = self._file.fileno(), memoryview(text.encode())
+        before = os.fstat(handle).st_size
+        try:
+            with named_disk(self.path.parent):
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+                os.fsync(handle)
+        except BaseException:
+            os.ftruncate(handle, before)  # no half line between whole ones
+            raise
 
     def _lock(self) -> None:
         try:
@@ -89,6 +101,11 @@ class Journal:
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
         torn = whole < len(data)
+        if torn and not whole and not data.startswith(b"{"):
+            raise ConfigError(
+                f"{self.path} is not a journal, or damaged: it has no line, and does not begin as "
+                "one. Move it away to start afresh."
+            )
         if torn:
             self._file.truncate(whole)
         lines = data[:whole].splitlines()

@@ -35,7 +35,7 @@ def loads(text: str) -> Any:
         JsonError: it is none, or an object has one name twice.
     """
     try:
-        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_no_name_twice)
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=no_name_twice)
     except JsonError:
         raise
     except (ValueError, RecursionError) as error:
@@ -54,7 +54,8 @@ def load(path: Path) -> Any:
     return loads(decode(path.read_bytes()))
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json``'s ``object_pairs_hook``. Raises :class:`JsonError`."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

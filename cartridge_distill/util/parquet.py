@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a table with a checksum for each page."""
+    """Writes a table with a checksum for each page.
+
+    Raises:
+        DiskFull, DiskFailed: it cannot be written.
+    """
     import pyarrow.parquet as pq
 
-    pq.write_table(table, path, write_page_checksum=True)
+    with named_disk(path.parent):
+        pq.write_table(table, path, write_page_checksum=True)
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:

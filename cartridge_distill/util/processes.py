@@ -134,7 +134,7 @@ def wait_for(
             raise ChildFailed(f"{what} ended with status {child.returncode}.\n{tail(log)}")
         if waited > timeout_s:
             raise ChildFailed(f"{what} was not ready after {timeout_s:.0f} s.\n{tail(log)}")
-        if waited - told >= 10:
+        if waited - told >= 30:
             told = waited
             print(f"   {what}: {waited:.0f} s ...", flush=True)
         time.sleep(0.2)

@@ -3,7 +3,9 @@
 ``latest_checkpointed_iteration.txt`` holds the number of the last step that was saved whole. It is
 written last. A save that was killed before that leaves a folder with the mark ``.saving`` in it,
 or without one of its two parts; every other ``global_step_N`` is whole. So whole checkpoints
-without a tracker mean that the tracker is lost, and not that the run is new.
+without a tracker mean that the tracker is lost, and not that the run is new. The history of the
+steps (``history.jsonl``) is written before the tracker and ends with the same step: a tracker in
+which a digit was changed names another checkpoint, and the history tells.
 
 The trainer, the launcher and a rented machine's plan read it here, and none of them deletes
 anything on its word.
@@ -11,12 +13,15 @@ anything on its word.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.sealed import unsealed
 
 TRACKER = "latest_checkpointed_iteration.txt"
+HISTORY_FILE = "history.jsonl"
 DATA_FILE = "data.pt"
 ENGINE_FOLDER = "actor"
 SAVING = ".saving"
@@ -24,6 +29,7 @@ _STEP = re.compile(r"global_step_(\d{1,18})")
 
 
 def step_folder(run: Path, step: int) -> Path:
+    """Where a step's checkpoint is, or would be."""
     return run / f"global_step_{step}"
 
 
@@ -37,7 +43,8 @@ def tracked_step(run: Path) -> int | None:
     """What the tracker says; None where a run is new and there is nothing to count.
 
     Raises:
-        CartridgeFormatError: it is damaged, or whole checkpoints are there and it is not.
+        CartridgeFormatError: it is damaged, or whole checkpoints are there and it is not, or it
+            does not name the one that was saved last.
     """
     tracker = run / TRACKER
     try:
@@ -57,7 +64,23 @@ def tracked_step(run: Path) -> int | None:
         raise CartridgeFormatError(
             f"{tracker} says {text!r:.60}, not the number of a step. {how_to_go_on(run)}"
         )
+    last = _last_saved(run)
+    if last is not None and last != int(text):
+        raise CartridgeFormatError(
+            f"{tracker} says {text}, and {run / HISTORY_FILE} that step {last} was saved last, "
+            f"whose checkpoint is whole. {how_to_go_on(run)}"
+        )
     return int(text)
+
+
+def _last_saved(run: Path) -> int | None:
+    """The last step of the history, if its checkpoint is whole; else the history tells nothing."""
+    try:
+        *_, line = (run / HISTORY_FILE).read_bytes().splitlines()
+        step = unsealed(json.loads(line))["step"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # none is kept, or it is damaged, which its reader says
+    return step if type(step) is int and is_whole(step_folder(run, step)) else None
 
 
 def how_to_go_on(run: Path) -> str:
@@ -68,8 +91,10 @@ def how_to_go_on(run: Path) -> str:
             "No whole checkpoint is there: delete the file to begin anew, or take another "
             "trainer.default_local_dir"
         )
+    last = _last_saved(run)
+    newest = saved[-1] if last is None else last
     return (
-        f"To go on from the newest one: echo {saved[-1]} > {run / TRACKER}. From another: set "
+        f"To go on from the newest one: echo {newest} > {run / TRACKER}. From another: set "
         "trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
         f"{[str(step_folder(run, step)) for step in saved]}. For a new run, take another "
         "trainer.default_local_dir. Nothing was deleted"
@@ -85,6 +110,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def has_both_parts(folder: Path) -> bool:
+    """Whether data position and engine state are there; whole or not is :func:`is_whole`."""
     return (folder / DATA_FILE).is_file() and (folder / ENGINE_FOLDER).is_dir()
 
 

@@ -19,7 +19,7 @@ import pytest
 from tests.attack.made import Maker, Target
 from tests.gateway.rig import TOKEN, Rig, until, upload_bytes
 
-pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(7200)]
 REQUESTS = int(os.environ.get("ATTACK_REQUESTS", "10000"))
 SECONDS = float(os.environ.get("ATTACK_SECONDS", "600"))
 SEED = int(os.environ.get("ATTACK_SEED", "0"))
@@ -37,7 +37,7 @@ def attacked(model_folder: Path, tmp_path: Path) -> Iterator[Rig]:
     )
     with Rig(tmp_path, model_folder, *limits, server=("--idle-s", "1")) as rig:
         assert rig.put("base", upload_bytes(seed=1)).status_code == 201
-        for process in (psutil.Process(rig.process.pid), rig.child):
+        for process in (psutil.Process(rig.process.pid), rig.server):
             process.rlimit(psutil.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         yield rig
 
@@ -78,11 +78,11 @@ def peak_bytes(pid: int) -> int:
 @pytest.mark.parametrize("which", ["gateway", "server"])
 def test_no_request_is_answered_with_a_500_or_never(attacked: Rig, which: str) -> None:
     rig = attacked
-    process = psutil.Process(rig.process.pid) if which == "gateway" else rig.child
+    process = psutil.Process(rig.process.pid) if which == "gateway" else rig.server
     if which == "gateway":
         port = int(rig.url.rpartition(":")[2])
     else:
-        arguments = rig.child.cmdline()
+        arguments = rig.server.cmdline()
         port = int(arguments[arguments.index("--port") + 1])
     address, token = ("127.0.0.1", port), TOKEN if which == "gateway" else None
     before, answer_before = peak_bytes(process.pid), rig.complete("base", temperature=0.0)
@@ -104,7 +104,8 @@ def test_no_request_is_answered_with_a_500_or_never(attacked: Rig, which: str) -
     grown = peak_bytes(process.pid) - before
     print(
         f"\n{which}: {counts.total()} requests, seed {SEED}: {dict(sorted(counts.items()))}; "
-        f"slowest {slowest:.2f} s, {grown / 1e6:.0f} MB more at the most"
+        f"slowest {slowest:.2f} s, {grown / 1e6:.0f} MB more at the most, "
+        f"load {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"
     )
     assert counts["200"] and counts["422"] and counts["400"]  # it is the routes that were reached
     assert grown < MOST_GROWTH
@@ -113,4 +114,4 @@ def test_no_request_is_answered_with_a_500_or_never(attacked: Rig, which: str) -
     after = rig.complete("base", temperature=0.0)
     assert after.json()["choices"] == answer_before.json()["choices"]
     for reason in ("died", "stalled"):
-        assert rig.metric(f'server_restarts_total{{reason="{reason}"}}') == 0
+        assert rig.metric("server_restarts_total", reason) == 0

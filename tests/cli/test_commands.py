@@ -29,7 +29,8 @@ from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import child_environment
 
 COMMANDS = (
-    "doctor prepare train demo init info eval chat report convert compose push pull serve".split()
+    *"doctor distill prepare train demo init info".split(),
+    *"eval chat report convert compose push pull serve".split(),
 )
 PASSED_ON = {
     "eval": "--untrained",
@@ -37,6 +38,7 @@ PASSED_ON = {
     "train": "--response-tokens",
     "prepare": "--recipe",
     "demo": "--prompts",
+    "distill": "--response-tokens",
 }
 
 
@@ -160,7 +162,10 @@ def test_a_mistyped_model_is_named_by_what_is_passed_on(
     no, data = str(tmp_path / "no" / "such"), str(tmp_path / "a.txt")
     typed = {
         "chat": (chat.main, ["--model", no, "--prompt", "?"]),
-        "eval": (evaluate.main, ["--model", no, "--data", data, "--cartridge", str(cartridge)]),
+        "eval": (
+            evaluate.main,
+            ["--model", no, "--data", str(tmp_path), "--cartridge", str(cartridge)],
+        ),
         "prepare": (
             prepare.main,
             ["--tokenizer", no, "--data", data, "--out", str(tmp_path / "o")],
@@ -180,15 +185,19 @@ def test_a_pointer_in_place_of_weights_is_called_one(model_folder: Path, tmp_pat
     assert status == 1 and "Git LFS pointer" in shown
 
 
-def test_init_replaces_a_cartridge_when_asked_and_nothing_else(
+def test_init_replaces_an_untrained_cartridge_when_asked_and_nothing_else(
     model_folder: Path, cartridge: Path, tmp_path: Path
 ) -> None:
     typed = ("--model", model_folder, "--tokens", 32, "--random")
     status, shown = run("init", cartridge, *typed)
     assert status == 1 and "already there" in shown
+    status, shown = run("init", cartridge, *typed, "--overwrite")
+    assert status == 1 and "was trained for 3 steps and is not replaced" in shown
     assert load_cartridge(cartridge).num_tokens == 16
-    assert run("init", cartridge, *typed, "--overwrite")[0] == 0
-    assert load_cartridge(cartridge).num_tokens == 32
+    untrained = tmp_path / "untrained"
+    save_cartridge(random_cartridge(tiny_model()), untrained, CartridgeMeta("someone/tiny"))
+    assert run("init", untrained, *typed, "--overwrite")[0] == 0
+    assert load_cartridge(untrained).num_tokens == 32
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("dear")
     status, shown = run("init", tmp_path / "letters", *typed, "--overwrite")

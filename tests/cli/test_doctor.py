@@ -148,7 +148,7 @@ def test_server_down() -> None:
     status, said = ask("--url", "http://127.0.0.1:9")
     assert status == 1
     assert "BAD server: no inference server at http://127.0.0.1:9" in said
-    assert "cartridge_distill.server" in said
+    assert "cartridge-distill serve" in said
 
 
 def test_cartridge_of_another_model(model_folder: Path, tmp_path: Path) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from cartridge_distill.cartridge.checkpoint import write_cartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cli import main as cli
 from cartridge_distill.gateway import __main__ as gateway
+from tests.tiny import random_cartridge, tiny_model
 
 
 @pytest.fixture
@@ -51,3 +61,46 @@ def test_a_server_of_cartridges_takes_no_arguments_of_the_gateway(asked: list[li
     done = CliRunner().invoke(cli.app, typed)
     assert done.exit_code == 1 and "only a server for training takes these" in done.output
     assert not asked
+
+
+def test_vllm_behind_the_gateway(asked: list[list[str]]) -> None:
+    typed = ["serve", "--model", "m", "--engine", "vllm", "--engine-python", sys.executable]
+    done = CliRunner().invoke(cli.app, [*typed, "--", "--keep-versions", "8"])
+    assert done.exit_code == 0, done.output
+    given = gateway.parse(asked[0])
+    assert (given.backend, given.engine_python) == ("vllm", sys.executable)
+    assert given.keep_versions == "8"
+    assert given.server_args == "--dtype float32 --seed 0".split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["--engine", "vllm"], "--make-environment"),
+        (["--engine", "vllm", "--engine-python", "/no/python"], "/no/python"),
+        (["--engine", "vllm", "--threads", "2"], "--threads"),
+        (["--engine-python", sys.executable], "--engine vllm"),
+    ],
+)
+def test_options_that_do_not_go_with_the_engine(
+    typed: list[str], named: str, asked: list[list[str]]
+) -> None:
+    done = CliRunner().invoke(cli.app, ["serve", "--model", "m", *typed])
+    assert done.exit_code == 1 and named in " ".join(done.output.split())
+    assert not asked
+
+
+def test_the_line_for_a_stock_vllm_is_printed(model_folder: Path, tmp_path: Path) -> None:
+    made = write_cartridge(_for_tiny(model_folder), tmp_path / "anna", "native")
+    typed = ["serve", "--model", str(model_folder), "--engine", "vllm"]
+    done = CliRunner().invoke(cli.app, [*typed, "--cartridge", f"anna={made}"])
+    assert done.exit_code == 0, done.output
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("vllm serve")]
+    words = shlex.split(line)
+    transfer = json.loads(words[words.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["cartridges"] == {"anna": str(made)}
+
+
+def _for_tiny(model_folder: Path) -> StoredCartridge:
+    state = random_cartridge(tiny_model()).state_dict()
+    return StoredCartridge(Snapshot.take(state, torch.float32), CartridgeMeta(str(model_folder)))

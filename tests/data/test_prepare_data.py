@@ -246,7 +246,7 @@ def test_records_from_a_url_and_patients_from_a_list(
         (["--data", "absent"], "absent cannot be read"),
         (["--held-out", "0.2"], "belongs to --recipe self_study, not to started"),
         (["--recipe", "self_study"], "needs --server URL"),
-        (["--recipe", "self_study"], "python -m cartridge_distill.server"),
+        (["--recipe", "self_study"], "cartridge-distill serve --model"),
         (["--recipe", "self_study", "--server", "http://127.0.0.1:9"], "--held-out FRACTION, not"),
         (["--teacher-context", "0"], "0 tokens are left for a document"),
         (["--teacher-context", "3"], "too small for any text"),

@@ -30,7 +30,7 @@ from cartridge_distill.model.forward import packed_forward, recomputing_layers
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import pack
-from cartridge_distill.model.shape import ModelShape
+from cartridge_distill.model.shape import DecoderShape
 from cartridge_distill.util.errors import ConfigError
 from tests.live_storages import LiveStorages, flex_memory
 
@@ -110,7 +110,7 @@ def flex_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(config: Any, step: StepShape, of_stages: float) -> MemoryPlan:
     """Holds the peak to :data:`TOLERANCE`, and each stage to ``of_stages``."""
-    plan, found = predict_step(ModelShape.of(config), step), measure(config, step)
+    plan, found = predict_step(DecoderShape.of(config), step), measure(config, step)
     said = [f"{'stage':<18}{'predicted':>12}{'made':>12}  GiB"]
     for stage in plan.stages:
         pair = (plan.of_stage(stage) / 2**30, found.peaks[stage].bytes / 2**30)
@@ -185,7 +185,7 @@ def test_memory_of_the_backends_that_keep_attention_weights(
 
 
 def plan_of_3b(**other: Any) -> MemoryPlan:
-    shape = ModelShape.of(config_of("llama"))
+    shape = DecoderShape.of(config_of("llama"))
     return predict_step(shape, replace(of_3b(8192, 10_000, False), **other))
 
 
@@ -239,4 +239,4 @@ def test_lengths_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) ->
 
 def test_a_mixture_of_experts_is_not_predicted_as_something_else() -> None:
     with pytest.raises(ConfigError, match="qwen3_moe model cannot be predicted"):
-        ModelShape.of(config_of("qwen3_moe", num_hidden_layers=2))
+        DecoderShape.of(config_of("qwen3_moe", num_hidden_layers=2))

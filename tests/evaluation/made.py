@@ -56,7 +56,7 @@ def evaluate(
 
 
 def write_data(folder: Path, questions: list[Question]) -> Path:
-    """A folder as training/prepare_data.py writes it, less the prompts."""
+    """A folder as ``cartridge-distill prepare`` writes it, less the prompts."""
     folder.mkdir()
     save_questions(folder / "eval.json", questions)
     save_documents(folder / "documents.jsonl", [Document.of(*item) for item in TEXTS.items()])

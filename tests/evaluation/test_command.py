@@ -15,10 +15,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cartridge_distill.cartridge.checkpoint import convert, read_cartridge, read_meta
+from cartridge_distill.data.general_rows import off_context_prompts
 from cartridge_distill.data.records import Question, save_questions
 from cartridge_distill.evaluation.answers import READINGS
 from cartridge_distill.evaluation.command import main
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
+from cartridge_distill.evaluation.measure_rows import OffContext, OwnText
 from cartridge_distill.evaluation.names import CONDITIONS, FULL_DOCUMENT, TRAINED
 from cartridge_distill.evaluation.results import QuestionResult
 from tests.evaluation.made import OPTIONS, QUESTIONS, TEXTS, write_data, write_oracle
@@ -89,6 +91,61 @@ def test_the_files_and_the_table(
     [sample] = summary["samples"]
     assert sample["answers"][TRAINED] == sample["answers"][FULL_DOCUMENT] and sample["started"]
     assert {"model", "model_revision", "cartridge", "seed", "confidence", "versions"} < set(summary)
+
+
+def test_measures_have_files_tables_and_positions(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [*arguments, "--samples", "0"]
+    measures = ["--measures", "own_text", "off_context", "--measure-tokens", "9"]
+    assert main([*plain, *measures]) == 0
+    shown = capsys.readouterr()
+    assert "own texts: 24 of up to 9 tokens, under 4 conditions" in shown.err
+    assert "own texts: 100 %" in shown.err and "unrelated prompts: 100 %" in shown.err
+    assert "KL on own text" in shown.out and "| KL, 5-16 |" in " ".join(shown.out.split())
+    out = tmp_path / "out"
+    texts = pd.read_parquet(out / "evaluation_own_texts.parquet")
+    assert list(texts.columns) == OwnText.SCHEMA.names and len(texts) == 24
+    assert set(texts["temperature"]) == {0.0, 0.7}  # the oracle tells of no rollouts
+    unrelated = pd.read_parquet(out / "evaluation_off_context.parquet")
+    assert list(unrelated.columns) == OffContext.SCHEMA.names
+    assert len(unrelated) == 4 * len(off_context_prompts())
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert summary["measures"] == {
+        "groups": ["off_context", "own_text"],
+        "temperature": 0.7,
+        "tokens": 9,
+    }
+    by_name = {entry["condition"]: entry for entry in summary["conditions"]}
+    for name in (TRAINED, FULL_DOCUMENT):  # the oracle copies the teacher
+        metrics = by_name[name]["metrics"]
+        assert metrics["student_kl"]["mean"] < 1e-5 and metrics["topk_overlap"]["mean"] > 0.999
+    none = by_name["no document"]["metrics"]
+    assert none["student_kl"]["mean"] > 1e-3 and none["off_context_kl"]["mean"] < 1e-5
+    assert none["student_kl_17_64"] is None and none["off_context_kl"]["n"] > 100
+    for entry in summary["conditions"]:
+        assert [(p["first"], p["last"]) for p in entry["positions"]][-1] == (9, 12)
+        assert len(entry["texts"]) == 4
+    assert main(plain) == 0  # nothing of them is left in the files of an evaluation without
+    assert not (out / "evaluation_own_texts.parquet").exists()
+    again = json.loads((out / "evaluation.json").read_text())
+    assert "measures" not in again and "student_kl" not in again["conditions"][0]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--measures", "own_texts"], "own_text"),
+        (["--measure-tokens", "257"], "256 or fewer"),
+        (["--measure-temperature", "0"], "more than 0"),
+    ],
+)
+def test_measures_that_make_no_sense_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], options: list[str], problem: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, *options])
+    assert problem in capsys.readouterr().err
 
 
 def test_a_cartridge_holds_its_own_table(

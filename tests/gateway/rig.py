@@ -1,4 +1,4 @@
-"""A gateway as a user starts it: a process with a token, over the embedded server.
+"""A gateway as a user starts it: a process with a token, over the embedded server or vLLM.
 
 For tests, and for scripts that put load on it, kill it or time it. Knows nothing of what is asked
 of it.
@@ -33,6 +33,7 @@ MODEL_NAME = "tiny"
 MODEL = tiny_model()
 COMPLETIONS = "/custom/cartridge/completions"
 _START_SECONDS = 240.0
+_VLLM_START_SECONDS = 900.0
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
@@ -96,7 +97,8 @@ class Rig:
         folder: the cartridges and the log go here.
         model: the folder of the served model.
         options: further ones of the gateway.
-        server: further ones of the embedded server.
+        server: further ones of the server.
+        engine_python: the Python of an environment with vLLM, which is then the server.
         supervisor: ends it; without one, :meth:`stop` does.
 
     Attributes:
@@ -113,6 +115,7 @@ class Rig:
         model: Path,
         *options: object,
         server: tuple[object, ...] = (),
+        engine_python: str | None = None,
         supervisor: Supervisor | None = None,
     ):
         self.cartridges = folder / "cartridges"
@@ -126,8 +129,11 @@ class Rig:
             *(sys.executable, "-m", "cartridge_distill.gateway"),
             *("--model", model, "--model-name", MODEL_NAME, "--port", self._port),
             *("--cartridge-dir", self.cartridges, *options),
-            *("--", "--threads", 1, *server),
+            *(("--backend", "vllm", "--engine-python", engine_python) if engine_python else ()),
+            *("--", *(() if engine_python else ("--threads", 1)), *server),
         ]
+        self._start_seconds = _VLLM_START_SECONDS if engine_python else _START_SECONDS
+        self._server_module = "vllm.entrypoints" if engine_python else "cartridge_distill.server"
         self.http = httpx.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60
         )
@@ -171,7 +177,7 @@ class Rig:
         Raises:
             ChildFailed: the gateway ended, or it takes too long.
         """
-        wait_for(self.is_up, self.process, self.log_file, "the gateway", _START_SECONDS)
+        wait_for(self.is_up, self.process, self.log_file, "the gateway", self._start_seconds)
 
     def is_up(self) -> bool:
         """Does the server behind the gateway answer?"""
@@ -194,7 +200,7 @@ class Rig:
         """The server that the gateway has started; None between two of them."""
         for child in psutil.Process(self.process.pid).children():
             try:
-                if "cartridge_distill.server" in child.cmdline():
+                if any(word.startswith(self._server_module) for word in child.cmdline()):
                     return child
             except psutil.NoSuchProcess:
                 pass  # it ended between two looks

@@ -7,6 +7,7 @@ decides about begin-of-text, roles and system prompts is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 
 from transformers import PreTrainedTokenizerFast
 
@@ -118,6 +119,58 @@ COHERE = (
     "{{ '<|START|><|' + message['role'] + '|>' + message['content'] + '<|END|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|START|><|assistant|>' }}{% endif %}"
 )
+# The system prompts stand behind bos with no turn of their own; an answer's thought is taken out,
+# and the generation prompt opens one (DeepSeek-R1 and what was distilled from it).
+DEEPSEEK_R1 = (
+    "{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = ns.system + message['content'] %}"
+    "{% endif %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+# Only answers behind the user's last question have a thought; whether the model thinks is a switch
+# of the template (Qwen3).
+QWEN3 = (
+    "{% set ns = namespace(last=messages|length - 1) %}{% for message in messages[::-1] %}"
+    "{% if message['role'] == 'user' and not ns.found %}{% set ns.found = true %}"
+    "{% set ns.last = messages|length - loop.index %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set content = message['content'] %}{% set thought = '' %}"
+    "{% if message['role'] == 'assistant' %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{% set content = '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content %}{% endif %}"
+    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# Roles must take turns, and the system prompt goes into the user's last turn (Mistral v0.3).
+MISTRAL_V3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in rest %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}"
+    "{{ message['content'] + '[/INST]' }}{% else %}"
+    "{{ ' ' + message['content']|trim + eos_token }}{% endif %}{% endfor %}"
+)
+# A system turn is always there; the caller's own text is one chapter of it (SmolLM3).
+SYSTEM_CHAPTERS = (
+    "{% if messages[0]['role'] == 'system' %}{% set own = messages[0]['content'] %}"
+    "{% set rest = messages[1:] %}{% else %}{% set own = 'You are helpful.' %}"
+    "{% set rest = messages %}{% endif %}"
+    "{{ '<|im_start|>system\n## Metadata\n\nToday: ' + strftime_now('%Y') }}"
+    "{{ '\n\n## Instructions\n\n' + own + '\n\n<|im_end|>\n' }}{% for message in rest %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n' + message['content'].lstrip('\n') }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # Each turn of the user begins with bos; no system role.
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -208,6 +261,33 @@ SHAPES = {
         THOUGHT_CLOSED,
         *("<s>", ("<user>", "<bot>"), "<s>DOC", "<user>Who?<bot><think>"),
         answer="<user>Who?<bot></think>",
+        tags=_THOUGHTS,
+    ),
+    "deepseek_r1": Shape(
+        DEEPSEEK_R1,
+        "<｜begin▁of▁sentence｜>",
+        ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+        "<｜begin▁of▁sentence｜>DOC",
+        "<｜User｜>Who?<｜Assistant｜><think>\n",
+        answer="<｜User｜>Who?<｜Assistant｜>",
+        tags=_THOUGHTS,
+    ),
+    "qwen3": Shape(
+        QWEN3,
+        *(None, _CHATML, _CHATML_DOCUMENT, _CHATML_PROMPT),
+        answer=_CHATML_PROMPT + "<think>\n\n</think>\n\n",
+        tags=_THOUGHTS,
+    ),
+    "mistral_v3": Shape(
+        MISTRAL_V3, "<s>", ("[INST]", "[/INST]"), "<s>DOC\n\n", "[INST] Who?[/INST]"
+    ),
+    "system_chapters": Shape(
+        SYSTEM_CHAPTERS,
+        *(None, _CHATML),
+        f"<|im_start|>system\n## Metadata\n\nToday: {date.today():%Y}\n\n## Instructions\n\n"
+        "DOC\n\n<|im_end|>\n",
+        _CHATML_PROMPT,
+        answer=_CHATML_PROMPT + "<think>\n\n</think>\n",
         tags=_THOUGHTS,
     ),
     "channels": Shape(

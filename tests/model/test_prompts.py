@@ -168,6 +168,12 @@ def test_the_demo_model_itself() -> None:
 
 
 BEGINS = {
+    **{
+        "deepseek_r1": "<｜begin▁of▁sentence｜>",
+        "qwen3": "",
+        "mistral_v3": "<s>",
+        "system_chapters": "",
+    },
     "smollm2": "",  # its bos opens every message, and the prompt has it
     "qwen2": "",
     "llama3": "<|begin_of_text|>",

@@ -93,7 +93,7 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
         (f"{CARTRIDGE}.num_frozen_tokens", 0, "set a whole number, 1 or more"),
         (f"{CARTRIDGE}.num_tokens", 100, "96 is the nearest"),
         (f"{CARTRIDGE}.num_tokens", 8000, "the model's context is 8192"),
-        (f"{CARTRIDGE}.documents", None, "training/prepare_data.py"),
+        (f"{CARTRIDGE}.documents", None, "`cartridge-distill prepare`"),
         (f"{CARTRIDGE}.documents", "no/such/file.parquet", "there is no file"),
         (f"{CARTRIDGE}.sync_dir", None, "set the server's cartridge directory"),
         (f"{ROLLOUT}.name", "vllm", f"set {ROLLOUT}.name=tokasaurus"),

@@ -12,12 +12,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from cartridge_distill.cartridge.formats import native
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_meta, save_cartridge
+from cartridge_distill.cartridge.run_folder import data_of, model_of, resolve_cartridge
 from cartridge_distill.report.recipe import Recipe
 from cartridge_distill.server.running import BackgroundServer
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.best_step import BestStep, note_validation, read_best
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.processes import Supervisor
 from cartridge_distill.util.tracker import TRACKER
+from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import (
     server,  # noqa: F401  (a fixture)
     write_rows,
@@ -26,8 +29,10 @@ from verl_patches import launch
 from verl_patches.config.checks import check_run_config
 from verl_patches.launching import checks
 from verl_patches.launching.command import environment, overrides, python_path
-from verl_patches.launching.following import causes, log_file, shown
+from verl_patches.launching.following import StepLines, causes, log_file
+from verl_patches.launching.result import publish
 from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
+from verl_patches.trainer.run_folder import keep_newest
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -246,10 +251,14 @@ def test_a_cause_has_what_it_lists(tmp_path: Path) -> None:
 
 def _saving(monkeypatch: pytest.MonkeyPatch, out: Path, step: int, without: str = "") -> None:
     """In veRL's place, a shell that saves the cartridge of a step, whole or not, and ends well."""
+    made = out.parent / "made"
+    save_cartridge(random_cartridge(tiny_model()), made, CartridgeMeta("someone/tiny", step=step))
+    if without:
+        (made / without).unlink()
     saved = f"{shlex.quote(str(out))}/checkpoints"
-    folder = f"{saved}/global_step_{step}/actor/cartridge"
-    files = " ".join(f"{folder}/{name}" for name in native.FILES if name != without)
-    script = f"mkdir -p {folder}; touch {files}; echo {step} > {saved}/{TRACKER}"
+    folder = f"{saved}/global_step_{step}/actor"
+    script = f"mkdir -p {folder}; cp -r {shlex.quote(str(made))} {folder}/cartridge; "
+    script += f"echo {step} > {saved}/{TRACKER}; echo '[cartridge] step {step}/{step}  loss 1'"
     _failing(Run(), monkeypatch, script if step else "exit 0")
 
 
@@ -269,16 +278,17 @@ def test_a_run_ends_with_the_next_commands(
     typed += ["ray_kwargs.ray_init.num_cpus=8"]
     assert launch.main(typed) == 0
     lines = capsys.readouterr().out.splitlines()
-    cartridge = str(out / "checkpoints" / "global_step_4" / "actor" / "cartridge")
-    assert f"cartridge: {cartridge}" in lines
+    why = "step 4 of 4: the last; no validation chose another"
+    assert f"cartridge: {out / 'cartridge'} ({why})" in lines
     evaluation, chat, report = (shlex.split(line) for line in lines[lines.index("next:") + 1 :])
-    assert chat[chat.index("chat") :] == ["chat", "--model", model, "--cartridge", cartridge]
-    assert report[-2:] == ["report", str(out)]
-    assert evaluation[-2:] == ["--out", str(out / "evaluation")]
-    assert str(data) in evaluation and cartridge in evaluation
+    for name, command in (("eval", evaluation), ("chat", chat), ("report", report)):
+        assert command[-2:] == [name, str(out)]
+    assert resolve_cartridge(out) == str(out / "cartridge")
+    assert read_meta(out / "cartridge")["metrics"]["chosen"]["by"] == "the last step"
     recipe = Recipe.model_validate_json((out / "recipe.json").read_text())
     assert recipe.seed == 5 and recipe.name == "my-data-v2" and recipe.model == model
-    assert recipe.command[-len(typed) - 1 :] == ["train", *typed]
+    assert recipe.command[-len(typed) - 1 :] == ["train", *typed] and recipe.data == str(data)
+    assert model_of(out) == model and data_of(out) == str(data)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +335,8 @@ def test_a_run_that_saves_nothing_says_so(
         (["trainer.val_only=True"], "nothing would be trained"),
         (["--prompt-tokens", "20"], "16 prompts are over 20 tokens .row 0 has 58"),
         (["data.no_such_setting=1"], "veRL's settings cannot be read.*no_such_setting"),
+        (["data.shufle=False"], "(?s)'data.shufle'.*fix: did you mean data.shuffle"),
+        (["data.bananas=1"], "(?s)'data.bananas'.*fix: .*--show-config"),
         (["--model", "no/such/folder"], "no/such/folder: there is no such folder"),
     ],
 )
@@ -371,7 +383,7 @@ def test_a_credential_is_refused_and_shown_nowhere(
         typed = ["--out", str(out), "--model", "m", mode, *given]
         assert launch.main(typed) == 2
         shown = capfd.readouterr()
-        assert "refused:" in shown.err and "hush" not in shown.out + shown.err
+        assert "error:" in shown.err and "hush" not in shown.out + shown.err
     assert not out.exists()
 
 
@@ -410,15 +422,112 @@ def test_a_lost_tracker_ends_the_start_before_anything_is_written(
         if content is not None:
             (saved.parent / "latest_checkpointed_iteration.txt").write_bytes(content)
         assert launch.main(typed) == 2
-        assert "refused:" in (said := capsys.readouterr().err) and "echo 3 >" in said
+        assert "error:" in (said := capsys.readouterr().err) and "echo 3 >" in said
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints"]
     run = Run(out=tmp_path / "run")
     assert "echo 3 >" in launch.how_to_go_on(run)
 
 
-def test_a_line_of_the_log_is_shown_when_it_is_of_the_run() -> None:
-    assert shown("(TaskRunner pid=1) [cartridge] step 2/3") == "   step 2/3"
+def test_one_line_a_step_with_the_time_left_and_the_rest_once() -> None:
+    clock = iter([90.0, 100.0, 130.0, 140.0, 152.0])
+    started: list[int] = []
+    shown = StepLines(started=lambda: started.append(1), now=lambda: next(clock))
+    worker = "(TaskRunner pid=1) [cartridge] "
     assert shown("WARNING something") is None
+    assert shown(f"{worker}the trainer is up; its workers are being started") is None
+    assert shown(f"{worker}a step takes at most 3 GiB") == "   a step takes at most 3 GiB"
+    assert shown(f"{worker}a step takes at most 3 GiB") is None  # once
+    assert not started
+    assert shown(f"{worker}the server has the version to start from") is None
+    assert started == [1]
+    validation = "KL 0.5000  log-loss 1.000  accuracy 0.500"
+    assert shown(f"{worker}validation at step 0/4  {validation}  1.2s") == (
+        f"   before step 1: {validation}"
+    )
+    assert shown(f"{worker}step 1/4  loss 3.0") == "   step 1/4  loss 3.0  90 s left"
+    assert shown(f"{worker}validation at step 2/4  {validation}  1.2s") is None
+    assert shown(f"{worker}step 2/4  loss 2.0") == (
+        f"   step 2/4  loss 2.0  held out: {validation}  20 s left"
+    )
+    assert shown(f"{worker}step 4/4  loss 1.0") == "   step 4/4  loss 1.0"
+    assert started == [1]
+    resumed = StepLines(now=lambda: 0.0)
+    assert resumed(f"{worker}resumed from run/checkpoints/global_step_3, step 3 of 4") is not None
+    assert "before step 4: KL" in str(resumed(f"{worker}validation at step 3/4  {validation}  1s"))
+    assert resumed(f"{worker}validation at step 4/4  {validation}  1s") is None
+    everything = StepLines(verbose=True)
+    assert everything("WARNING something") == "WARNING something"
+
+
+def test_a_start_that_is_refused_leaves_the_recipe_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine refuses other settings a minute after the start: the report must not show them."""
+    run = Run(device="cpu", data=data, out=tmp_path / "run", steps=4)
+    _saving(monkeypatch, run.folder, 4)
+    with Supervisor() as supervisor:
+        launch.train(run, supervisor, started=lambda: launch.record(run, ["--lr", "0.02"]))
+    before = (run.folder / "recipe.json").read_bytes()
+    refusal = "cartridge_distill.util.errors.OtherSettings: cartridge.lr: 0.02 there, 0.5 now"
+    _failing(run, monkeypatch, f"echo '{refusal}'; exit 1")
+    other = replace(run, lr=0.5)
+    with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed) as failed:
+        launch.train(other, supervisor, started=lambda: launch.record(other, ["--lr", "0.5"]))
+    assert not failed.value.again  # and so nobody is told to start it again
+    assert (run.folder / "recipe.json").read_bytes() == before
+
+
+def test_the_best_validated_step_becomes_the_runs_cartridge(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (2, 4, 6):
+        folder = checkpoints / f"global_step_{step}"
+        meta = CartridgeMeta("someone/tiny", step=step)
+        save_cartridge(random_cartridge(tiny_model()), folder / "actor" / "cartridge", meta)
+        (folder / "data.pt").touch()
+    for step, kl in ((2, 0.9), (3, 0.1), (4, 0.5), (6, 0.7)):  # step 3 was not saved
+        note_validation(checkpoints, step, kl)
+    note_validation(checkpoints, 6, 0.7)  # a resumed run validates where it goes on
+    note_validation(checkpoints, 6, float("nan"))
+    best = read_best(checkpoints, 6)
+    assert best == BestStep(4, 0.5, 3)
+    result = publish(tmp_path / "run", checkpoints, 6)
+    assert read_meta(result.cartridge)["step"] == 4 and "lowest of 3" in result.line()
+    assert read_meta(result.cartridge)["metrics"]["chosen"]["kl"] == 0.5
+    assert read_best(checkpoints, 3) == BestStep(2, 0.9, 1)  # later ones: a timeline that was left
+    keep_newest(checkpoints, 6, 1)
+    assert sorted(p.name for p in checkpoints.glob("global*")) == ["global_step_4", "global_step_6"]
+    (result.cartridge / "notes.txt").write_text("mine")
+    with pytest.raises(CartridgeFormatError, match=r"notes.txt.*fix: move it away"):
+        publish(tmp_path / "run", checkpoints, 6)
+    assert (result.cartridge / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--log-to", "wandb,excel"], "--log-to wandb,excel: excel is no logger here; fix: give"),
+        (["--tokns", "3"], "--tokns: no such option; fix: did you mean --tokens"),
+        (["--ste", "3"], "--ste: no such option; fix:"),
+    ],
+)
+def test_what_was_mistyped_is_named_with_the_nearest(
+    typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = launch.main(typed)
+    except SystemExit as ended:
+        status = ended.code  # type: ignore[assignment]
+    assert status == 2 and f"error: {said}" in capsys.readouterr().err
+
+
+def test_further_loggers_write_into_the_runs_folder(tmp_path: Path) -> None:
+    run = Run(out=tmp_path, log_to="wandb, tensorboard")
+    assert "trainer.logger=[console,file,wandb,tensorboard]" in overrides(run)
+    found = environment(run, {"HOME": "/"})
+    assert found["TENSORBOARD_DIR"] == str(tmp_path / "tensorboard")
+    assert found["WANDB_DIR"] == str(tmp_path)
+    assert environment(run, {"WANDB_DIR": "/elsewhere"})["WANDB_DIR"] == "/elsewhere"
+    assert "WANDB_DIR" not in environment(Run(out=tmp_path), {"HOME": "/"})
 
 
 def test_the_configuration_is_shown_by_verl_in_the_runs_own_environment(

@@ -166,6 +166,9 @@ def write_questions(folder: Path, count: int = 30, seed: int = 0) -> Path:
             "condition": row["condition"],
             "document_id": "record",
             "question_index": place,
+            "question": f"What is fact {place}?",
+            "right_answer": f"answer {place}",
+            "likelihood_correct": place % 5 < row["metrics"]["accuracy"]["mean"] * 5,
             "log_loss": row["metrics"]["log_loss"]["mean"] + hard[place] + draw.gauss(0, 0.3),
             "kl_sum": 12 * row["metrics"]["kl"]["mean"] * draw.uniform(0.8, 1.2),
             "kl_tokens": 12,
@@ -176,6 +179,17 @@ def write_questions(folder: Path, count: int = 30, seed: int = 0) -> Path:
     draw.shuffle(rows)
     path = folder / "evaluation.parquet"
     pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def write_shading(folder: Path) -> Path:
+    """``document_kl.json``: a short document, the end of which the cartridge has wrong."""
+    tokens = [["The", 0.02], [" lighthouse", 0.3], [" was", 0.0], [" built\nin", 0.6], [" ", None]]
+    tokens += [["1871", 5.1, "1872"], [" by", 1.2], [" Holt", 2.5, " <b>"], [".", 0.02]]
+    path = folder / "document_kl.json"
+    path.write_text(
+        json.dumps({"documents": [{"document_id": "light", "whole": True, "tokens": tokens}]})
+    )
     return path
 
 

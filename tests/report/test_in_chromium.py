@@ -5,6 +5,7 @@ Skipped where Chromium is not installed; with REQUIRE_CHROMIUM=1 that is a failu
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,8 +48,11 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
+    demo = made.write_run(folder / "demo")
+    made.write_questions(demo)
+    made.write_shading(demo)
     return {
-        "one": write_report([made.write_run(folder / "demo")], folder / "one.html"),
+        "one": write_report([demo], folder / "one.html"),
         "several": write_report(made.write_recipes(folder, seeds=2), folder / "several.html"),
         "attacked": write_report([attacked(folder / "run")], folder / "attacked.html"),
     }
@@ -84,13 +88,14 @@ def opened(browser: Any) -> Iterator[Open]:
 
 def test_every_figure_is_drawn(opened: Open, reports: dict[str, Path]) -> None:
     page = opened(reports["one"])
+    page.locator("details.flat > summary").click()
     places = page.query_selector_all(".canvas")
-    assert len(places) == 11
+    assert len(places) == 13
     for place in places:
         assert place.evaluate(_DRAWN) > 0, place.get_attribute("id")
         box = place.query_selector(".main-svg").bounding_box()
         assert box["width"] > 200 and box["height"] > 100
-    assert "closes 70\N{NO-BREAK SPACE}% [64, 76]" in page.inner_text("h1")
+    assert "closes 69\N{NO-BREAK SPACE}% [64, 75]" in page.inner_text("h1")
     assert page.locator("#samples .sample").count() == 3
     page.evaluate("Plotly.react('val-kl', [], {})")  # the measure measures: without data, nothing
     assert page.query_selector("#val-kl").evaluate(_DRAWN) == 0
@@ -129,6 +134,42 @@ def test_a_phone_scrolls_down_only(opened: Open, reports: dict[str, Path], repor
     assert wide == []
 
 
+def test_questions_are_filtered(opened: Open, reports: dict[str, Path]) -> None:
+    page = opened(reports["one"])
+    rows = page.locator("table.marks tbody tr:visible")
+    expect(rows).to_have_count(30)
+    for chosen, count in (("wrong", 6), ("missed", 6), ("right", 24), ("all", 30)):
+        page.select_option("#which", chosen)
+        expect(rows).to_have_count(count)
+        expect(page.locator("#count")).to_have_text(f"Shown: {count} of 30.")
+
+
+def test_the_data_and_the_command_can_be_taken(
+    opened: Open, reports: dict[str, Path], tmp_path: Path
+) -> None:
+    page = opened(reports["one"])
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "data.json")
+    [run] = json.loads((tmp_path / "data.json").read_text())
+    assert len(run["metrics"]) == 33 and len(run["questions"]) == 150
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("button.copy")
+    expect(page.locator("button.copy")).to_have_text("Copied")
+    command = page.inner_text("pre.command")
+    assert page.evaluate("navigator.clipboard.readText()") == command and "--seed 0" in command
+
+
+def test_the_document_can_be_read(opened: Open, reports: dict[str, Path]) -> None:
+    page = opened(reports["one"])
+    assert page.inner_text("#document .text") == "The lighthouse was built\nin 1871 by Holt."
+    grounds = page.evaluate(
+        "[...document.querySelectorAll('#document .text .shade')]"
+        ".map(each => getComputedStyle(each).backgroundColor)"
+    )
+    assert len(set(grounds)) == 6
+
+
 def test_dark_and_light_follow_the_reader(opened: Open, reports: dict[str, Path]) -> None:
     page = opened(reports["one"])
     body, title = page.locator("body"), page.locator("#val-kl .xtitle")
@@ -163,7 +204,7 @@ def test_a_picture_for_the_readme(reports: dict[str, Path], tmp_path: Path) -> N
     picture = tmp_path / "report.png"
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "training" / "screenshot.py")),
+            *(sys.executable, str(ROOT / "tests" / "report" / "screenshot.py")),
             *(str(reports["one"]), str(picture), "--height", "700"),
         ],
         env=child_environment(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -88,13 +90,97 @@ def test_a_figure_for_each_kind_of_number(tmp_path: Path) -> None:
         *("conditions-kl", "conditions-log_loss", "conditions-accuracy"),
         *("val-kl", "val-log_loss", "val-accuracy", "actor-loss", "stages"),
         *("actor-logprob_diff-max", "training-staleness", "actor-on_policy_fraction"),
+        *("actor-grad_norm", "actor-lr"),
     }
+    references = {trace["name"]: trace["y"] for trace in figures["val-kl"]["data"][1:]}
+    assert references == {"best chunk": [0.871, 0.871], "full document": [0.0, 0.0]}
     bound = figures["actor-logprob_diff-max"]["data"][-1]
     assert bound["name"] == "bound" and bound["y"] == [1e-3, 1e-3]
     stages = [trace["name"] for trace in figures["stages"]["data"]]
     assert stages == ["rollout", "update", "sync", "validation", "other"]
     loss = figures["actor-loss"]["data"][0]
     assert loss["meta"]["step"] == list(range(1, 33)) and loss["meta"]["tokens"][-1] > 6000
+
+
+def test_what_never_changed_is_folded_away_and_said(tmp_path: Path) -> None:
+    page = write_report([made.write_run(tmp_path / "run")], tmp_path / "r.html").read_text()
+    folded = re.search(
+        r"<details class=\"flat\">\s*<summary>(.*?)</summary>(.*?)</details>", page, re.S
+    )
+    assert folded is not None
+    assert (
+        folded.group(1)
+        == "Never changed: Learning rate 0.02, Staleness 0, On-policy fraction 100 %"
+    )
+    for key in ("actor-lr", "training-staleness", "actor-on_policy_fraction"):
+        assert f'id="{key}"' in folded.group(2)
+    assert 'id="actor-grad_norm"' not in folded.group(2)
+
+
+def test_the_page_says_what_the_run_took(tmp_path: Path) -> None:
+    page = write_report([made.write_run(tmp_path / "run")], tmp_path / "r.html").read_text()
+    said = re.search(r'class="totals">(.*?)</p>', page)
+    assert said is not None
+    lines = made.metrics()
+    seconds = sum(line["data"].get("timing_s/step", 0) for line in lines)
+    trained = lines[-1]["data"]["tokens/total_trained"]
+    assert said.group(1) == (
+        f"32 steps · {trained:,} tokens trained on · 6,144 tokens written in rollouts · "
+        f"{seconds // 60:.0f} min {round(seconds) % 60:02d} s of training"
+    )
+
+
+def test_all_questions_stand_there_with_marks(tmp_path: Path) -> None:
+    folder = made.write_run(tmp_path / "run")
+    made.write_questions(folder)
+    page = write_report([folder], tmp_path / "r.html").read_text()
+    rows = re.findall(r'<tr data-right="(\d)" data-missed="(\d)">(.*?)</tr>', page, re.S)
+    assert len(rows) == 30 and "All 30 questions" in page
+    for place, (right, missed, row) in enumerate(rows):
+        assert f"What is fact {place}?" in row and row.count("<td") == 5
+        # accuracy 0.8: four of five; the full document has 0.9, all five
+        assert (right, missed) == (("1", "0") if place % 5 < 4 else ("0", "1"))
+
+
+def test_questions_of_several_runs_have_a_column_for_each_cartridge(tmp_path: Path) -> None:
+    folders = [made.write_run(tmp_path / name, name=name) for name in ("one", "two", "three")]
+    for folder, count in zip(folders, (30, 30, 20), strict=True):
+        made.write_questions(folder, count)
+    page = write_report(folders, tmp_path / "r.html").read_text()
+    head = re.search(r'class="marks">\s*<thead>(.*?)</thead>', page, re.S)
+    assert head is not None
+    names = re.findall(r"</span>([^<]+)</th>", head.group(1))
+    assert [*names[-2:]] == ["full document", "two"] and "one" in names and "three" not in names
+
+
+def test_the_document_is_shaded_and_its_text_whole(tmp_path: Path) -> None:
+    folder = made.write_run(tmp_path / "run")
+    made.write_shading(folder)
+    page = write_report([folder], tmp_path / "r.html").read_text()
+    text = re.search(r'<p class="text">(.*?)</p>', page, re.S)
+    assert text is not None
+    plain = html.unescape(re.sub(r"<[^>]+>", "", text.group(1)))
+    assert plain == "The lighthouse was built\nin 1871 by Holt."
+    spans = re.findall(r'<span class="shade l(\d)"([^>]*)>([^<]*)</span>', text.group(1))
+    assert [(level, shown) for level, _, shown in spans] == [
+        *(("0", "The"), ("1", " lighthouse"), ("0", " was"), ("2", " built\nin"), ("0", " ")),
+        *(("5", "1871"), ("3", " by"), ("4", " Holt"), ("0", ".")),
+    ]
+    assert "the cartridge says “1872” (5.1 nats)" in spans[5][1]
+    assert "“ &lt;b&gt;”" in spans[7][1]
+    assert "2 of 8 tokens wrong" in page and "the beginning alone" not in page
+
+
+def test_the_data_of_the_page_can_be_taken_away(tmp_path: Path) -> None:
+    folder = made.write_run(tmp_path / "run")
+    made.write_questions(folder)
+    page = write_report([folder], tmp_path / "r.html").read_text()
+    found = re.search(r'id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    [run] = json.loads(found.group(1))
+    assert run["metrics"]["32"]["actor/loss"] == made.metrics()[-1]["data"]["actor/loss"]
+    assert len(run["questions"]) == 150 and run["evaluation"]["confidence"] == 0.95
+    assert run["recipe"]["seed"] == 0
 
 
 def test_seeds_are_a_mean_in_a_band(tmp_path: Path) -> None:
@@ -181,3 +267,61 @@ def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
     run = made.write_run(tmp_path / "run")
     with pytest.raises(ReportError, match="twice"):
         write_report([run, tmp_path / "." / "run"], tmp_path / "r.html")
+
+
+def measured(entry: dict[str, Any], kl: float, points: int = 8) -> dict[str, Any]:
+    """A condition as an evaluation with ``--measures`` writes it."""
+    positions = [
+        {
+            "first": n,
+            "last": n,
+            "tokens": 9,
+            "student_kl": made.interval(kl * n, 0.1),
+            "student_reverse_kl": made.interval(2 * kl * n, 0.1),
+        }
+        for n in range(1, points + 1)
+    ]
+    more = {"student_kl": made.interval(kl, 0.1), "generated_match": made.interval(0.5, 0.1)}
+    return {**entry, "metrics": entry["metrics"] | more, "positions": positions}
+
+
+def figures_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_a_curve_over_position_for_every_condition(tmp_path: Path) -> None:
+    entries = [
+        measured(entry, 0.1 * place) for place, entry in enumerate(made.evaluation()["conditions"])
+    ]
+    run = made.write_run(tmp_path / "run", evaluated=made.evaluation(conditions=entries))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "KL on own text" in page and "Right in free answer" in page
+    figures = figures_of(page)
+    for metric, factor in (("student_kl", 1), ("student_reverse_kl", 2)):
+        traces = figures[f"positions-{metric}"]["data"]
+        lines = {trace["name"]: trace for trace in traces if "markers" in trace["mode"]}
+        assert list(lines) == [entry["condition"] for entry in entries]
+        found = lines["trained cartridge"]
+        assert found["x"] == pytest.approx(range(1, 9))
+        assert found["y"] == pytest.approx([factor * 0.3 * n for n in range(1, 9)])
+    plain = made.write_run(tmp_path / "plain")
+    without = write_report([plain], tmp_path / "p.html").read_text()
+    assert "KL on own text" not in without and "positions-student_kl" not in figures_of(without)
+
+
+def test_seeds_share_a_curve_where_all_have_it(tmp_path: Path) -> None:
+    runs = []
+    for seed, points in ((0, 8), (1, 5)):
+        entries = [
+            measured(each, 0.1 + 0.2 * seed, points) for each in made.evaluation()["conditions"]
+        ]
+        evaluated = made.evaluation(conditions=entries, seed=seed)
+        runs.append(
+            made.write_run(tmp_path / f"{seed}", name="one", seed=seed, evaluated=evaluated)
+        )
+    [row, *_] = condition_rows(group_runs([read_run(run) for run in runs]))
+    assert [each.first for each in row.positions] == [1, 2, 3, 4, 5]
+    means = [each.student_kl.mean for each in row.positions if each.student_kl]
+    assert means == pytest.approx([0.2 * n for n in range(1, 6)])

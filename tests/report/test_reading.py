@@ -212,7 +212,7 @@ def test_a_log_that_begins_late_is_said(tmp_path: Path) -> None:
 
 def test_a_curve_between_two_validations() -> None:
     rows: dict[int, dict[str, float | None]] = {s: {"tokens/trained": 10.0} for s in (1, 2, 3, 4)}
-    run = Run(Path("run"), Metrics(rows), None, None, None, None)
+    run = Run(Path("run"), Metrics(rows), None, None, None, None, None)
     axis = token_axis([run])
     assert axis is not None
     points = [(2, 1.0), (4, 0.5)]

@@ -25,7 +25,7 @@ def test_connection_refused() -> None:
         url,
         "failed 3 times",
         "ClientConnectorError",
-        "python -m cartridge_distill.server",
+        "cartridge-distill serve",
     ):
         assert word in str(failure.value)
 
@@ -43,7 +43,7 @@ def test_waiting_for_a_server_that_never_comes() -> None:
     for word in (
         url,
         "ClientConnectorError",
-        "python -m cartridge_distill.server",
+        "cartridge-distill serve",
         "TOKASAURUS_URL",
     ):
         assert word in str(failure.value)

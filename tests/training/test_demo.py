@@ -16,8 +16,12 @@ from hydra.core.global_hydra import GlobalHydra
 from tests.training.conftest import ROOT, child_environment, write_rows
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
+from verl_patches.distill import settings_of
+from verl_patches.launching import checks
 from verl_patches.launching.command import overrides
 from verl_patches.launching.settings import CONFIG_FOLDER
+from verl_patches.pipeline.settings import Distillation, Prepared, as_run
+from verl_patches.pipeline.stages import environment_of
 
 OPTIM = "actor_rollout_ref.actor.optim"
 
@@ -30,10 +34,15 @@ def out(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def settings(arguments: list[str], model: Path, out: Path) -> Distillation:
+    """What the demo asks of the pipeline with these arguments."""
+    return settings_of(demo.parse([*arguments, "--model", str(model), "--out", str(out)]))
+
+
 def configured(arguments: list[str], patched: Path, model: Path, out: Path) -> Any:
     """The configuration that veRL gets from the demo with these arguments."""
     search = f"hydra.searchpath=[file://{patched / 'verl/trainer/config'}]"
-    run = demo.training(demo.parse(arguments), str(model), "http://127.0.0.1:1", out)
+    run = as_run(settings(arguments, model, out), "http://127.0.0.1:1", Prepared(questions=30))
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
         return compose("cartridge_distill", overrides=[*overrides(run), search])
@@ -51,6 +60,7 @@ def test_the_demo_is_a_configuration_that_can_train(
     assert config.data.train_batch_size == 48 and config.data.max_response_length == 6
     steps = config.trainer.total_training_steps
     assert steps % config.trainer.test_freq == 0  # the last validation is of the finished cartridge
+    assert config.trainer.test_freq % config.trainer.save_freq == 0  # what is validated is saved
 
 
 def test_what_a_person_adds_wins(patched: Path, model_folder: Path, out: Path) -> None:
@@ -77,28 +87,33 @@ def test_on_a_gpu_server_and_trainer_compute_alike(
     actor = config.actor_rollout_ref.actor
     assert actor.fsdp_config.model_dtype == "float32"
     assert 1e-3 < actor.cartridge.max_logprob_diff < 0.5
-    options = demo.parse(["--device", "cuda"])
     monkeypatch.setenv("VERL_PLATFORM", "cpu")  # left over from a run on the CPU
-    assert demo.settings_of(options, out)["VERL_PLATFORM"] == ""
+    found = environment_of(settings(["--device", "cuda"], model_folder, out))
+    assert found["VERL_PLATFORM"] == ""
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
         (["--device", "cuda"], "sees no GPU here"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16 needs --device cuda"),
+        (["--device", "cpu", "--dtype", "bfloat16"], "--dtype bfloat16 needs --device cuda"),
     ],
 )
 def test_a_device_that_cannot_be_is_refused(
     typed: list[str],
     said: str,
+    model_folder: Path,
+    tmp_path: Path,
+    patched: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        demo.parse(typed)
+    monkeypatch.setattr(checks, "check_verl", lambda: None)
+    typed = [*typed, "--model", str(model_folder), "--out", str(tmp_path / "run")]
+    assert demo.main(typed) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_comparison_keeps_the_recipe_of_its_table(
@@ -135,22 +150,22 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.03)" in text
 
 
-def test_a_stage_that_fails_is_named_and_ends_the_demo(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    missing = tmp_path / "no_such_model"
-    status = demo.main(["--out", str(out), "--model", str(missing), "--data", str(ROOT / "none")])
-    assert status == 1
-    said = capsys.readouterr()
-    assert "the demo failed: data ended with status" in said.err and f"all logs: {out}" in said.err
-    assert (out / "data.log").exists()
-
-
 def test_a_folder_that_is_not_the_demos_is_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    assert demo.main(["--out", str(tmp_path)]) == 1
-    assert "did not write" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    for more in ([], ["--overwrite"]):
+        assert demo.main(["--out", str(tmp_path), "--model", str(model_folder), *more]) == 2
+        assert "did not write" in capsys.readouterr().err
+        assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_data_that_is_not_there_is_no_other_data(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    typed = ["--out", str(tmp_path / "run"), "--model", str(model_folder)]
+    assert demo.main([*typed, "--data", str(tmp_path / "recrod.json")]) == 2
+    said = capsys.readouterr().err
+    assert "error:" in said and f"did you mean {tmp_path / 'record.json'}?" in said
+    assert not (tmp_path / "run").exists()

@@ -184,9 +184,7 @@ def test_a_run_that_was_killed_says_how_it_goes_on(
     )
     assert done.returncode == 128 + 9
     assert "cause: RuntimeError: planted" in done.stderr
-    assert "the run ended with status 137, see above; the last step that was saved is 12." in (
-        done.stderr
-    )
+    assert "error: the run ended with status 137; step 12 is saved; the same command" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -213,3 +211,16 @@ def test_data_that_is_not_there_is_prepared(
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stdout.splitlines() if "prepare_data.py" in line]
     assert says in said
+
+
+def test_a_typo_in_data_trains_on_no_other_document(
+    patched: Path, server: BackgroundServer, tmp_path: Path
+) -> None:
+    done = run_script(
+        verl=patched,
+        TOKASAURUS_URL=server.url,
+        SYNC_DIR=str(tmp_path / "cartridges"),
+        DATA=str(tmp_path / "handbok"),
+    )
+    assert done.returncode == 2 and "no prepared data there; fix: name the folder" in done.stderr
+    assert not (tmp_path / "handbok").exists()

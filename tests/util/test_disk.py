@@ -1,4 +1,4 @@
-"""A full disk is an error with the disk's name, whatever library was writing."""
+"""A disk that is full or fails is an error with the disk's name, whatever library was writing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from cartridge_distill.util.disk import DiskFull, named_disk
+from cartridge_distill.cartridge.checkpoint import write_cartridge
+from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
+from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
+from cartridge_distill.util.disk import DiskFailed, DiskFull, named_disk
+from cartridge_distill.util.errors import SyncError
+from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.parquet import write_table
+from tests.tiny import random_cartridge, tiny_model
 
 # In a process of its own, whose files may not be larger than some kilobytes: the system's error is
 # another one than that of a full disk, the libraries' ways of telling it are the same.
@@ -29,6 +38,8 @@ from cartridge_distill.cartridge.checkpoint import write_cartridge
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
 from cartridge_distill.util.disk import DiskFull
 from cartridge_distill.util.errors import SyncError
+from cartridge_distill.util.journal import Journal
+from cartridge_distill.util.parquet import write_table
 snapshot = Snapshot.take(random_cartridge(tiny_model(), 64).state_dict(), torch.float32)
 stored = StoredCartridge(snapshot, CartridgeMeta("tiny"))
 where = Path(sys.argv[1])
@@ -94,3 +105,46 @@ def test_a_quota_and_a_limit_of_files_are_no_room() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with pytest.raises(DiskFull, match=os.strerror(number)), named_disk(Path("/")):
             raise OSError(number, "whatever")
+
+
+def test_a_disk_that_fails_is_named() -> None:
+    """With an error of the system itself: the memory of a process has no page at 0."""
+    memory = os.open("/proc/self/mem", os.O_RDWR)
+    try:
+        with pytest.raises(DiskFailed, match="cannot be written to .Input/output error."):
+            with named_disk(Path("/some/folder")):
+                os.pwrite(memory, b"x", 0)
+    finally:
+        os.close(memory)
+
+
+def test_a_read_only_disk_is_named_by_every_writer(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    snapshot = Snapshot.take(random_cartridge(tiny_model(), 16).state_dict(), torch.float32)
+    stored = StoredCartridge(snapshot, CartridgeMeta("tiny"))
+    told = "Read-only file system"
+    for kind, name in (("native", "n"), ("hazyresearch", "h.pt"), ("tokasaurus", "t")):
+        with pytest.raises(DiskFailed, match=f"{small_disk} cannot be written to .{told}"):
+            write_cartridge(stored, small_disk / name, kind)
+    with pytest.raises(SyncError, match=f"run-step-000001 cannot be written: .*{told}"):
+        SharedDirectoryPublisher(small_disk, "tiny").publish("run-step-000001", snapshot)
+
+
+def test_a_server_takes_every_error_of_the_system_for_one_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(DiskFailed, match="No such file"), named_disk(tmp_path, whatever=True):
+        (tmp_path / "gone" / "file").write_text("x")
+
+
+def test_journals_and_tables_name_the_disk_too(small_disk: Path) -> None:
+    table = pa.table({"text": [str(number) * 40 for number in range(10_000)]})
+    with pytest.raises(DiskFull, match=f"the disk of {small_disk} "):
+        write_table(table, small_disk / "rows.parquet")
+    (small_disk / "rows.parquet").unlink(missing_ok=True)
+    journal = Journal(small_disk / "rows.jsonl", {"seed": 0})
+    journal.append({"task": 0})
+    with pytest.raises(DiskFull, match=f"the disk of {small_disk} "):
+        journal.append({"task": 1, "text": "x" * 10**6})
+    journal.append({"task": 2})  # where there is room for it
+    journal.close()
+    with Journal(small_disk / "rows.jsonl", {"seed": 0}) as journal:
+        assert journal.rows == [{"task": 0}, {"task": 2}] and not journal.torn

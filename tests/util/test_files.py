@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cartridge_distill.util import files
+from cartridge_distill.util.errors import ConfigError
 
 # In a process without threads, for it forks: one child is killed before each line of the writer.
 KILLED_AT_EVERY_LINE = """
@@ -104,15 +105,52 @@ def _fill(folder: Path, text: str) -> None:
 
 def test_a_folder_is_made_anew_only_by_who_made_it(tmp_path: Path) -> None:
     run, thesis = tmp_path / "run", tmp_path / "thesis"
-    files.fresh_folder(run)
-    (run / "old").write_text("x")
-    files.fresh_folder(run)
+    written = ("*.log", "data/*.json", "checkpoints/**")
+    files.fresh_folder(run, written)
+    for name in ("old.log", "data/a.json", "checkpoints/global_step_1/deep/x.bin"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    files.fresh_folder(run, written)
     assert [path.name for path in run.iterdir()] == [files.OWNED]
     thesis.mkdir()
-    files.fresh_folder(thesis)  # empty: nothing is lost
+    files.fresh_folder(thesis, written)  # empty: nothing is lost
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for target in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
         with pytest.raises(FileExistsError, match="did not write"):
-            files.fresh_folder(target)
+            files.fresh_folder(target, written)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "data/notes.md", "data/deep/a.json", "logs/a.log"])
+def test_what_somebody_put_into_a_folder_of_ours_is_not_deleted(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    files.fresh_folder(run, ())
+    (run / "ours.log").write_text("ours")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=name):
+        files.fresh_folder(run, ("*.log", "data/*.json"))
+    assert (run / name).read_text() == "precious" and (run / "ours.log").exists()
+
+
+def test_a_link_in_a_folder_of_ours_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    run = tmp_path / "run"
+    files.fresh_folder(run, ())
+    (run / "data").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="data"):
+        files.fresh_folder(run, ("data/*.json",))
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(FileExistsError, match="did not write"):
+        files.fresh_folder(tmp_path / "link", ("data/*.json",))
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_work(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "new" / "deeper", "--out")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is no folder; fix: give another --out"):
+        files.check_writable(tmp_path / "file" / "below", "--out")
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        files.check_writable(Path("/proc/sys/none"), "--out")

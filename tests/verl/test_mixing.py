@@ -28,8 +28,9 @@ from tests.tiny import (
 )
 from tests.verl.test_rollout_proxy import PATIENCE, SAMPLING, sync
 from verl_patches.rollout.agent_loop import CartridgeAgentLoop
+from verl_patches.rollout.teacher import EPOCH, PLAN, rollout_teacher
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
-from verl_patches.trainer.mixing import EPOCH, PLAN, Mixing, teacher_answers
+from verl_patches.trainer.mixing import Mixing
 
 TEXT = "The red house stands by the sea. " * 4
 NEW = 6
@@ -165,7 +166,7 @@ def loop(config: Any, server: Requests, model_folder: Path) -> CartridgeAgentLoo
         tokenizer=tokenizer, local_path=str(model_folder), hf_config=tiny_model().config
     )
     made = CartridgeAgentLoop(SimpleNamespace(config=config), server, tokenizer)
-    made.teacher = teacher_answers(config, model)  # type: ignore[misc]  # of this loop alone
+    made.teacher = rollout_teacher(config, model)  # type: ignore[misc]  # of this loop alone
     return made
 
 
@@ -244,4 +245,4 @@ async def test_no_answer_without_its_document(
 
 
 def test_only_the_student_needs_no_documents(tmp_path: Path) -> None:
-    assert teacher_answers(run_config(tmp_path, on_policy_fraction=1.0), None) is None
+    assert rollout_teacher(run_config(tmp_path, on_policy_fraction=1.0), None) is None

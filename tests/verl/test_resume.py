@@ -18,6 +18,7 @@ from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.sync.versions import new_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from tests.verl.engine_rig import loss_of, rollouts, step
+from verl_patches.rollout import run_ids
 from verl_patches.trainer import run_folder
 
 SCHEDULE = {"lr_scheduler_type": "cosine", "lr_warmup_steps": 2, "weight_decay": 0.1}
@@ -198,12 +199,12 @@ def test_a_checkpoint_counts_when_the_tracker_names_it(tmp_path: Path) -> None:
 def test_every_start_is_noted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = new_run_id("mine"), new_run_id("mine")
-    assert run_folder.record_start(run, first) == []
-    with (run / run_folder.RUNS_FILE).open("a") as file:
+    assert run_ids.record_start(run, first) == []
+    with (run / run_ids.RUNS_FILE).open("a") as file:
         file.write("../elsewhere\n")  # not what this program writes
-    assert run_folder.record_start(run, second) == [first]
-    assert run_folder.record_start(run, second) == [first]
-    assert (run / run_folder.RUNS_FILE).read_text() == f"{first}\n{second}\n"
+    assert run_ids.record_start(run, second) == [first]
+    assert run_ids.record_start(run, second) == [first]
+    assert (run / run_ids.RUNS_FILE).read_text() == f"{first}\n{second}\n"
 
 
 def test_a_folder_that_the_nodes_do_not_share_is_refused(tmp_path: Path) -> None:

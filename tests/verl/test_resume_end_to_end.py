@@ -23,8 +23,9 @@ from tests.verl.test_end_to_end import (  # noqa: F401  (world is a fixture)
     World,
     world,
 )
+from verl_patches.rollout.run_ids import RUNS_FILE
 from verl_patches.trainer.history import HISTORY_FILE
-from verl_patches.trainer.run_folder import RUNS_FILE, TRACKER
+from verl_patches.trainer.run_folder import TRACKER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

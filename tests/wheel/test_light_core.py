@@ -22,7 +22,11 @@ from tests.wheel.conftest import Installed
 
 pytestmark = pytest.mark.integration
 EXTRAS = sorted({name for extras in NEEDED.values() for names in extras.values() for name in names})
-GO_ON = {"train": "verl_patches.launch", "demo": "verl_patches.demo"}
+GO_ON = {
+    "train": "verl_patches.launch",
+    "demo": "verl_patches.demo",
+    "distill": "verl_patches.distill",
+}
 # transformers reads about these itself where they are there; the core never does.
 LIGHT = [*EXTRAS, "peft", "datasets", "accelerate", "tensordict", "hydra", "omegaconf"]
 

@@ -15,7 +15,7 @@ import torch
 from cartridge_distill.distill.memory_plan import check_fits, predict_step
 from cartridge_distill.distill.step_shape import StepShape
 from cartridge_distill.model.attention import resolve_backend
-from cartridge_distill.model.shape import ModelShape
+from cartridge_distill.model.shape import DecoderShape
 from cartridge_distill.util.errors import ConfigError
 
 KEYS = {
@@ -55,7 +55,7 @@ def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
         say("memory of a step not predicted: micro-batches have no bound in tokens")
         return
     try:
-        model = ModelShape.of(module.config)
+        model = DecoderShape.of(module.config)
     except ConfigError as error:
         say(str(error))
         return

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pyarrow import ArrowException, parquet
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
+from cartridge_distill.util.parquet import read_rows
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
@@ -101,9 +101,10 @@ def _rows(config: DictConfig, split: str) -> int | None:
         if file.suffix != ".parquet" or not file.is_file():
             return None
         try:
-            total += parquet.read_metadata(file).num_rows
-        except (ArrowException, OSError) as error:
-            reason = about(file) if pointer_in(file) else f"{file} is no parquet file: {error}"
+            # All of it: veRL's reader does not compare the checksums.
+            total += len(read_rows(file))
+        except (ConfigError, OSError) as error:
+            reason = about(file) if pointer_in(file) else str(error)
             raise ConfigError(f"data.{split}_files: {reason}") from error
     most = _get(config, f"data.{split}_max_samples")
     return min(total, most) if isinstance(most, int) and most > 0 else total
@@ -230,7 +231,7 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
 
 def _document_problems(config: DictConfig) -> Iterator[str]:
     documents = _get(config, f"{KEY}.documents")
-    fix = "set the documents file that training/prepare_data.py wrote beside the prompts"
+    fix = "set the documents file that `cartridge-distill prepare` wrote beside the prompts"
     if not documents:
         yield f"{KEY}.documents=None: the teacher has nothing to read; {fix}"
     elif not Path(str(documents)).expanduser().is_file():
@@ -245,7 +246,7 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
         yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
         return
     questions = _get(config, key)
-    fix = "set the eval.json that training/prepare_data.py wrote beside the prompts"
+    fix = "set the eval.json that `cartridge-distill prepare` wrote beside the prompts"
     if questions is None:
         for name, value, off in (
             ("test_freq", every if every > 0 else None, "-1"),

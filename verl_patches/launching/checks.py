@@ -96,7 +96,11 @@ def near_names(path: Path) -> list[str]:
 
 
 def check_verl() -> None:
-    """Is veRL there, of the right version, with all patches on?"""
+    """Is veRL there, of the right version, with all patches on?
+
+    Raises:
+        NotReady: it is not, with the fix.
+    """
     fix = "python -m verl_patches apply"
     try:
         found = status(find_tree())
@@ -111,7 +115,11 @@ def check_verl() -> None:
 
 
 def check_device(run: Run, environ: Mapping[str, str] = os.environ) -> None:
-    """Is there a GPU for ``--device cuda``, unless the run joins a cluster that may have one?"""
+    """Is there a GPU for ``--device cuda``, unless the run joins a cluster that may have one?
+
+    Raises:
+        NotReady: there is none.
+    """
     elsewhere = ("ray_kwargs.ray_init.address=", "trainer.nnodes=")
     if (
         run.device != "cuda"
@@ -129,7 +137,11 @@ def check_device(run: Run, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def check_servers(run: Run) -> None:
-    """Does every server answer, and is there a way to it for new versions?"""
+    """Does every server answer, and is there a way to it for new versions?
+
+    Raises:
+        NotReady: no server is named, one does not answer, or takes no versions; with the fix.
+    """
     if not run.server:
         raise NotReady(f"no server to write the rollouts: give --server URL.\n{how_to_serve(run)}")
     if run.sync_dir is not None:

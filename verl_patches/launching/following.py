@@ -16,18 +16,16 @@ _SAID = "[cartridge] "
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Before a worker's line Ray writes "(TaskRunner pid=123) " or "(WorkerDict pid=1, ip=...) ".
 _WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
-_ERROR = re.compile(r"(?:\w+\.)*\w+(?:Error|Unreachable|Refused|Died)\b.*: ?\S?")
+_ERROR = re.compile(
+    r"(?:\w+\.)*(?:\w+(?:Error|Unreachable|Refused|Died)|OtherSettings|DiskFull)\b.*: ?\S?"
+)
 _ONE_OF_SEVERAL = "- "  # our errors list what is wrong, a line each
 _STEP = re.compile(r"step (\d+)/(\d+)  ")
 _VALIDATION = re.compile(r"validation at step (\d+)/\d+  (.*?)(?:  [\d.]+s)?$")
+_RESUMED = re.compile(r"resumed from .*, step (\d+) of \d+")
 STARTED = "the server has the version to start from"
 """What the trainer says when nothing was refused: the next is its first step."""
-_OF_EVERY_RUN = ("the trainer is up; ", STARTED, "version ")
-
-
-def shown(line: str) -> str | None:
-    """What is printed of a line of the log with ``--verbose`` off and no step: our own words."""
-    return f"   {line.split(_SAID, 1)[1]}" if _SAID in line else None
+_OF_EVERY_RUN = ("the trainer is up; ", "model loaded; ", STARTED, "version ")
 
 
 class StepLines:
@@ -49,6 +47,7 @@ class StepLines:
     ) -> None:
         self._verbose, self._started, self._now = verbose, started, now
         self._has_started = False
+        self._stands_at = 0
         self._once: set[str] = set()
         self._validation: tuple[int, str] | None = None
         self._last: float | None = None
@@ -67,7 +66,7 @@ class StepLines:
     def _text(self, said: str) -> str | None:
         if match := _VALIDATION.match(said):
             step, scores = int(match[1]), match[2]
-            if self._last is None:  # before the first step: no line will carry it
+            if step == self._stands_at:  # before the first step: no line of a step will carry it
                 self._last = self._now()
                 return f"   before step {step + 1}: {scores}"
             self._validation = (step, scores)
@@ -79,6 +78,8 @@ class StepLines:
                 self._last = self._now()
             return None
         self._once.add(said)
+        if match := _RESUMED.match(said):
+            self._stands_at = int(match[1])
         return f"   {said}"
 
     def _of_validation(self, step: int) -> str:
@@ -127,8 +128,7 @@ def causes(log: Path, most: int = 3) -> list[str]:
         for line in lines:
             text = _WORKER.sub("", _COLOUR.sub("", line)).strip()
             if _ERROR.match(text):
-                listed = found.setdefault(text, []) if text.endswith(":") else None
-                found.setdefault(text, [])
+                listed = found.setdefault(text, [])
             elif listed is not None and text.startswith(_ONE_OF_SEVERAL):
                 listed += [text] if text not in listed else []
             else:

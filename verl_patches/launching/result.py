@@ -75,13 +75,14 @@ def publish(run: Path, checkpoints: Path, last: int) -> Result:
         CartridgeFormatError: something else lies there, or the checkpoint is damaged.
         DiskFull: there is no room for it.
     """
-    from cartridge_distill.cartridge.checkpoint import record  # it imports torch
+    from cartridge_distill.cartridge.checkpoint import read_meta, record  # it imports torch
 
     check_place(run)
     best = read_best(checkpoints, last)
     step = last if best is None else best.step
     source = step_folder(checkpoints, step) / "actor" / CARTRIDGE_FOLDER
-    chosen = {"step": step, "of": last, "by": "the last step"}
+    read_meta(source)  # damage is named where it is
+    chosen: dict[str, object] = {"step": step, "of": last, "by": "the last step"}
     if best is not None:
         chosen |= {
             "by": "the lowest validation KL",

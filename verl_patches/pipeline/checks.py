@@ -19,6 +19,7 @@ from cartridge_distill.util.processes import say
 from verl_patches.launching import checks
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.result import check_place
+from verl_patches.launching.resuming import check_saved
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
 _HEADS_UP = 50_000_000
@@ -128,5 +129,6 @@ def check_prepared(settings: Distillation, data: Path, found: Prepared) -> None:
     """
     run = as_run(settings, settings.server or "http://127.0.0.1", found)
     checks.check_here(replace(run, data=data))
+    check_saved(run)
     if found.questions == 0 and settings.test_every:
         say("   warning: the documents came without questions; --test-every has nothing to ask")

@@ -48,10 +48,9 @@ def run(
     if TRAINING not in state.done:
         _training(settings, state, data, supervisor, record, verbose)
         supervisor.stop()  # the evaluation gets the whole machine
-    for line in stages.proof(settings):
-        say(line)
+    say(stages.proof(settings))
     if EVALUATION not in state.done:
-        say("== evaluation, on what was not trained on")
+        say("== evaluation, on what was not trained on ([low, high]: 95 % intervals)")
         stages.evaluate(settings, supervisor, verbose)
         state.finish(EVALUATION)
     for line in stages.table(settings.out):
@@ -93,7 +92,6 @@ def _training(
     else:
         url = settings.server
         say(f"== server: {url}")
-    say(f"== training: {settings.tokens} tokens, {settings.steps} steps")
     wanted = as_run(settings, url, data)
     result = stages.train(wanted, supervisor, verbose, record)
     state.finish(TRAINING, cartridge=result.line())
@@ -132,14 +130,11 @@ def print_finished(settings: Distillation, state: State) -> None:
 def print_end(settings: Distillation, state: State, took: str | None = None) -> None:
     """Where everything is, and the next commands, ready to paste."""
     out = shorter(settings.out)
-    if took is not None:
-        say(took)
     say(f"cartridge: {state.facts.get('cartridge', shorter(settings.out / CARTRIDGE_FOLDER))}")
-    say(f"report:    {out}/report.html (logs: {out}/*.log)")
+    say(f"report:    {out}/report.html (logs: {out}/*.log)" + (f"; {took}" if took else ""))
     say_next(
         next_command("chat", out),
         next_command("serve", out),
-        next_command("eval", out),
         next_command("push", out, "OWNER/NAME"),
     )
 

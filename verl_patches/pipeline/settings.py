@@ -27,7 +27,7 @@ _CUDA_RAY_CPUS = 16
 _MOST_SAVES = 12
 _MOST_STEPS_BETWEEN_SAVES = 25
 
-MAY_CHANGE = ("out", "server", "threads", "log_to", "wait")
+MAY_CHANGE = ("out", "server", "engine", "engine_python", "threads", "log_to", "wait")
 """Settings that a run may go on with others of; nothing that was made depends on them."""
 
 
@@ -87,6 +87,7 @@ class Distillation:
     prompt_tokens: int = 192
     lr: float = 0.03
     prompt_recipe: str = "started"
+    questions: str | None = None
     test_every: int | None = None
     save_every: int | None = None
     seed: int = 0
@@ -94,6 +95,8 @@ class Distillation:
     dtype: str = "float32"
     threads: int = 2
     server: str | None = None
+    engine: str = "embedded"
+    engine_python: str | None = None
     wait: float = 60.0
     log_to: str | None = None
     overrides: tuple[str, ...] = ()
@@ -102,6 +105,16 @@ class Distillation:
         if self.dtype == "bfloat16" and self.device == "cpu":
             raise ConfigError(
                 "--dtype bfloat16 needs --device cuda; fix: leave it out, a CPU trains in float32"
+            )
+        if (self.engine == "vllm") != (self.engine_python is not None):
+            raise ConfigError(
+                "--engine vllm and --engine-python PATH go together; fix: give both "
+                "(docs/vllm.md says how to make vLLM's environment), or neither"
+            )
+        if self.server is not None and self.engine != "embedded":
+            raise ConfigError(
+                f"--engine {self.engine} starts a server, and --server names one that is there; "
+                "fix: give one of them"
             )
         for name, least in (("test_every", 0), ("save_every", 1)):
             value = getattr(self, name)

@@ -7,6 +7,7 @@ supervisor.
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import socket
@@ -19,6 +20,8 @@ import httpx
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.data.records import load_questions
+from cartridge_distill.engines.vllm.launch import PackagePath, ServeCommand, check_python
+from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, wait_for
@@ -29,8 +32,12 @@ from verl_patches.launching.result import Result, publish
 from verl_patches.launching.settings import Run
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
+# vLLM imports and compiles for a minute or two before it looks at the model.
+_START_SECONDS = {"embedded": 180, "vllm": 900}
+_SPARE_TOKENS = 64  # of vLLM's context: a validation asks for longer answers
 _SHOWN_LINES = 6
 _MOST_ERROR_LINES = 20
+_FOR_TRAIN = "name one behind the train command"
 _ERROR = re.compile(r"(?:\w*Error|error|refused): ")
 
 
@@ -79,9 +86,13 @@ def prepare_data(
     command += ["--recipe", settings.prompt_recipe, "--seed", str(settings.seed)]
     command += ["--rows", str(settings.rows), "--prompt-tokens", str(settings.prompt_tokens)]
     command += ["--response-tokens", str(settings.response_tokens)]
+    if settings.questions is not None:
+        command += ["--questions", settings.questions]
     env = environment_of(settings)
     printed = run_stage(command, "data", scratch, supervisor, env, verbose)
-    lines = [line for line in printed.splitlines() if line.strip()]
+    # The last is for who trains with another command.
+    lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
+    lines = [line for line in lines if " dropped: " not in line or " 0 dropped" not in line]
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]
@@ -124,9 +135,10 @@ def prepared(settings: Distillation, data: Path) -> Prepared:
 
 
 def start_server(settings: Distillation, supervisor: Supervisor) -> str:
-    """Starts the embedded server on a free port; returns its URL.
+    """Starts the embedded server, or vLLM, on a free port; returns its URL.
 
     Raises:
+        ConfigError: there is no such Python as vLLM's.
         ChildFailed: it did not come up.
     """
     port = free_port()
@@ -137,7 +149,10 @@ def start_server(settings: Distillation, supervisor: Supervisor) -> str:
     command += ["--port", str(port), "--cartridge-dir", str(settings.versions)]
     command += ["--threads", str(settings.threads), "--seed", str(settings.seed)]
     command += ["--device", settings.device, "--dtype", settings.dtype]
-    server = supervisor.start(command, log, environment_of(settings))
+    env = environment_of(settings)
+    if settings.engine == "vllm":
+        command, env = vllm_server(settings, port, env)
+    server = supervisor.start(command, log, env)
 
     # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
     with httpx.Client(base_url=url, timeout=2) as http:
@@ -148,8 +163,32 @@ def start_server(settings: Distillation, supervisor: Supervisor) -> str:
             except httpx.TransportError:
                 return False
 
-        wait_for(answers, server, log, "server", timeout_s=180)
+        wait_for(answers, server, log, "server", timeout_s=_START_SECONDS[settings.engine])
     return url
+
+
+def vllm_server(
+    settings: Distillation, port: int, env: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command of a vLLM that reads the run's cartridges, and its environment.
+
+    Raises:
+        ConfigError: there is no such Python.
+    """
+    longest = settings.tokens + settings.prompt_tokens + settings.response_tokens
+    command = ServeCommand(
+        model=settings.model,
+        options=Options(cartridge_dir=settings.versions, seed=settings.seed),
+        host="127.0.0.1",
+        port=port,
+        max_model_len=longest + _SPARE_TOKENS,
+        dtype=settings.dtype,
+        more=("--seed", str(settings.seed)),
+    )
+    package = PackagePath()
+    # It must outlive this function, and is gone with this process.
+    atexit.register(package.remove)
+    return command.own(check_python(settings.engine_python)), package.environment(env)
 
 
 def free_port() -> int:
@@ -173,7 +212,7 @@ def train(
     return publish(run.folder, launch.checkpoints(run), launch.saved_step(run))
 
 
-def proof(settings: Distillation) -> list[str]:
+def proof(settings: Distillation) -> str:
     """What shows that the run was what it says, from the server's logs and the metrics."""
     out = settings.out
     logged = [json.loads(line)["data"] for line in (out / METRICS_FILE).read_text().splitlines()]
@@ -188,10 +227,10 @@ def proof(settings: Distillation) -> list[str]:
         starts = "" if len(logs) == 1 else f" in {len(logs)} starts"
         served = f"{len(set(found))} versions served{starts} (the first, and one a step); "
     # The engine does not save a cartridge over a base that changed, and this one was saved.
-    return [
-        f"== proof: {served}server and trainer differ by {worst:.1e} at most in log-probs",
-        f"   of {len(metrics)} steps {changed:.0f} changed a frozen token; base weights: unchanged",
-    ]
+    return (
+        f"== proof: {served}log-probs of server and trainer differ by {worst:.1e} at most; "
+        f"{changed:.0f} of {len(metrics)} steps changed a frozen token, none a base weight"
+    )
 
 
 def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = False) -> None:
@@ -205,12 +244,12 @@ def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = Fal
 
 
 def table(out: Path) -> list[str]:
-    """The evaluation's, without the lines on differences."""
+    """The evaluation's, without the lines below it."""
     from cartridge_distill.evaluation.table import format_table
 
     summary = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     lines = format_table(summary).splitlines()
-    return [line for line in lines if line.startswith(("|", "[low"))]
+    return [line for line in lines if line.startswith("|")]
 
 
 def report(out: Path) -> Path:

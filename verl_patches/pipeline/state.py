@@ -7,17 +7,25 @@ its report.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.cartridge.run_folder import METRICS_FILE, RECIPE_FILE, RUN_FILES
+from cartridge_distill.cartridge.run_folder import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RUN_FILES,
+)
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import OWNED, check_own, fresh_folder, replace_file
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.same_settings import check_same_settings
+from cartridge_distill.util.tracker import tracked_step
 from verl_patches.pipeline.settings import Distillation
 
 STATE_FILE = "distill.json"
@@ -39,6 +47,7 @@ class State:
         self.done: list[str] = []
         self.facts: dict[str, Any] = {}
         self.is_new = True
+        self._locked: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -49,6 +58,32 @@ class State:
         self.done.append(stage)
         self.facts |= facts
         self.write()
+
+    def lock(self) -> None:
+        """Keeps others out of the folder until :meth:`release`, or the end of this process.
+
+        Raises:
+            ConfigError: another one works there.
+        """
+        mark = self.folder / OWNED
+        if not mark.is_file():
+            return
+        self.release()
+        self._locked = os.open(mark, os.O_RDONLY)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"another command works in {shorter(self.folder)}; fix: wait for its end, or name "
+                "another --out"
+            ) from None
+
+    def release(self) -> None:
+        """Lets others in."""
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def write(self) -> None:
         said = {
@@ -74,9 +109,23 @@ def check_folder(settings: Distillation, overwrite: bool) -> State:
     """
     folder = settings.out
     fixed, documents = settings.fixed(), documents_sha256(settings.documents)
+    if settings.questions is not None:
+        documents += f" {documents_sha256(settings.questions)}"
     new = State(folder, json.loads(json.dumps(fixed)), documents)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return new
+    new.lock()
+    try:
+        return _of_folder(settings, new, fixed, documents, overwrite)
+    except BaseException:
+        new.release()
+        raise
+
+
+def _of_folder(
+    settings: Distillation, new: State, fixed: dict[str, Any], documents: str, overwrite: bool
+) -> State:
+    folder = settings.out
     if overwrite:
         check_own(folder, RUN_FILES)
         return new
@@ -89,19 +138,33 @@ def check_folder(settings: Distillation, overwrite: bool) -> State:
             f"--out {shorter(folder)} holds {what}; fix: name another --out, or --overwrite it"
         )
     said = _read(folder / STATE_FILE)
+    try:
+        _check_same(settings, said, fixed, documents)
+    except ConfigError:
+        if TRAINING in said["done"] or tracked_step(folder / CHECKPOINTS_FOLDER) is not None:
+            raise
+        check_own(folder, RUN_FILES)  # no step was trained with the others: nothing is lost
+        return new
+    new.done, new.facts, new.is_new = list(said["done"]), dict(said["facts"]), False
+    return new
+
+
+def _check_same(
+    settings: Distillation, said: dict[str, Any], fixed: dict[str, Any], documents: str
+) -> None:
+    folder = shorter(settings.out)
     check_same_settings(
         said["settings"],
         fixed,
-        f"{shorter(folder)} holds a run with other settings; fix: give the same, name another "
-        "--out, or --overwrite it:",
+        f"{folder} holds a run with other settings; fix: give the same, name another --out, or "
+        "--overwrite it:",
     )
     if said["documents"] != documents:
         raise ConfigError(
-            f"{settings.documents} has changed since {shorter(folder)} began; fix: name another "
-            "--out for the new text, or --overwrite the run"
+            f"{' or '.join(filter(None, (settings.documents, settings.questions)))} has changed "
+            f"since {folder} began; fix: name another --out for the new text, or --overwrite the "
+            "run"
         )
-    new.done, new.facts, new.is_new = list(said["done"]), dict(said["facts"]), False
-    return new
 
 
 def begin(state: State) -> None:
@@ -109,6 +172,7 @@ def begin(state: State) -> None:
     if state.is_new:
         fresh_folder(state.folder, RUN_FILES)
         state.is_new = False
+        state.lock()
     state.write()
 
 

@@ -4,7 +4,7 @@ veRL's own single-turn loop adds a generation prompt after every conversation, l
 inject a system prompt and truncates from the left. A prompt here may end in a started assistant
 answer, has no system prompt and no begin-of-text token, and is refused when it is too long.
 
-The student answers, or the teacher, as the trainer planned it (``mixing``). Either way the sample
+The student answers, or the teacher, as the trainer planned it. Either way the sample
 is the prompt and the answer, without the document. Each rollout has a seed of its own, so that one
 whose answer was lost is drawn again and not anew, where the server takes seeds.
 """
@@ -23,7 +23,7 @@ from cartridge_distill.distill.mixing import rollout_seed
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.ray_errors import kind_and_message
-from verl_patches.trainer.mixing import EPOCH, PLAN, TeacherAnswers, teacher_answers
+from verl_patches.rollout.teacher import EPOCH, PLAN, RolloutTeacher, rollout_teacher
 
 AGENT_NAME = "cartridge_agent"
 _ERRORS_KEPT = 3
@@ -34,7 +34,7 @@ class CartridgeAgentLoop(AgentLoopBase):
     """One prompt, one completion, token in and token out."""
 
     # Of the worker's process: veRL makes a loop for each sample, documents are read once.
-    teacher: ClassVar[TeacherAnswers | None] = None
+    teacher: ClassVar[RolloutTeacher | None] = None
 
     def __init__(self, trainer_config: Any, server_manager: Any, tokenizer: Any, **_: Any) -> None:
         # veRL makes one of these for each sample. Its own __init__ builds a token builder with
@@ -100,7 +100,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._errors: list[str] = []
-        CartridgeAgentLoop.teacher = teacher_answers(self.config, self.model_config)
+        CartridgeAgentLoop.teacher = rollout_teacher(self.config, self.model_config)
 
     async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:

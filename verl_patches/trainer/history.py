@@ -21,8 +21,9 @@ from typing import Any
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
 from cartridge_distill.util.sealed import is_sealed, sealed, unsealed
+from cartridge_distill.util.tracker import HISTORY_FILE
 
-HISTORY_FILE = "history.jsonl"
+__all__ = ["HISTORY_FILE", "History"]
 
 
 class History:

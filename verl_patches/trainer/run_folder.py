@@ -6,10 +6,10 @@
     global_step_7/data.pt    where the data stood, and what data it was
     global_step_7/.saving    while it is written, until the tracker names it
     history.jsonl            the numbers of all steps so far, see history
-    best.json                the saved step with the lowest validation KL; it is kept
+    best.json                the validations' KL; the best step's checkpoint is kept
     latest_checkpointed_iteration.txt    "7"; written last
     .running                 locked by the run that trains here
-    runs.txt                 a run id for every start, the ones that died included
+    runs.txt                 a run id for every start, see verl_patches/rollout/run_ids.py
 
 Cartridge and state, position, history and tracker appear whole or not at all, and a checkpoint is
 complete when the tracker names it: a save that is killed leaves the one before in force. veRL
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from cartridge_distill.cartridge.formats.stored_tensors import check_archive
-from cartridge_distill.sync.versions import is_run_id
 from cartridge_distill.util.best_step import read_best
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.files import replace_file
@@ -50,7 +49,6 @@ from verl_patches.actor.engine_state import check_same_run
 __all__ = [
     "DATA_FILE",
     "LOCK",
-    "RUNS_FILE",
     "TRACKER",
     "begin_save",
     "check_shared",
@@ -60,13 +58,11 @@ __all__ = [
     "last_complete",
     "mark_complete",
     "read_data_position",
-    "record_start",
     "step_folder",
     "step_of_folder",
     "write_data_position",
 ]
 LOCK = ".running"
-RUNS_FILE = "runs.txt"
 
 
 def claim(run: Path, wait_s: float = 60.0) -> int:
@@ -239,24 +235,6 @@ def mark_complete(run: Path, step: int) -> None:
 
     replace_file(run / TRACKER, write, overwrite=True)
     (step_folder(run, step) / SAVING).unlink(missing_ok=True)
-
-
-def record_start(run: Path, run_id: str) -> list[str]:
-    """Notes a run id before anything is published under it; those of earlier starts.
-
-    What they have published is nobody's: a run that goes on takes a new id, see ``versions``.
-    """
-    file = run / RUNS_FILE
-    earlier = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    known = [line for line in earlier if is_run_id(line) and line != run_id]
-    run.mkdir(parents=True, exist_ok=True)
-    lines = [*known, run_id]
-    replace_file(file, lambda scratch: _write_lines(scratch, lines), overwrite=True)
-    return known
-
-
-def _write_lines(file: Path, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def keep_newest(run: Path, step: int, keep: int | None) -> list[Path]:

@@ -24,6 +24,7 @@ _RECIPE = {
     **{f"data.{n}": f"data.{n}" for n in ("max_prompt_length", "max_response_length")},
     **{f"rollout.{n}": f"actor_rollout_ref.rollout.{n}" for n in ("n", "temperature")},
     "actor.ppo_mini_batch_size": "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "init_document": "actor_rollout_ref.actor.cartridge.init_document",
     "cartridge.max_staleness": "actor_rollout_ref.actor.cartridge.max_staleness",
     "trainer.total_training_steps": "trainer.total_training_steps",
     "trainer.total_epochs": "trainer.total_epochs",

@@ -41,8 +41,11 @@ def refuse_unknown(found: Iterable[object], known: Collection[str], where: str) 
         )
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, known: Collection[str] = ()) -> dict[str, Tensor]:
     """All tensors of a file.
+
+    Args:
+        known: entries of its metadata that the caller reads with :func:`metadata_of`.
 
     Raises:
         CartridgeFormatError: it cannot be read, or its metadata says things that are not known.
@@ -55,5 +58,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CartridgeFormatError(f"{path} cannot be read: {error}") from error
-    refuse_unknown(metadata, _METADATA, f"{path}, its metadata")
+    refuse_unknown(metadata, (*_METADATA, *known), f"{path}, its metadata")
     return tensors
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file that could be read says beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}

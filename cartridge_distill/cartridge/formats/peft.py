@@ -2,7 +2,8 @@
 
 One tensor, ``prompt_embeddings`` ``[P, L * 2 * H * D]``, per token laid out as
 ``[layer][key, value][kv_head][head_dim]``; the numbers stand in ``adapter_config.json``. Written by
-hand, so that peft need not be installed.
+hand, so that peft need not be installed. The metadata of the tensors' file, which peft does not
+read, holds a hash that is compared here; in a file of peft's own there is none.
 
 With peft, prompts follow the same rules as everywhere: no begin-of-text token and no second system
 prompt (:func:`cartridge_distill.model.prompts.render_prompt`). Positions and mask need nothing:
@@ -25,7 +26,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
+from cartridge_distill.cartridge.content_hash import sha256_of_named
+from cartridge_distill.cartridge.formats.known_keys import (
+    metadata_of,
+    read_safetensors,
+    refuse_unknown,
+)
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     NO_FROZEN_TOKEN,
     CartridgeMeta,
@@ -41,6 +47,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 _TENSOR = "prompt_embeddings"
+_SHA256 = "sha256"
 _NUMBERS = (
     "num_virtual_tokens",
     "num_frozen_tokens",
@@ -80,14 +87,17 @@ def read(path: Path) -> StoredCartridge:
     """
     config = _read_config(path)
     weights = path / ADAPTER_WEIGHTS
-    tensors = read_safetensors(weights)
+    tensors = read_safetensors(weights, (_SHA256,))
     if list(tensors) != [_TENSOR]:
         raise CartridgeFormatError(f"{weights} holds {sorted(tensors)}, expected [{_TENSOR!r}]")
-    tokens, frozen = _number(config, "num_virtual_tokens"), _number(config, "num_frozen_tokens", 0)
-    layers, heads = _number(config, "num_layers"), _number(config, "num_attention_heads")
-    width = _number(config, "token_dim")
+    file = path / ADAPTER_CONFIG
+    tokens, layers, heads, width = (
+        _number(config, name, file)
+        for name in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+    )
+    frozen = _number(config, "num_frozen_tokens", file, least=0)
     if width % heads:
-        raise CartridgeFormatError(f"token_dim={width} does not divide by {heads} kv heads")
+        raise CartridgeFormatError(f"{file}: token_dim={width} does not divide by {heads} kv heads")
     table_PE = tensors[_TENSOR]
     if tuple(table_PE.shape) != (tokens, layers * 2 * width):
         raise CartridgeFormatError(
@@ -96,11 +106,17 @@ def read(path: Path) -> StoredCartridge:
         )
     if frozen < 1:
         raise CartridgeFormatError(f"{path}: {NO_FROZEN_TOKEN}")
+    sha256 = metadata_of(weights).get(_SHA256)
+    if sha256 is not None and (found := _sha256(table_PE, frozen, layers, heads)) != sha256:
+        raise CartridgeFormatError(
+            f"{weights}: the tensor, or a number of {ADAPTER_CONFIG}, is not what was written: "
+            f"SHA-256 {found}, and the file says {sha256!r:.80}. Take another copy of both"
+        )
     parts = split_layers(*_layers_of(table_PE, layers, heads), frozen)
     meta = CartridgeMeta(
         config.get("base_model_name_or_path"), base_revision=config.get("revision")
     )
-    return StoredCartridge(checked_snapshot(parts, str(weights)), meta)
+    return StoredCartridge(checked_snapshot(parts, str(weights)), meta, sha256)
 
 
 def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> None:
@@ -135,7 +151,10 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
     }
 
     def fill(scratch: Path) -> None:
-        save_file({_TENSOR: prompt_embeddings(snapshot)}, scratch / ADAPTER_WEIGHTS)
+        table_PE = prompt_embeddings(snapshot)
+        sha256 = _sha256(table_PE, snapshot.num_frozen_tokens, snapshot.num_layers, heads)
+        # Some readers of metadata want the first entry.
+        save_file({_TENSOR: table_PE}, scratch / ADAPTER_WEIGHTS, {"format": "pt", _SHA256: sha256})
         (scratch / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     replace_directory(path, fill, overwrite)
@@ -149,6 +168,11 @@ def prompt_embeddings(snapshot: Snapshot) -> Tensor:
         [t[0].transpose(0, 1) for pair in zip(keys, values, strict=True) for t in pair], dim=1
     )
     return table.reshape(snapshot.num_tokens, -1).contiguous()
+
+
+def _sha256(table_PE: Tensor, *numbers: int) -> str:
+    """Of the tensor, and of frozen tokens, layers and heads, which its shape does not tell."""
+    return sha256_of_named({_TENSOR: table_PE, "numbers": torch.tensor(numbers)})
 
 
 def _layers_of(table_PE: Tensor, layers: int, heads: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -182,10 +206,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _number(config: dict[str, Any], name: str, least: int = 1) -> int:
+def _number(config: dict[str, Any], name: str, file: Path, least: int = 1) -> int:
     value = config.get(name)
     if type(value) is not int or value < least:
         raise CartridgeFormatError(
-            f"{ADAPTER_CONFIG}: {name} is {value!r}, expected a number of {least} or more"
+            f"{file}: {name} is {value!r:.60}, expected a number of {least} or more"
         )
     return value

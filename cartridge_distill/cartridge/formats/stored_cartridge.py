@@ -109,6 +109,7 @@ class StoredCartridge:
         }
 
     def dtype_name(self) -> str:
+        """``float32``, ``bfloat16`` or ``float16``."""
         return str(self.snapshot.dtype).removeprefix("torch.")
 
     def to(self, dtype: torch.dtype) -> StoredCartridge:

@@ -71,7 +71,9 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
             f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus; its "
             "model worker dies of such a cartridge"
         )
-    write_snapshot(cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite)
+    write_snapshot(
+        cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite, checksums=True
+    )
 
 
 def write_snapshot(
@@ -80,12 +82,15 @@ def write_snapshot(
     base_model: str,
     more_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    checksums: bool = False,
 ) -> Path:
     """Writes one version: plain lists of tensors, the token count also in ``config.yaml``.
 
     Args:
         base_model: recorded; the real server reads it and does not check it.
         more_files: further text files of the directory, by name.
+        checksums: of the numbers, in the zip that ``cartridge.pt`` is. Readers here compare them;
+            they take longer than the writing, so a version that is served at once has none.
 
     Raises:
         FileExistsError: the directory is there; the server never loads an id twice.
@@ -93,7 +98,8 @@ def write_snapshot(
     """
 
     def fill(scratch: Path) -> None:
-        _save(snapshot.parts, scratch / TOKASAURUS_WEIGHTS)
+        weights = scratch / TOKASAURUS_WEIGHTS
+        torch.save(snapshot.parts, weights) if checksums else _save(snapshot.parts, weights)
         write_config(scratch, snapshot.num_tokens, base_model)
         for name, text in (more_files or {}).items():
             (scratch / name).write_text(text)
@@ -123,6 +129,9 @@ def lay_out(
 
     Returns:
         The place in the file of each tensor's first byte; its bytes are contiguous.
+
+    Raises:
+        CartridgeFormatError: this torch lays a tensor out with another number of bytes.
     """
     parts: dict[str, list[Tensor]] = {}
     numbered: list[tuple[str, Tensor]] = []
@@ -183,8 +192,11 @@ def read_config(path: Path) -> Any:
     """
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise CartridgeFormatError(f"{path} cannot be read: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # dates, numbers of any length, keys that are none: in any way
+        reason = str(error) or type(error).__name__
+        raise CartridgeFormatError(f"{path} cannot be read: {reason}") from error
     if isinstance(config, dict) and not _OF_A_TRAINING & config.keys():
         refuse_unknown(config, _KNOWN, str(path))
     return config

@@ -13,6 +13,8 @@
 ``pdf_powers``     raised numbers of a PDF, told from the digits before them
 ``page_lines``     pages to one text: running heads, page numbers, divided words
 ``numbered``       numbered headings of a text without marks
+``manual_page``    a manual page as a terminal shows it
+``restructured``   reStructuredText less what is not text
 ``quality``        whether a text reads like words
 ``blocks``         headings, code and prose, by the rules of the kind of text
 ``sentence_ends``  where a sentence ends

@@ -33,12 +33,18 @@ _CONTENTS = re.compile(
 _CONTENTS_HEADING = re.compile(
     r"^ {0,3}#{1,6}[ \t]+(?:table of )?contents[ \t#:]*\n\s*(?=^ {0,3}#|\Z)", re.I | re.M
 )
-_TAGS = (
-    *("a", "abbr", "b", "big", "blockquote", "br", "center", "code", "details", "div", "em"),
-    *("font", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "kbd", "li", "ol", "p"),
-    *("picture", "pre", "s", "small", "source", "span", "strong", "sub", "summary", "sup"),
-    *("table", "tbody", "td", "th", "thead", "tr", "u", "ul", "video", "wbr"),
+_TAGS = (  # of HTML; what may as well be a placeholder (<title>, <output>) is not among them
+    *("a", "abbr", "acronym", "address", "article", "aside", "audio", "b", "bdi", "bdo", "big"),
+    *("blockquote", "body", "br", "button", "canvas", "caption", "center", "cite", "code", "col"),
+    *("colgroup", "dd", "del", "details", "dfn", "dir", "div", "dl", "dt", "em", "embed"),
+    *("fieldset", "figcaption", "figure", "font", "footer", "form", "h1", "h2", "h3", "h4", "h5"),
+    *("h6", "header", "hgroup", "hr", "html", "i", "iframe", "img", "ins", "kbd", "li", "main"),
+    *("mark", "nav", "nobr", "noscript", "ol", "p", "picture", "pre", "q", "rp", "rt", "ruby"),
+    *("s", "samp", "section", "small", "source", "span", "strike", "strong", "sub", "summary"),
+    *("sup", "svg", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "tt", "u", "ul", "var"),
+    *("video", "wbr"),
 )
+_UNSEEN = re.compile(r"<(script|style|svg|template)\b[^<>]*>.*?</\1\s*>", re.I | re.S)
 _FRACTION = re.compile(r"(\d?)<sup>(\d+)</sup>\s*[/\u2044]\s*<sub>(\d+)</sub>", re.I)
 _MATH = re.compile(r"\$\$.+?\$\$|\$(?![\s\d])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
 _GENERATED = re.compile(r"^[ \t]*\[(?:TOC|\[_TOC_\])\][ \t]*$|\{%[^\n]*?%\}", re.I | re.M)
@@ -96,6 +102,7 @@ def _clean(text: str, known: Set[str]) -> str:
     text = _CODE_SPAN.sub(put_aside, text)
     text = _MATH.sub(put_aside, text)
     text = _COMMENT.sub("", text)
+    text = _UNSEEN.sub("", text)
     text = _GENERATED.sub("", text)
     text = _ATTRIBUTES.sub(r"\1", text)
     text = _CONTENTS.sub("", text)

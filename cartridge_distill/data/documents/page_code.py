@@ -29,9 +29,10 @@ def prose_out_of_code(page: Tag) -> None:
         if pre.find("code") is not None or "highlight" in str(pre.get("class", "")):
             continue
         text = pre.get_text().expandtabs(8)
-        if len([line for line in text.splitlines() if line.strip()]) < 2 and len(text) < _SHORT:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2 and len(text) < _SHORT:
             continue
-        base = min(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip())
+        base = min((len(line) - len(line.lstrip()) for line in lines), default=0)
         mostly = _prose(text) >= _MOSTLY
         paragraphs = [said for said in re.split(r"\n[ \t]*\n", text) if said.strip()]
         if any(_is_prose(said, mostly, base) for said in paragraphs):

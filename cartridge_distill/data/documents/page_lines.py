@@ -1,7 +1,8 @@
 """The pages of a PDF, or of a text with form feeds, to one text: without what belongs to pages.
 
 Taken out: page numbers (a number whose distance from the count of pages is the same on several
-pages), running heads (a line at the top or the foot of a page that stands there on several), and
+pages), running heads (a line at the top or the foot of a page that stands there on several, or
+before its "4 / 57", or as TeX sets the heads of a book: "CHAPTER 4. SIMPLE EXAMPLE"), and
 lines of contents ("Harbours . . . . 12"). Put together: words that were divided at a line end.
 """
 
@@ -22,6 +23,8 @@ _LEADERS = re.compile(
 )
 _NUMBER = re.compile(r"^\W*(\d{1,4})\b\W*|\W*\b(\d{1,4})\W*$")
 _ROMAN = re.compile(r"^\W*[ivxlcdm]+\W*$")
+_BOOK_HEAD = re.compile(r"^(?:\w+ \d{1,2}|\d{1,2}(?:\.\d{1,2})+)\. \S")
+_OF_PAGES = re.compile(r"\d{1,4}\s*(?:/|of|von|van|de|di|sur|из)\s*\d{1,4}\W*$", re.I)
 _PAGE_OF = re.compile(
     r"^\W*(?:page|seite|página|pagina|стр\.?)\s*\d+(?:\s*\W\s*\d+|\s+\w+\s+\d+)?\W*$", re.I
 )
@@ -57,11 +60,13 @@ def joined_words(text: str, always: bool = True) -> str:
         first, second = match.groups()
         with_hyphen = whole[f"{first}-{second}".lower()] + whole[f"{first}\u2010{second}".lower()]
         without = whole[f"{first}{second}".lower()]
-        if match.group().rstrip()[len(first)] == "\u00ad":
+        sign = match.group()[len(first)]
+        if sign == "\u00ad":
             return first + second
         if with_hyphen > without or second[0].isupper() or first.isupper():
             return f"{first}-{second}"
-        return first + second if always or without else match.group()
+        # U+2010 at a line's end is typeset: it divides a word, as typed hyphens may not.
+        return first + second if always or without or sign == "\u2010" else match.group()
 
     return _DIVIDED.sub(put_together, text).replace("\u00ad", "")
 
@@ -123,8 +128,12 @@ def _marks(line: str, count: int) -> set[tuple[str, str]]:
         marks.add((f"number {distance}", _WITH_WORDS if rest else ""))
         if not rest:
             return marks
-    if said[-1] not in ".!?;,:" and any(char.isalpha() for char in said):
+    if _BOOK_HEAD.match(said) and said.isupper():
+        marks.add(("book", ""))
+    if said[-1] not in ".!?;,:。！？；，：" and any(char.isalpha() for char in said):
         marks.add(("words", said))
+    if of_pages := _OF_PAGES.search(said):
+        marks.add((f"of pages {said[: of_pages.start()]}", _WITH_WORDS))
     return marks
 
 

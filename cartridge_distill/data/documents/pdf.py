@@ -1,12 +1,15 @@
 """A PDF to text, by the first of two readers whose text reads like words.
 
 pypdf reads it first. Where its text does not read well (`quality`), PDFium does, which finds the
-spaces between words by the places of the letters; the better of both is taken. A text that no
-reader makes words of is refused, since a model would learn it as it is.
+spaces between words by the places of the letters; the better of both is taken. In Chinese or Thai
+no measure of words tells whether the Latin words in between are glued, so there both read it. A
+text that no reader makes words of is refused, since a model would learn it as it is.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +25,10 @@ from cartridge_distill.data.documents.quality import measure
 from cartridge_distill.util.errors import DocumentError
 
 T = TypeVar("T")
+# What pypdf says of single fonts is not what its text is worth; `quality` measures that.
+logging.getLogger("pypdf").setLevel(logging.ERROR)
+_LATIN = re.compile(r"[A-Za-z]+")
+_ALIKE = 0.01
 _PAGES_NAMED = 8
 _HOPELESS = 0.5  # of `badness`: refused
 _SUSPECT, _CLEARLY = 0.05, 0.03  # the second reader is asked, and must be so much better
@@ -48,12 +55,12 @@ def read_pdf(data: bytes, name: str) -> Pdf:
     notes = [f"{len(pages)} pages"]
     text = text_of_pages(pages)
     quality = measure(text)
-    if quality.faults or quality.badness > _SUSPECT:
+    if quality.faults or quality.badness > _SUSPECT or not quality.word_length:
         other = _attempt(lambda: _by_pdfium(data), name)
         other_text = text_of_pages(other)
         other_quality = measure(other_text)
         better = other_quality.badness < quality.badness - _CLEARLY or not quality.words
-        if better and other_quality.words:
+        if (better or _glued_in_between(text, other_text)) and other_quality.words:
             notes.append("read by PDFium, whose text reads more like words than pypdf's")
             pages, text, quality = other, other_text, other_quality
     empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
@@ -72,6 +79,14 @@ def read_pdf(data: bytes, name: str) -> Pdf:
         numbers = ", ".join(map(str, empty[:_PAGES_NAMED])) + more
         notes.append(f"no text on {len(empty)} of them ({numbers}): blank or scanned")
     return Pdf((title or "").strip() or None, text, tuple(notes))
+
+
+def _glued_in_between(text: str, other: str) -> bool:
+    """Does the other reader tell more Latin words apart, of as many letters?"""
+    ours, theirs = _LATIN.findall(text), _LATIN.findall(other)
+    letters, as_many = sum(map(len, ours)), sum(map(len, theirs))
+    alike = abs(letters - as_many) <= _ALIKE * letters
+    return alike and len(theirs) > (1 + _ALIKE) * len(ours)
 
 
 def _opened(data: bytes, name: str) -> PdfReader:

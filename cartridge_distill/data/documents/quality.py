@@ -8,7 +8,9 @@ scripts; where most letters are of a script without spaces, a word has no length
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cartridge_distill.data.words import count_unspaced
 
@@ -16,6 +18,9 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # names in code are no words
 _ALPHANUMERIC = re.compile(r"[^\W_]")
 _STRANGE = re.compile(r"[\ufffd\ue000-\uf8ff]|\(cid:\d+\)")
+_WORDS = re.compile(r"[^\W\d_]+|[^\w\s]|\d+")  # signs part words; what they part is not torn
+_FREQUENT = 0.004  # of all words: "a", "in", "de"
+_TORN = 0.004
 _LONG = 20  # letters; German's longest are seldom more
 _ENOUGH = 50  # words; fewer tell nothing
 _UNSPACED = 0.3  # of all letters; more, and words are not measured
@@ -31,6 +36,8 @@ class Quality:
         long_words: the share of the letters that stand in words of more than 20 letters.
         letters: the share of the characters that are letters or digits, white space aside.
         strange: the share of the characters that stand for none: replacement signs, private ones.
+        torn: the share of the words that are a part of a word of this text, beside its other part
+            ("ho w", where "how" is a word of it): readers of a PDF take kerning for a space.
     """
 
     words: int
@@ -38,6 +45,7 @@ class Quality:
     long_words: float
     letters: float
     strange: float
+    torn: float
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -56,6 +64,8 @@ class Quality:
             )
         elif self.word_length > 10:
             found.append(f"its words have {self.word_length:.1f} letters: they may be glued")
+        if self.torn > _TORN:
+            found.append(f"{self.torn:.1%} of its words are torn apart")
         if self.word_length < 2.5:
             found.append(f"its words have {self.word_length:.1f} letters: they may be torn apart")
         return tuple(found)
@@ -64,7 +74,8 @@ class Quality:
     def badness(self) -> float:
         """0 for a good text; for the choice between two readings of one file."""
         apart = max(0.0, self.word_length - 7, 3.5 - self.word_length if self.word_length else 0)
-        return self.long_words + 4 * self.strange + apart / 4 + max(0.0, 0.6 - self.letters)
+        words = self.long_words + 20 * self.torn + apart / 4
+        return words + 4 * self.strange + max(0.0, 0.6 - self.letters)
 
 
 def measure(text: str) -> Quality:
@@ -81,4 +92,18 @@ def measure(text: str) -> Quality:
         long_words=sum(n for n in lengths if n > _LONG) / total if total and spaced else 0.0,
         letters=letters / characters if characters else 0.0,
         strange=sum(len(found) for found in _STRANGE.findall(text)) / max(1, characters),
+        torn=_torn(text) if spaced else 0.0,
     )
+
+
+def _torn(text: str) -> float:
+    """See :class:`Quality`. A part has one or two letters, and is no frequent word by itself."""
+    found = _WORDS.findall(text.lower())
+    whole = Counter(found)
+    parts = 0
+    for one, two in pairwise(found):
+        short, other = sorted((one, two), key=len)
+        joined = one + two
+        if len(short) <= 2 and len(joined) >= 3 and whole[joined] > max(1, whole[other]):
+            parts += whole[short] <= _FREQUENT * len(found)
+    return parts / max(1, len(found))

@@ -1,6 +1,8 @@
 """Files to documents: which files of a folder, and the text out of each kind.
 
-    .txt            as it is, less page heads where it has form feeds
+    .txt            as it is, less page heads where it has form feeds (manual_page.py), and as
+                    .rst where it looks so
+    .rst            less directives, comments and addresses (restructured.py)
     .md, .markdown  less front matter, comments, images and addresses (markdown.py)
     .html, .htm     the page's main part as Markdown, less navigation (page.py)
     .pdf            the text of its pages, less running heads (pdf.py, page_lines.py)
@@ -19,13 +21,20 @@ from pathlib import Path
 
 from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.decoding import decode
+from cartridge_distill.data.documents.manual_page import without_head
 from cartridge_distill.data.documents.markdown import clean_markdown
 from cartridge_distill.data.documents.page import read_page
 from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
 from cartridge_distill.data.documents.pdf import read_pdf
+from cartridge_distill.data.documents.restructured import clean_restructured, looks_restructured
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
 from cartridge_distill.util.lfs import about, is_pointer
+
+_NAMED = 3  # of files of one kind that is not read
+_CONVERTED = frozenset(
+    (".docx", ".doc", ".odt", ".rtf", ".epub", ".tex", ".org", ".adoc", ".textile", ".ipynb")
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Reading:
 def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
     """Reads a file, or all files of a folder and of those below it, in order of their names.
 
-    Hidden files and folders (a leading dot) are not looked at. Of two files with the same text the
-    first is kept.
+    Hidden files and folders (a leading dot) are not looked at, and links to folders are not
+    followed; a line says so of each. Of two files with the same text the first is kept.
 
     Args:
         path: a file, or a folder.
@@ -73,15 +82,18 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
         raise DocumentError(f"{path} does not exist. Name a file or a folder of documents.")
     if path.is_file() and path.suffix.lower() not in KINDS:
         raise DocumentError(f"{path}: {_unknown_kind(path)}; records are read from .json files.")
+    if not path.is_file() and not path.is_dir():
+        raise DocumentError(f"{path} is no file (a pipe, a socket or a device). Save it as one.")
     files = [path] if path.is_file() else _files_below(path)
     root = path.parent if path.is_file() else path
     documents: dict[str, ReadFile] = {}
-    skipped: list[str] = []
+    skipped = _no_files(path) if path.is_dir() else []
     refused: list[str] = []
+    unknown: dict[str, list[str]] = {}
     for file in files:
         document_id = file.relative_to(root).as_posix()
         if file.suffix.lower() not in KINDS:
-            skipped.append(f"{document_id}: {_unknown_kind(file)}")
+            unknown.setdefault(file.suffix.lower(), []).append(document_id)
             continue
         try:
             read = read_file(file, document_id)
@@ -92,6 +104,7 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
             skipped.append(f"{document_id}: the same text as {documents[read.text].document_id}")
             continue
         documents[read.text] = read
+    skipped += [line for ending in sorted(unknown) for line in _unread(ending, unknown[ending])]
     if refused:
         raise DocumentError(
             "\n- ".join(
@@ -143,9 +156,37 @@ def _files_below(folder: Path) -> list[Path]:
     )
 
 
+def _no_files(folder: Path) -> list[str]:
+    """A line for each thing below a folder that is no file and no folder to look into."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path.is_symlink() and path.is_dir():
+            found.append(f"{name.as_posix()}: a link to a folder, which is not followed")
+        elif path.is_symlink() and not path.exists():
+            found.append(f"{name.as_posix()}: a link to {path.readlink()}, which does not exist")
+        elif not path.is_file() and not path.is_dir():
+            found.append(f"{name.as_posix()}: no file (a pipe, a socket or a device)")
+    return found
+
+
+def _unread(ending: str, names: Sequence[str]) -> list[str]:
+    """A line for each file of a kind that is not read, or one for all of them if there are many."""
+    why = _unknown_kind(Path(names[0]))
+    if len(names) <= _NAMED:
+        return [f"{name}: {why}" for name in names]
+    shown = ", ".join(names[:_NAMED])
+    return [f"{shown} and {len(names) - _NAMED} more files like them: {why}"]
+
+
 def _unknown_kind(path: Path) -> str:
-    ending = path.suffix or "no ending"
-    return f"not a kind that is read ({ending}; known: {', '.join(KINDS)})"
+    ending = path.suffix.lower()
+    said = f"not a kind that is read ({ending or 'no ending'}; known: {', '.join(KINDS)})"
+    if ending in _CONVERTED:
+        said += f"; convert it first: pandoc FILE{ending} -o FILE.md, or save it as PDF or HTML"
+    return said
 
 
 # --- one function a kind: bytes and name to (title or None, text, notes, form) --------------------
@@ -155,8 +196,16 @@ _Read = tuple[str | None, str, Sequence[str], Form]
 
 def _plain(data: bytes, name: str) -> _Read:
     decoded = decode(data, name)
-    text = plain_letters(decoded.text)
+    name_of_page, text = without_head(plain_letters(decoded.text))
+    if looks_restructured(text):
+        text = clean_restructured(text)
     text = text_of_pages(text.split("\f"), divided=False)
+    return name_of_page or first_heading(text, "plain"), text, _noted(decoded.note), "plain"
+
+
+def _restructured(data: bytes, name: str) -> _Read:
+    decoded = decode(data, name)
+    text = clean_restructured(plain_letters(decoded.text))
     return first_heading(text, "plain"), text, _noted(decoded.note), "plain"
 
 
@@ -184,7 +233,9 @@ KINDS: dict[str, Callable[[bytes, str], _Read]] = {
     ".txt": _plain,
     ".md": _markdown,
     ".markdown": _markdown,
+    ".rst": _restructured,
     ".html": _html,
     ".htm": _html,
+    ".xhtml": _html,
     ".pdf": _pdf,
 }

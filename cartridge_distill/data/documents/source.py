@@ -22,7 +22,7 @@ from cartridge_distill.data.documents import structure
 from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.chunking import chunk_text
 from cartridge_distill.data.documents.reading import KINDS, ReadFile, read_documents
-from cartridge_distill.data.documents.usable import usable
+from cartridge_distill.data.documents.usable import usable, usable_in_record
 from cartridge_distill.data.records import Document, Question, Record, parse_records, sha256_of
 from cartridge_distill.data.words import normalised
 from cartridge_distill.util import json_text
@@ -158,6 +158,10 @@ def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Sou
         ConfigError: records that cannot be read or are not in LongHealth's schema.
         DocumentError: documents that cannot be read.
     """
+    if not data.strip():
+        raise ConfigError(
+            "--data is empty, and would mean this folder. Name the data; . is this folder."
+        )
     path = Path(data)
     remote = data == "longhealth" or data.startswith(("http://", "https://"))
     are_records = remote or path.suffix.lower() == ".json" and not path.is_dir()
@@ -171,8 +175,14 @@ def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Sou
             for warning in found.warnings():
                 say(f"warning: {read.document_id}: {warning}")
         return with_own_names([Source.of_file(read) for read in reading.documents])
-    records = parse_records(_records_text(data, say), data)
-    return with_own_names([Source.of_record(record) for record in records])
+    records = [Source.of_record(r) for r in parse_records(_records_text(data, say), data)]
+    for source in records:
+        said = (sentence for section in source.sections for sentence in source.sentences(section))
+        found = usable_in_record(source.text, said)
+        say(f"read {source.document_id}: {found.line()}")
+        for warning in found.warnings():
+            say(f"warning: {source.document_id}: {warning}")
+    return with_own_names(records)
 
 
 def with_own_names(sources: Sequence[Source]) -> list[Source]:

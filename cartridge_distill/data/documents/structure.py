@@ -27,6 +27,7 @@ from cartridge_distill.data.documents.sentence_ends import sentence_starts
 from cartridge_distill.data.words import is_unspaced
 
 LONGEST_SENTENCE = 1_000  # characters that a prompt is made of; a longer sentence gives stretches
+_BEFORE_TITLE = 200  # characters: badges, a date, an author
 _BREAKS = (re.compile(r"\n\s*"), re.compile(r"(?<=[;:,])\s+|(?<=[、，；：])"), re.compile(r"\s+"))
 
 
@@ -160,8 +161,18 @@ def shortened(sentences: Iterable[str]) -> list[str]:
 
 
 def first_heading(text: str, form: Form) -> str | None:
-    """The first heading that is marked as one."""
-    return next((block.title for block in marked_blocks(text, form) if block.depth), None)
+    """The heading that names the whole text, of those that are marked as one.
+
+    It is the first, if it stands over all others: no other is as high, or hardly anything stands
+    before it. "Sponsors", between a text's introduction and its next chapter, is no name for it.
+    """
+    headings = [block for block in marked_blocks(text, form) if block.depth]
+    if not headings:
+        return None
+    first = headings[0]
+    as_high = sum(block.depth <= first.depth for block in headings)
+    before = len("".join(text[: first.start].split()))
+    return first.title if as_high == 1 or before <= _BEFORE_TITLE else None
 
 
 def _stretches(text: str, start: int, end: int) -> list[int]:

@@ -8,6 +8,7 @@ document that was read by the wrong rules looks like that, too.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cartridge_distill.data.documents.blocks import Form
@@ -23,6 +24,7 @@ _SAID = {
     "heading": "headings",
     "table": "table rows",
     "short": f"lines of less than {FEWEST_WORDS} words",
+    "head": "the record's head and the names of its sections",
 }
 
 
@@ -79,6 +81,16 @@ def usable(text: str, form: Form) -> Usable:
         else:
             counts[kind] += _size(said)
         stretches += piece.stretch
+    return _measured(text, counts, stretches)
+
+
+def usable_in_record(text: str, sentences: Iterable[str]) -> Usable:
+    """The same for a record, whose prompts are made of these sentences, however short they are."""
+    said = sum(map(_size, sentences))
+    return _measured(text, Counter(sentence=said, head=_size(text) - said), 0)
+
+
+def _measured(text: str, counts: Counter[str], stretches: int) -> Usable:
     quality = measure(text)
     total = max(1, counts.total())
     rest = {kind: count / total for kind, count in counts.most_common() if kind != "sentence"}

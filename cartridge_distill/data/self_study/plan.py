@@ -87,6 +87,7 @@ class StudyChunk:
 
     @property
     def span(self) -> str:
+        """``start:end``, in characters of the teacher's text."""
         return f"{self.start}:{self.end}"
 
 
@@ -151,6 +152,7 @@ class Plan:
         return self.chunks[self._order(turn)[place]]
 
     def task(self, number: int) -> Task:
+        """The task of a number from 0; the same whenever it is asked for."""
         chunk = self.chunk_of(number)
         rng = random.Random(f"{self.seed}/task {number}")
         kind = KINDS[number % len(KINDS)]

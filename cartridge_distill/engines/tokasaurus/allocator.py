@@ -98,6 +98,10 @@ def pick_blocks(
 
     Returns:
         ``num_blocks`` distinct blocks that hold nothing and that nobody reads.
+
+    Raises:
+        ValueError: less than one block is asked for.
+        no_space: see above.
     """
     if num_blocks < 1:
         raise ValueError(f"asked for {num_blocks} blocks")

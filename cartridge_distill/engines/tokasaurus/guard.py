@@ -59,6 +59,7 @@ def import_tokasaurus(module: str) -> Any:
 
     Raises:
         TokasaurusMissing: it cannot be imported, with the fix.
+        UnknownTokasaurus: it is there and has no such module.
     """
     name = f"tokasaurus.{module}"
     try:

@@ -34,6 +34,7 @@ def install() -> None:
     Raises:
         UnknownTokasaurus: nothing was changed; the message names the functions.
         TokasaurusMissing: there is none.
+        RuntimeError: the replacements are not there afterwards, which is a defect of this package.
     """
     if is_installed():
         return

@@ -86,7 +86,11 @@ def serve(arguments: Sequence[str], preparation: Preparation) -> None:
 
 
 def run_processes(config: Any, preparation: Preparation) -> None:
-    """Start all processes of a finished Tokasaurus configuration; run the local one here."""
+    """Start all processes of a finished Tokasaurus configuration; run the local one here.
+
+    Raises:
+        UnknownTokasaurus: it starts its processes in another way than the known one.
+    """
     entry = import_tokasaurus("entry")
     if not hasattr(entry, "make_proc_dict"):
         raise UnknownTokasaurus(

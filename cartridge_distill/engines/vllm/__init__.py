@@ -18,6 +18,7 @@ changed or copied; its command line loads two classes of this package::
 ``catalogue``   cartridges by id: found, read safely, checked, told apart by their content
 ``wanted``      what a request says of its cartridges, and when it must not be computed
 ``placing``     which tokens go to which slots of the cache; which heads and layers a rank has
+``planning``    the scheduler half: which requests have cartridges, what a step must load
 ``resident``    cartridges on the device, within a bound
 ``connector``   the class that vLLM loads; the only module that imports vLLM when it is imported
 ``answers``     one request through vLLM's engine, behind this project's routes

@@ -17,7 +17,7 @@ import ctypes
 import logging
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,40 +31,25 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cartridge_distill.engines.vllm.catalogue import Catalogue
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.engines.vllm.placing import layer_number, slots
+from cartridge_distill.engines.vllm.planning import Load, Plan, Planner
 from cartridge_distill.engines.vllm.resident import DeviceKv, Residents
 from cartridge_distill.engines.vllm.versions import known
-from cartridge_distill.engines.vllm.wanted import Misused, Wanted, check_request, read_parameters
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError, ConfigError
 
-logger = logging.getLogger(__name__)
+# vLLM shows what its own loggers say, and these are below them.
+logger = logging.getLogger("vllm.cartridges")
 
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True)
-class Load:
-    """Tokens ``start..`` of one request's cartridges, and for each cache group its block ids."""
-
-    request_id: str
-    wanted: Wanted
-    start: int
-    block_ids: tuple[list[int], ...]
-
-
 @dataclass
-class Step(KVConnectorMetadata):  # type: ignore[misc]  # untyped here
-    """What the scheduler half tells the worker half of one step.
+class Step(KVConnectorMetadata):
+    """What the scheduler half tells the worker half of one step."""
 
-    Attributes:
-        loads: in the order in which they were scheduled.
-        refused: requests that must fail, with the block ids of their first group.
-    """
-
-    loads: list[Load] = field(default_factory=list)
-    refused: dict[str, list[int]] = field(default_factory=dict)
+    plan: Plan
 
 
-class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # untyped here
+class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):
     """Cartridges as KV from elsewhere; see the module.
 
     Raises:
@@ -78,16 +63,16 @@ class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._known = known(vllm.__version__)
         _check_config(vllm_config, kv_cache_config)
         options = Options.read(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._half: _Scheduler | _Worker
+        self._half: Planner | _Worker
         if role == KVConnectorRole.SCHEDULER:
-            self._half = _Scheduler()
+            self._half = Planner()
         else:
             self._half = _Worker(vllm_config, kv_cache_config, options, self._known.fails_requests)
         _end_with_parent()
 
     @property
-    def _scheduler(self) -> _Scheduler:
-        assert isinstance(self._half, _Scheduler)
+    def _scheduler(self) -> Planner:
+        assert isinstance(self._half, Planner)
         return self._half
 
     @property
@@ -110,7 +95,7 @@ class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.note(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
-        return self._scheduler.step()
+        return Step(self._scheduler.next_plan())
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -128,7 +113,7 @@ class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         step = self._get_connector_metadata()
         assert isinstance(step, Step)
-        self._worker.load(step)
+        self._worker.load(step.plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return  # all layers are loaded before the forward begins
@@ -150,64 +135,6 @@ class CartridgeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed_blocks()
-
-
-class _Scheduler:
-    """Which requests have cartridges, and what is to be loaded in the step being planned."""
-
-    def __init__(self) -> None:
-        self._requests: dict[str, Wanted | Misused] = {}
-        self._step = Step()
-
-    def take(self, request: Any) -> None:
-        """Looks at a new request; blocks that it comes to share are of its cartridges alone."""
-        try:
-            wanted = read_parameters(request.kv_transfer_params)
-            if wanted is None:
-                return
-            check_request(wanted, request.prompt_token_ids, request.sampling_params)
-            self._requests[request.request_id] = wanted
-            salt = wanted.salt
-        except Misused as error:
-            logger.error("request %s is failed: %s", request.request_id, error)
-            self._requests[request.request_id] = error
-            salt = f"refused {request.request_id}"
-        own = request.cache_salt
-        request.cache_salt = salt if own is None else f"{salt} {own}"
-        request.block_hashes.clear()
-        request.update_block_hashes()
-
-    def tokens_to_load(self, request: Any, computed: int) -> tuple[int, bool]:
-        """How many tokens after the first ``computed`` come from a cartridge.
-
-        Returns:
-            Their number, and whether the request waits for them: only one that must fail does.
-        """
-        wanted = self._requests.get(request.request_id)
-        if wanted is None:
-            return 0, False
-        if isinstance(wanted, Misused):
-            return 1, True
-        return max(0, wanted.tokens - computed), False
-
-    def note(self, request: Any, block_ids: tuple[list[int], ...], count: int) -> None:
-        """vLLM took these blocks for a request's first tokens; the last ``count`` are loaded."""
-        wanted = self._requests[request.request_id]
-        if isinstance(wanted, Misused):
-            self._step.refused[request.request_id] = list(block_ids[0])
-            return
-        start = wanted.tokens - count
-        self._step.loads.append(
-            Load(request.request_id, wanted, start, tuple(map(list, block_ids)))
-        )
-
-    def step(self) -> Step:
-        """What was noted since the last step."""
-        done, self._step = self._step, Step()
-        return done
-
-    def forget(self, request_id: str) -> None:
-        self._requests.pop(request_id, None)
 
 
 class _Worker:
@@ -234,13 +161,13 @@ class _Worker:
         self._refused: set[str] = set()
         self._failed_blocks: set[int] = set()
 
-    def load(self, step: Step) -> None:
+    def load(self, plan: Plan) -> None:
         """Fills the blocks of a step, and notes what fails."""
-        self._refused |= step.refused.keys()
+        self._refused |= plan.refused.keys()
         if not self._fails_requests:
-            for blocks in step.refused.values():
+            for blocks in plan.refused.values():
                 self._failed_blocks.update(blocks)
-        for load in step.loads:
+        for load in plan.loads:
             try:
                 self._write(load)
             except (CartridgeDistillError, OSError, RuntimeError) as error:

@@ -26,7 +26,8 @@ from cartridge_distill.server.openai.app import create_openai_app
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.known_hosts import KnownHosts
 
-logger = logging.getLogger(__name__)
+# vLLM shows what its own loggers say, and these are below them.
+logger = logging.getLogger("vllm.cartridges")
 
 
 class CartridgeFront:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.engines.vllm.placing import heads_of_rank
-from cartridge_distill.engines.vllm.wanted import Wanted
+from cartridge_distill.engines.vllm.wanted import Misused, Wanted
 
-logger = logging.getLogger(__name__)
+# vLLM shows what its own loggers say, and these are below them.
+logger = logging.getLogger("vllm.cartridges")
 
 Read = Callable[[Wanted], tuple[list[Tensor], list[Tensor]]]
 
@@ -67,12 +68,23 @@ class Residents:
         """The cartridges of a request; read where they are not resident.
 
         Raises:
-            What ``read`` raises.
+            Misused: they have another number of tokens than the request says.
+            Whatever ``read`` raises.
         """
-        kept = self._kept.get(wanted.content)
-        if kept is not None:
+        found = self._kept.get(wanted.content)
+        if found is None:
+            found = self._load(wanted)
+        else:
             self._kept.move_to_end(wanted.content)
-            return kept
+        # Slots are counted by what the request says.
+        if len(found.keys[0]) != wanted.tokens:
+            raise Misused(
+                f"{' + '.join(wanted.ids)}: {len(found.keys[0])} tokens, the request says "
+                f"{wanted.tokens}"
+            )
+        return found
+
+    def _load(self, wanted: Wanted) -> DeviceKv:
         keys, values = ([self._mine(t) for t in side] for side in self._read(wanted))
         size = sum(t.numel() for t in (*keys, *values)) * self._dtype.itemsize
         # Room first: the new one must not come on top of a full house.
@@ -80,7 +92,7 @@ class Residents:
             self._kept.popitem(last=False)
         made = DeviceKv([self._placed(t) for t in keys], [self._placed(t) for t in values])
         self._kept[wanted.content] = made
-        logger.info("cartridge %s: %d tokens", " + ".join(wanted.ids), wanted.tokens)
+        logger.info("loaded cartridge %s: %d tokens", " + ".join(wanted.ids), wanted.tokens)
         return made
 
     def _mine(self, tensor: Tensor) -> Tensor:

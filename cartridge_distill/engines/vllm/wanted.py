@@ -61,6 +61,8 @@ def read_parameters(parameters: Mapping[str, Any] | None) -> Wanted | None:
     """
     if not parameters:
         return None
+    if not isinstance(parameters, Mapping):
+        raise Misused(f"kv_transfer_params is a {type(parameters).__name__}, not an object")
     unknown = sorted(map(str, parameters.keys() - {PARAMETER}))
     if unknown:
         raise Misused(f"kv_transfer_params has {', '.join(unknown)}, which is not known here")

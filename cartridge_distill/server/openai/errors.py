@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from cartridge_distill.util.http_errors import shortened
@@ -180,6 +181,12 @@ def _kind(value: Any) -> str:
     return "null"
 
 
+def _offered(app: FastAPI) -> list[str]:
+    """What a client may ask for, as ``POST /v1/chat/completions``."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return [f"{next(iter(route.methods))} {route.path}" for route in routes]
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Every answer that is an error has OpenAI's form, unknown URLs and crashes included."""
 
@@ -195,7 +202,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def other(http: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"Invalid URL ({http.method} {http.scope['path']})"
+            here = ", ".join(_offered(app))
+            message = f"Invalid URL ({http.method} {http.scope['path']}). Offered here: {here}."
         elif error.status_code == 405:
             message = f"Not allowed to {http.method} on {http.scope['path']}."
         headers = dict(error.headers) if error.headers else None

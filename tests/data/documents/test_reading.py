@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cartridge_distill.data.documents.reading import read_documents, read_file
-from cartridge_distill.data.documents.source import Source
-from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.data.documents.source import Source, load_sources
+from cartridge_distill.util.errors import ConfigError, DocumentError
 from tests.data.documents.made import encrypted, prose, sentence, write_pdf, write_typeset_pdf
 
 PAGE = """<!doctype html><html><head><title> The  harbour </title>
@@ -173,6 +174,45 @@ def test_folders_below_other_kinds_copies_and_hidden_files(tmp_path: Path) -> No
     same, unknown = sorted(reading.skipped)
     assert same == "copy.txt: the same text as a.txt"
     assert unknown.startswith("picture.png: not a kind that is read (.png; known: .txt")
+
+
+def test_links_and_pipes_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "b.txt").write_text("Text of b.")
+    (folder / "a.txt").write_text("Text of a.")
+    (folder / "b.txt").symlink_to(elsewhere / "b.txt")
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    os.mkfifo(folder / "pipe.txt")
+    reading = read_documents(folder)
+    assert [document.document_id for document in reading.documents] == ["a.txt", "b.txt"]
+    assert sorted(reading.skipped) == [
+        "gone.txt: a link to nowhere.txt, which does not exist",
+        "more: a link to a folder, which is not followed",
+        "pipe.txt: no file (a pipe, a socket or a device)",
+    ]
+    with pytest.raises(DocumentError, match="pipe.txt is no file"):
+        read_documents(folder / "pipe.txt")
+
+
+def test_many_files_of_a_kind_that_is_not_read_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Text of a.")
+    for number in range(9):
+        (tmp_path / f"{number}.gif").write_bytes(b"GIF")
+    (tmp_path / "b.docx").write_bytes(b"PK")
+    pictures, letter = sorted(read_documents(tmp_path).skipped)
+    assert pictures.startswith("0.gif, 1.gif, 2.gif and 6 more files like them: not a kind")
+    assert letter.endswith(
+        "convert it first: pandoc FILE.docx -o FILE.md, or save it as PDF or HTML"
+    )
+
+
+def test_no_name_is_not_this_folder() -> None:
+    for name in ("", " "):
+        with pytest.raises(ConfigError, match="--data is empty"):
+            load_sources(name, print)
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

@@ -207,6 +207,13 @@ def test_whatever_goes_wrong_has_one_form(
     strict.problem(answer)
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/chat/completions"])
+def test_a_url_that_is_not_here_is_told_what_is(served: BackgroundServer, path: str) -> None:
+    """Clients try others by default, or are given a base URL without /v1."""
+    said = httpx.post(served.url + path, json=ASK).json()["error"]["message"]
+    assert f"POST {path}" in said and "POST /v1/chat/completions" in said
+
+
 def test_a_body_of_another_kind_is_told_so(served: BackgroundServer) -> None:
     """curl's -d without the header."""
     answer = httpx.post(

@@ -33,8 +33,8 @@ from cartridge_distill.sync.versions import new_run_id, version_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, SyncError
 from verl_patches.hooks import cartridge_config_of
 from verl_patches.rollout.ray_errors import kind_and_message
+from verl_patches.rollout.run_ids import record_start
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
-from verl_patches.trainer import run_folder
 
 
 class ServerAdapter(BaseRollout):
@@ -134,7 +134,7 @@ class ServerAdapter(BaseRollout):
     def _clear_up_after_earlier_starts(self, publisher: CartridgePublisher) -> None:
         folder = dict(self.config.custom or {}).get("run_folder")
         if folder is not None:
-            earlier = run_folder.record_start(Path(folder).expanduser().absolute(), self.run_id)
+            earlier = record_start(Path(folder).expanduser().absolute(), self.run_id)
             if gone := publisher.delete_runs(earlier):
                 left = ", ".join(gone)
                 print(f"[cartridge] deleted what an earlier start has left: {left}", flush=True)

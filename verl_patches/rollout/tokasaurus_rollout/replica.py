@@ -32,7 +32,7 @@ def server_urls(custom: Any) -> list[str]:
     if not urls:
         raise ConfigError(
             "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; start a server with "
-            "`python -m cartridge_distill.server` or deploy one, and give its URL"
+            "`cartridge-distill serve` or deploy one, and give its URL"
         )
     return [checked_url(url) for url in urls]
 

@@ -196,6 +196,7 @@ class TokasaurusHttpServer:
         )
 
     async def close(self) -> None:
+        """Closes the connections to the server."""
         await self.client.close()
 
 
