@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cartridge_distill.cli.about import About, Asked, check, look
+from cartridge_distill.cli.about import About, Asked, check, check_loaded, look
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.openmp import spinning
@@ -112,6 +112,7 @@ def converse(options: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(about.model).expanduser()), dtype=dtype
         )
+    check_loaded(asked, about)
     model.to(device).eval()
     views, shown = _views(about, model, tokenizer)
     compare = options.compare
