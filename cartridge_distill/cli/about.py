@@ -143,6 +143,19 @@ def look(asked: Asked, source: str | None, model: str) -> About:
     )
 
 
+def check_loaded(asked: Asked, about: About) -> None:
+    """Compares the weights again: those of a hub id may have come only with the loading.
+
+    Raises:
+        OtherModel: they are others than the cartridge says.
+    """
+    from cartridge_distill.model.identity import check_same_weights
+
+    if about.stored is not None:
+        allow = asked.allow_other_model
+        check_same_weights(about.stored.meta, about.source, about.model, allow_other=allow)
+
+
 def _check_weights(source: str, model: str) -> None:
     """What two files say at once: the model's weights are others than the cartridge says."""
     from cartridge_distill.model.identity import check_same_weights

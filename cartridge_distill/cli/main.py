@@ -473,7 +473,7 @@ def serve(
     """
     passed_on = list(context.args)
     if run_folder is not None and run_folder.startswith("-"):  # what stands after --
-        run_folder, passed_on = None, [run_folder, *passed_on]
+        passed_on, run_folder = [run_folder, *passed_on], None
     from cartridge_distill.cli.serve import ServeOptions, run, run_rollout_server
 
     options = ServeOptions(

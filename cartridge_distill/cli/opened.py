@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
-from cartridge_distill.cli.about import About
+from cartridge_distill.cli.about import About, Asked, check_loaded
 from cartridge_distill.cli.conversation import Conversation, View, document_prefix
 from cartridge_distill.model.loading import no_weights_bar
 from cartridge_distill.model.prompts import render_document
@@ -61,7 +61,7 @@ class Opened:
         )
 
 
-def open_views(about: About, device: torch.device, dtype: Any) -> Opened:
+def open_views(asked: Asked, about: About, device: torch.device, dtype: Any) -> Opened:
     """Loads the model, and puts cartridge and document before it as far as they are known.
 
     Args:
@@ -70,12 +70,14 @@ def open_views(about: About, device: torch.device, dtype: Any) -> Opened:
     Raises:
         ConfigError: the model cannot be read.
         CartridgeFormatError: the cartridge is of another model.
+        OtherModel: so say the weights, now that they are there.
     """
     tokenizer = read_tokenizer(about.model)
     with no_weights_bar(), reading(about.model, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(about.model).expanduser()), dtype=dtype
         )
+    check_loaded(asked, about)
     model.to(device).eval()
     views: dict[str, View] = {NO_DOCUMENT: None}
     token_bytes = KvShape.of(model.config).numbers * model.dtype.itemsize

@@ -19,7 +19,7 @@ from pathlib import Path
 import typer
 
 from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER
-from cartridge_distill.cli.about import Asked, check, look
+from cartridge_distill.cli.about import Asked, check, check_loaded, look
 from cartridge_distill.cli.shown import Shown
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
@@ -197,6 +197,8 @@ def _serve(
     )
     typer.echo(f"loading {model_name} ...")
     model = load_model(model_name, getattr(torch, options.dtype), device)
+    for name, about in abouts.items():
+        check_loaded(asked[name], about)
     service = Service(model, tokenizer, settings, options.threads)
     playground = shown.on_page(service.limits.max_tokens_per_request, model)
     for name, document in shown.documents.items():

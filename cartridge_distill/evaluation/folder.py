@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,16 @@ def _load(options: argparse.Namespace) -> _Loaded:
         tokenizer = read_tokenizer(options.model)
         data = EvaluationData.from_folder(options.data, tokenizer, options.prompts, options.limit)
     stored = read_cartridge(options.cartridge, read_model_config(options.model))
-    told = check_same_weights(
-        stored.meta, options.cartridge, options.model, allow_other=options.allow_other_model
+    same_weights = partial(
+        check_same_weights,
+        *(stored.meta, options.cartridge, options.model),
+        allow_other=options.allow_other_model,
     )
-    if told is not None:
+    if (told := same_weights()) is not None:
         say(f"warning: {told}")
     with Stage(f"loading {options.model} ({options.dtype}, {device})"):
         model = load_model(options.model, getattr(torch, options.dtype), device)
+    same_weights()  # again: those of a hub id may have come only now
     teacher = Teacher(
         model, data.documents, lambda text: render_document(tokenizer, text), max_cached=1
     )

@@ -24,8 +24,9 @@ _NAMES = ("model.safetensors", "model.safetensors.index.json")
 _OLD_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _LARGEST_HEADER = 100 * 2**20
 # Bfloat16 is no dtype of numpy's: it is the upper half of a float32.
-_BF16 = np.dtype("<u2")
-_FLOATS = {
+_BF16: np.dtype[Any] = np.dtype("<u2")
+_BYTES: np.dtype[Any] = np.dtype("u1")
+_FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -108,9 +109,9 @@ def _of_safetensors(file: Path) -> Iterator[Sample]:
         for name, about in header.items():
             shape = tuple(about["shape"])
             first, end = about["data_offsets"]
-            dtype, count = _FLOATS.get(about["dtype"]), prod(shape)
-            if dtype is None or end - first != count * dtype.itemsize:
-                dtype, count = np.dtype("u1"), end - first
+            dtype, count = _FLOATS.get(about["dtype"], _BYTES), prod(shape)
+            if dtype is _BYTES or end - first != count * dtype.itemsize:
+                dtype, count = _BYTES, end - first
             read = bytearray()
             for start, stop in places(count):
                 handle.seek(8 + length + first + start * dtype.itemsize)

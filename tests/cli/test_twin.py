@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from cartridge_distill.cli import main as cli
-from cartridge_distill.cli.about import Asked, check, look
+from cartridge_distill.cli.about import Asked, check, check_loaded, look
 from cartridge_distill.cli.doctor import _weights
 from cartridge_distill.cli.untrained import make
 from cartridge_distill.evaluation.command import main as evaluate
@@ -97,6 +97,20 @@ def test_serve_and_chat_look_before_they_load(run: Path, twin: str, older: str) 
     assert OTHER in look(allowed, *check(allowed)).warnings[0]
     unknown = Asked(older, twin)
     assert "does not say which weights" in look(unknown, *check(unknown)).warnings[0]
+
+
+def test_weights_that_come_with_the_loading_are_compared_then(
+    run: Path, twin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cartridge_distill.model import identity
+
+    asked = Asked(str(run), twin)
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "weights_fingerprint", lambda *_: None)
+        about = look(asked, *check(asked))
+    assert "not on this machine yet" in about.warnings[0]
+    with pytest.raises(OtherModel, match=OTHER):
+        check_loaded(asked, about)
 
 
 def test_init_says_the_weights_it_is_made_for(model_folder: Path, tmp_path: Path) -> None:

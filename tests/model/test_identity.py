@@ -129,13 +129,13 @@ def test_what_is_not_there_or_broken(folder: Path, tmp_path: Path) -> None:
 def test_a_hub_id_is_looked_up_in_the_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cartridge_distill.model import weight_files
+    import huggingface_hub
 
     def cached(repository: str, name: str, revision: str | None) -> str | None:
         assert (repository, revision) == ("owner/name", "abc")
         return str(folder / name) if (folder / name).is_file() else None
 
-    monkeypatch.setattr(weight_files, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
     monkeypatch.chdir(tmp_path)
     assert weights_fingerprint("owner/name", "abc") == fingerprint(folder)
 
