@@ -24,19 +24,20 @@ from cartridge_distill.util.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 CHAT_PORT, ROLLOUT_PORT = 8000, 10210
+_DTYPE = "float32"  # of the embedded server
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """As the command line gives them; ``cartridges`` are NAME=SOURCE, ``allow_host`` further names
-    of the server."""
+    of the server; ``dtype`` is None where none was asked for."""
 
     model: str
     cartridges: tuple[str, ...]
     host: str
     port: int | None
     device: str
-    dtype: str
+    dtype: str | None
     threads: int | None
     seed: int
     allow_host: tuple[str, ...] = ()
@@ -104,7 +105,7 @@ def run(options: ServeOptions) -> None:
             cartridge_dir=Path(folder), model_name=options.model, seed=options.seed
         )
         typer.echo(f"loading {options.model} ...")
-        model = load_model(options.model, getattr(torch, options.dtype), options.device)
+        model = load_model(options.model, getattr(torch, options.dtype or _DTYPE), options.device)
         tokenizer = read_tokenizer(options.model)
         service = Service(model, tokenizer, settings, options.threads)
         port = CHAT_PORT if options.port is None else options.port
@@ -150,8 +151,11 @@ def run_rollout_server(
     if options.host in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
         arguments.append("--no-token")
-    server = ["--device", options.device] if engine is None else []
-    server += ["--dtype", options.dtype, "--seed", str(options.seed)]
+    server = ["--seed", str(options.seed)]
+    if engine is None:
+        server += ["--device", options.device, "--dtype", options.dtype or _DTYPE]
+    elif options.dtype is not None:
+        server += ["--dtype", options.dtype]
     if options.threads is not None:
         server += ["--threads", str(options.threads)]
     where = [] if options.device.startswith("cuda") else ["--device", "cpu"]
