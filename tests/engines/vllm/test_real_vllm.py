@@ -345,7 +345,7 @@ def test_prompts_in_pieces_and_a_cache_that_is_too_small(
 ) -> None:
     """Chunked prefill, and requests that vLLM takes out and lets in again."""
     small = ("--enable-chunked-prefill", "--max-num-batched-tokens", 32, "--max-num-seqs", 16)
-    cache = ("--num-gpu-blocks-override", 12, "--block-size", 32)
+    cache = ("--num-gpu-blocks-override", 16, "--block-size", 32)  # one request of the longest
     with serving("llama", tmp_path, *small, *cache) as rig:
         one, two = prefix(llama, 1, 64), prefix(llama, 2, 48)
         put(rig, "small-a", one)
