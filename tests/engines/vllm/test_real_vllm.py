@@ -313,6 +313,16 @@ def test_killed_in_the_middle_of_rollouts(rig: Rig, llama: PreTrainedModel) -> N
             assert worst(llama, given, prompt, answer) < EXACT
 
 
+def test_nothing_outlives_a_gateway_that_is_killed(rig: Rig) -> None:
+    """The last one that uses the gateway: vLLM's processes would keep the device."""
+    server = rig.server
+    family = [server, *server.children(recursive=True)]
+    assert len(family) > 1
+    rig.process.kill()
+    for process in family:
+        until(lambda process=process: _is_gone(process), f"{process} has ended", 60)
+
+
 def _engines(server: psutil.Process) -> Iterator[psutil.Process]:
     for child in server.children(recursive=True):
         if "EngineCore" in " ".join(child.cmdline()):
