@@ -435,7 +435,9 @@ def serve(
         int | None, typer.Option(help="0 takes a free one. [default: 10210; 8000 for chat]")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the model. [default: float32; vLLM's choice]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     seed: Annotated[int, typer.Option(help="All sampling follows from it.")] = 0,
     allow_host: Annotated[
@@ -482,7 +484,7 @@ def serve(
         host,
         port,
         device,
-        dtype.value,
+        dtype.value if dtype else None,
         threads,
         seed,
         tuple(allow_host or ()),

@@ -30,19 +30,21 @@ from cartridge_distill.util.openmp import spinning
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 CHAT_PORT, ROLLOUT_PORT = 8000, 10210
+_DTYPE = "float32"  # of the embedded server
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """As the command line gives them; ``cartridges`` are NAME=SOURCE, ``documents`` NAME=FILE,
-    ``allow_host`` further names of the server; ``run`` is a run's folder, or a cartridge."""
+    ``allow_host`` further names of the server; ``run`` is a run's folder, or a cartridge; ``dtype``
+    is None where none was asked for."""
 
     model: str | None
     cartridges: tuple[str, ...]
     host: str
     port: int | None
     device: str
-    dtype: str
+    dtype: str | None
     threads: int | None
     seed: int
     allow_host: tuple[str, ...] = ()
@@ -196,7 +198,7 @@ def _serve(
         prefix_cache_tokens=max(ServerSettings.prefix_cache_tokens, shown.longest),
     )
     typer.echo(f"loading {model_name} ...")
-    model = load_model(model_name, getattr(torch, options.dtype), device)
+    model = load_model(model_name, getattr(torch, options.dtype or _DTYPE), device)
     for name, about in abouts.items():
         check_loaded(asked[name], about)
     service = Service(model, tokenizer, settings, options.threads)
@@ -258,8 +260,11 @@ def run_rollout_server(
     if options.host in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
         typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
         arguments.append("--no-token")
-    server = ["--device", options.device] if engine is None else []
-    server += ["--dtype", options.dtype, "--seed", str(options.seed)]
+    server = ["--seed", str(options.seed)]
+    if engine is None:
+        server += ["--device", options.device, "--dtype", options.dtype or _DTYPE]
+    elif options.dtype is not None:
+        server += ["--dtype", options.dtype]
     if options.threads is not None:
         server += ["--threads", str(options.threads)]
     where = [] if options.device.startswith("cuda") else ["--device", "cpu"]

@@ -46,7 +46,9 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with serving("llama", tmp_path_factory.mktemp("vllm"), options=("--keep-versions", 8)) as found:
+    folder = tmp_path_factory.mktemp("vllm")
+    # With vLLM's own route for token ids, which takes what a client writes into a request.
+    with serving("llama", folder, "--enable-scale-out", options=("--keep-versions", 8)) as found:
         yield found
 
 
@@ -313,6 +315,16 @@ def test_killed_in_the_middle_of_rollouts(rig: Rig, llama: PreTrainedModel) -> N
             assert worst(llama, given, prompt, answer) < EXACT
 
 
+def test_nothing_outlives_a_gateway_that_is_killed(rig: Rig) -> None:
+    """The last one that uses the gateway: vLLM's processes would keep the device."""
+    server = rig.server
+    family = [server, *server.children(recursive=True)]
+    assert len(family) > 1
+    rig.process.kill()
+    for process in family:
+        until(lambda process=process: _is_gone(process), f"{process} has ended", 60)
+
+
 def _engines(server: psutil.Process) -> Iterator[psutil.Process]:
     for child in server.children(recursive=True):
         if "EngineCore" in " ".join(child.cmdline()):
@@ -345,7 +357,7 @@ def test_prompts_in_pieces_and_a_cache_that_is_too_small(
 ) -> None:
     """Chunked prefill, and requests that vLLM takes out and lets in again."""
     small = ("--enable-chunked-prefill", "--max-num-batched-tokens", 32, "--max-num-seqs", 16)
-    cache = ("--num-gpu-blocks-override", 12, "--block-size", 32)
+    cache = ("--num-gpu-blocks-override", 16, "--block-size", 32)  # one request of the longest
     with serving("llama", tmp_path, *small, *cache) as rig:
         one, two = prefix(llama, 1, 64), prefix(llama, 2, 48)
         put(rig, "small-a", one)
