@@ -357,6 +357,7 @@ def _describe_documents(path: Path) -> str:
 
 def _describe_rows(path: Path, documents: Path) -> str:
     from cartridge_distill.data.document_store import DocumentStore
+    from cartridge_distill.data.general import is_general
     from cartridge_distill.util.errors import ConfigError
     from cartridge_distill.util.parquet import read_rows
 
@@ -364,7 +365,11 @@ def _describe_rows(path: Path, documents: Path) -> str:
     missing = [name for name in ("prompt", "data_source", "extra_info") if name not in rows]
     if missing:
         raise ConfigError(f"{path} lacks the columns {missing}; it has {list(rows.columns)}")
-    ids = [(info or {}).get("document_id") for info in rows["extra_info"]]
+    about = [info or {} for info in rows["extra_info"] if not is_general(info)]
+    general = [info for info in rows["extra_info"] if is_general(info)]
+    if both := sum(info.get("document_id") is not None for info in general):
+        raise ConfigError(f"{path}: {both} rows are labelled general and name a document")
+    ids = [info.get("document_id") for info in about]
     without = sum(document is None for document in ids)
     if without:
         raise ConfigError(
@@ -375,4 +380,5 @@ def _describe_rows(path: Path, documents: Path) -> str:
     strange = sorted({str(document) for document in ids if document not in known})
     if strange:
         raise ConfigError(f"{path} names documents that {documents} lacks: {strange[:3]}")
-    return f"{path}: {len(rows)} prompts about {len(set(ids))} documents"
+    more = f", and {len(general)} general ones" if general else ""
+    return f"{path}: {len(about)} prompts about {len(set(ids))} documents{more}"

@@ -32,6 +32,7 @@ from cartridge_distill.evaluation.conditions import (
 from cartridge_distill.evaluation.data import EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
+from cartridge_distill.evaluation.measures import BAND_SCORES
 from cartridge_distill.evaluation.names import (
     BEST_CHUNK,
     FULL_DOCUMENT,
@@ -130,15 +131,13 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _means(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table without its intervals: what was measured, a row a condition."""
-    return [
-        {
-            "condition": row["condition"],
-            **{name: found["mean"] for name, found in row["metrics"].items() if found},
-            "kv_tokens": row["kv_tokens"],
-        }
-        for row in summary["conditions"]
-    ]
+    """The table without its intervals and bands: what was measured, a row a condition."""
+    rows = []
+    for row in summary["conditions"]:
+        shown = {name: row["metrics"][name] for name in row["metrics"] if name not in BAND_SCORES}
+        means = {name: found["mean"] for name, found in shown.items() if found}
+        rows.append({"condition": row["condition"], **means, "kv_tokens": row["kv_tokens"]})
+    return rows
 
 
 def _load(options: argparse.Namespace) -> _Loaded:

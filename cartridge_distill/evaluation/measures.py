@@ -103,13 +103,17 @@ def _off_context(rows: MeasureRows) -> Ratio | None:
     )
 
 
+_BY_BAND: dict[str, Score] = {
+    f"{name}_{first}_{last}": _texts(_within(nats, first, last))
+    for name, nats in _NATS.items()
+    for first, last in BANDS
+}
+BAND_SCORES = frozenset(_BY_BAND)
+"""Names of the scores at some positions alone."""
+
 SCORES: dict[str, Score] = {
     **{name: _texts(_within(nats, 1, None)) for name, nats in _NATS.items()},
-    **{
-        f"{name}_{first}_{last}": _texts(_within(nats, first, last))
-        for name, nats in _NATS.items()
-        for first, last in BANDS
-    },
+    **_BY_BAND,
     "generated_match": _match,
     **{name: _texts(part) for name, part in _OF_TEXTS.items()},
     "off_context_kl": _off_context,

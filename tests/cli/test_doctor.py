@@ -168,6 +168,12 @@ def test_cartridge_of_another_model(model_folder: Path, tmp_path: Path) -> None:
 
 def test_data_without_documents(data: Path) -> None:
     frame = pd.read_parquet(data / "train.parquet")
+    frame["extra_info"] = [{"document_id": "a"}, {"document_id": None, "kind": "general"}]
+    frame.to_parquet(data / "train.parquet")
+    assert "1 prompts about 1 documents, and 1 general ones" in ask("--data", data)[1]
+    frame["extra_info"] = [{"document_id": "a"}, {"document_id": "a", "kind": "general"}]
+    frame.to_parquet(data / "train.parquet")
+    assert "1 rows are labelled general and name a document" in ask("--data", data)[1]
     frame["extra_info"] = [{"document_id": "a"}, {"index": 1}]
     frame.to_parquet(data / "train.parquet")
     status, said = ask("--data", data)

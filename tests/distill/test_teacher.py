@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.data.document_store import DocumentStore
+from cartridge_distill.data.general import BARE
 from cartridge_distill.distill.loss import TeacherTopK, get_loss
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.forward import packed_forward
@@ -54,6 +55,39 @@ def test_scores_equal_a_plain_forward_over_document_and_sample() -> None:
     got = teacher().score(sequences, response_masks, ids, 7, 1.5)
     assert torch.equal(got.ids, reference.ids)  # in the order of the sequences, not of documents
     torch.testing.assert_close(got.logprobs, reference.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("begin", [[], [1, 7]], ids=["nothing", "two tokens"])
+def test_a_general_samples_teacher_is_the_bare_model_with_what_it_begins_with(
+    begin: list[int],
+) -> None:
+    """Beside samples with documents, in the order of the sequences, and asked of further tokens."""
+    sequences, response_masks, _ = samples()
+    ids = ["b", BARE, "a", BARE]
+    plain = tiny_model()
+    expected = []
+    with torch.no_grad():
+        for sequence, mask, document in zip(sequences, response_masks, ids, strict=True):
+            context = torch.tensor(begin if document is BARE else render(TEXTS[document]))
+            whole = torch.cat([context.long(), sequence])
+            logits = plain(input_ids=whole[None]).logits[0]
+            rows = len(context) + mask.nonzero()[:, 0] - 1
+            expected.append(logits[rows])
+    asked = torch.arange(4).expand(sum(len(rows) for rows in expected), 4)
+    reference = TeacherTopK.from_logits(torch.cat(expected), 7, 1.5, asked)
+    judge = teacher(begin=begin)
+    for _ in range(2):
+        got = judge.score(sequences, response_masks, ids, 7, 1.5, asked_ids=asked)
+        torch.testing.assert_close(got.logprobs, reference.logprobs, atol=1e-5, rtol=0)
+        assert got.asked is not None and reference.asked is not None
+        torch.testing.assert_close(got.asked.logprobs, reference.asked.logprobs, atol=1e-5, rtol=0)
+    assert judge.prefills == 2  # the bare model's is no document's
+
+
+def test_a_teacher_that_does_not_know_how_the_model_begins_takes_no_general_sample() -> None:
+    sequences, response_masks, _ = samples()
+    with pytest.raises(DocumentError, match="labelled as general"):
+        teacher().score(sequences, response_masks, ["a", BARE, "b", "a"], 3)
 
 
 def test_a_documents_kv_is_computed_once_and_kept_within_bounds() -> None:

@@ -137,6 +137,13 @@ def test_tokens_are_counted_by_stage_and_go_on_after_a_resume(tmp_path: Path) ->
     assert resumed.metrics()["tokens/generated_by_teacher"] == 7
 
 
+def test_tokens_without_a_loss_are_not_trained(tmp_path: Path) -> None:
+    mixing = Mixing(run_config(tmp_path, skip_first_tokens=3))
+    mixing.count([tag(0, 3), tag(0, 5), tag(0, 1)], [{"author": STUDENT}] * 3)
+    found = mixing.metrics()
+    assert (found["tokens/generated"], found["tokens/trained"]) == (9, 2)
+
+
 # --- the agent loop's side --------------------------------------------------------------------
 
 
@@ -223,6 +230,23 @@ async def test_answers_repeat_and_are_kept(
     assert found.response_ids == again.response_ids
     assert found.response_logprobs == again.response_logprobs
     assert found.extra_fields == {**again.extra_fields, "cached": True}
+
+
+async def test_a_general_rows_answer_is_the_bare_models(
+    server: Requests, tmp_path: Path, model_folder: Path
+) -> None:
+    config = run_config(tmp_path, teacher_cache=str(tmp_path / "answers"))
+    general = {**sample(), "extra_info": {"document_id": None, "kind": "general"}}
+    out = await loop(config, server, model_folder).run(SAMPLING, **general)
+    expected = plain_logprobs(tiny_model(), None, out.prompt_ids, out.response_ids, 0.7)
+    assert out.response_logprobs == pytest.approx(expected, abs=1e-5)
+    about = await loop(config, server, model_folder).run(SAMPLING, **sample())
+    assert about.response_logprobs != out.response_logprobs
+    again = await loop(config, server, model_folder).run(SAMPLING, **general)
+    assert again.extra_fields["cached"] and again.response_logprobs == out.response_logprobs
+    both = {**sample(), "extra_info": {"document_id": "red", "kind": "general"}}
+    with pytest.raises(DocumentError, match="row 5 is labelled 'general' and names"):
+        await loop(config, server, model_folder).run(SAMPLING, **both)
 
 
 async def test_no_answer_without_its_document(

@@ -32,7 +32,7 @@ from tests.verl.engine_rig import (
 
 pytestmark = pytest.mark.integration
 RANKS = 2
-ROWS = (*SHAPES, (7, 3, "blue"), (11, 9, "red"))
+ROWS = (*SHAPES, (7, 3, "blue"), (11, 9, "red"), (8, 6, None))
 # "red" alone on rank 0, both documents on rank 1: the teacher's forwards must be evened out.
 UNEVEN = ([0], [1, 2, 3])
 EVEN = ([0, 1], [2, 3])
@@ -81,6 +81,11 @@ SCENARIOS = {
     "compared with the rounding": Scenario(
         [DOCUMENTS_APART], {"max_logprob_diff": None}, by_teacher=(1, 3)
     ),
+    # The bare model is one forward more of rank 0's teacher, and no document.
+    "a general row on one rank": Scenario(
+        [([2, 6], [1, 3])],
+        {"loss": "reverse_kl_student_topk", "topk": 5, "skip_first_tokens": 2},
+    ),
     "uneven, accumulated": Scenario([TWO_AND_FOUR], micro_batches=2),
     "two steps a batch": Scenario([UNEVEN, ([5], [4])], {"max_staleness": 1}),
     "two steps, accumulated": Scenario(
@@ -119,6 +124,8 @@ def summary(engine: Any, out: dict[str, Any]) -> dict[str, float]:
         "lr": out["metrics"]["lr"],
         "weights": float(sum(w.square().sum() for w in weights)) ** 0.5,
         "first": float(weights[0].flatten()[-1]),
+        "entropy": out["metrics"]["student_entropy"][0],
+        "general": out["metrics"].get("loss_general", [0.0])[0],
     }
 
 
