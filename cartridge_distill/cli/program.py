@@ -1,7 +1,7 @@
 """How every command behaves: errors in one form, exit statuses, other processes.
 
-A person reads ``error: what; fix: how`` whatever went wrong on purpose: a mistyped command, option or
-file. A stack is for what nobody foresaw.
+A person reads ``error: what; fix: how`` whatever was foreseen: a mistyped command, an option or a
+file. A stack is for the rest.
 """
 
 from __future__ import annotations
