@@ -88,6 +88,8 @@ def test_the_best_validated_step_becomes_the_runs_cartridge(tmp_path: Path) -> N
     result = publish(tmp_path / "run", checkpoints, 6)
     assert read_meta(result.cartridge)["step"] == 4 and "lowest of 3" in result.line()
     assert read_meta(result.cartridge)["metrics"]["chosen"]["kl"] == 0.5
+    assert read_meta(publish(tmp_path / "run", checkpoints, 6, True).cartridge)["step"] == 6
+    result = publish(tmp_path / "run", checkpoints, 6)
     assert read_best(checkpoints, 3) == BestStep(2, 0.9, 1)  # later ones: a timeline that was left
     keep_newest(checkpoints, 6, 1)
     assert sorted(p.name for p in checkpoints.glob("global*")) == ["global_step_4", "global_step_6"]
