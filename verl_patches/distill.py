@@ -97,6 +97,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "where there are questions)",
     )
     option("--save-every", **number, help="steps between checkpoints (a dozen in a run)")
+    option(
+        "--choose",
+        choices=("best", "last"),
+        default=usual("choose"),
+        help="the run's cartridge: of the lowest validation KL, or of the last step (%(default)s)",
+    )
     option("--seed", type=int, metavar="N", default=0, help="of data, sampling and order (0)")
     option("--name", metavar="NAME", help="of the recipe, in a report of several")
     option("--device", choices=("cpu", "cuda"), help="(cuda where there is a GPU)")

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         with Supervisor() as supervisor:
             found = stages.prepare_data(asked, out, supervisor)
             url = stages.start_server(asked, supervisor)
-            stages.train(as_run(asked, url, found), supervisor, verbose=False)
+            stages.train(as_run(asked, url, found), supervisor)
     except (ChildFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,58 +7,20 @@ at once.
 from __future__ import annotations
 
 import enum
-import os
-import re
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
+from cartridge_distill.cli.program import Commands, become, in_words
 from cartridge_distill.data.limits import PROMPT_TOKENS
-from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.extras import require
 from cartridge_distill.util.secrecy import clean_text
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class _Commands(typer.Typer):
-    """Typer's, whose usage errors have the one form of all others."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The program: ends the process with the command's status."""
-        try:
-            status = typer.main.get_command(self)(*args, standalone_mode=False, **kwargs)
-        except Exception as error:
-            # A usage error; typer has them from click, or from its own copy of it.
-            if not hasattr(error, "format_message"):
-                raise
-            typer.echo(f"error: {_usage(error)}", err=True)
-            sys.exit(getattr(error, "exit_code", 2))
-        except KeyboardInterrupt:
-            sys.exit(130)
-        sys.exit(status if isinstance(status, int) else 0)
-
-
-def _usage(error: Any) -> str:
-    """What was typed wrong, with the fix."""
-    said = " ".join(error.format_message().split()).rstrip(".")
-    said = re.sub(r" \(Possible options: (.*)\)$", r" Did you mean \1?", said)
-    what, meant, near = said.partition(" Did you mean ")
-    if meant:
-        return f"{what.rstrip('.')}; fix: did you mean {near}"
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "cartridge-distill"
-    return f"{what}; fix: see `{command} --help`"
-
-
-app = _Commands(
+app = Commands(
     name="cartridge-distill",
     no_args_is_help=True,
     add_completion=False,
@@ -105,34 +67,10 @@ class Engine(enum.StrEnum):
     vllm = "vllm"
 
 
-def _in_words(command: Callable[P, R]) -> Callable[P, R]:
-    """What goes wrong on purpose is one line and exit status 1, not a stack."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (CartridgeDistillError, OSError) as error:
-            typer.echo(clean_text(f"error: {error}"), err=True)
-            raise typer.Exit(1) from None
-
-    return run
-
-
 def _needs(command: str, context: typer.Context) -> None:
     """Are the command's extras installed? Its help is there without them."""
     if not {"-h", "--help"} & set(context.args):
         require(command)
-
-
-def _become(module: str, arguments: list[str]) -> NoReturn:
-    """Goes on as another module's process: Ctrl-C and the exit status are then its own.
-
-    The core does not import what ties it to veRL.
-    """
-    sys.stdout.flush()
-    safe = ["-P"] if sys.flags.safe_path else []
-    os.execv(sys.executable, [sys.executable, *safe, "-m", module, *arguments])
 
 
 # --- before and while training ------------------------------------------------------------------
@@ -178,7 +116,7 @@ def doctor(
 
 
 @app.command(context_settings=_PASSED_ON)
-@_in_words
+@in_words
 def prepare(context: typer.Context) -> None:
     """Documents to training files: prompts, documents, questions. `prepare --help` has the options.
 
@@ -191,37 +129,37 @@ def prepare(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@_in_words
+@in_words
 def train(context: typer.Context) -> None:
     """Train a cartridge with veRL, described by options or by one file. `train --help` has them.
 
     `cartridge-distill train --model MODEL --data data/mine --server http://gpu-box:10210`
     """
     _needs("train", context)
-    _become("verl_patches.launch", context.args)
+    become("verl_patches.launch", context.args)
 
 
 @app.command(context_settings=_PASSED_ON)
-@_in_words
+@in_words
 def distill(context: typer.Context) -> None:
     """From documents to a cartridge in one go: prepare, serve, train, evaluate, report.
 
     `cartridge-distill distill handbook/ --model MODEL`
     """
     _needs("distill", context)
-    _become("verl_patches.distill", context.args)
+    become("verl_patches.distill", context.args)
 
 
 @app.command(context_settings=_PASSED_ON)
-@_in_words
+@in_words
 def demo(context: typer.Context) -> None:
     """The whole loop on a CPU or one GPU with a small real model: ten minutes, ends in a table."""
     _needs("demo", context)
-    _become("verl_patches.demo", context.args)
+    become("verl_patches.demo", context.args)
 
 
 @app.command()
-@_in_words
+@in_words
 def init(
     out: Annotated[Path, typer.Argument(help="Directory of the new cartridge.")],
     model: Model,
@@ -248,7 +186,7 @@ def init(
 
 
 @app.command()
-@_in_words
+@in_words
 def info(
     cartridge: Annotated[
         str, typer.Argument(help="Run, file, directory or hub id, of any format.")
@@ -276,7 +214,7 @@ def info(
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)
-@_in_words
+@in_words
 def evaluate(context: typer.Context) -> None:
     """What is a cartridge worth? Five conditions, with intervals: `eval --help` has the options."""
     _needs("eval", context)
@@ -294,7 +232,7 @@ def chat(context: typer.Context) -> None:
 
 
 @app.command()
-@_in_words
+@in_words
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs: their metrics.jsonl.")],
     out: Annotated[
@@ -321,7 +259,7 @@ def report(
 
 
 @app.command()
-@_in_words
+@in_words
 def convert(
     source: Annotated[str, typer.Argument(help="Run, file, directory or hub id, of any format.")],
     target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
@@ -353,7 +291,7 @@ def convert(
 
 
 @app.command()
-@_in_words
+@in_words
 def compose(
     out: Annotated[Path, typer.Argument(help="Directory of the joined cartridge.")],
     parts: Annotated[list[str], typer.Argument(help="Two or more cartridges, in this order.")],
@@ -370,7 +308,7 @@ def compose(
 
 
 @app.command()
-@_in_words
+@in_words
 def push(
     source: Annotated[str, typer.Argument(help="Run, file or directory, of any format.")],
     target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
@@ -397,7 +335,7 @@ def push(
 
 
 @app.command()
-@_in_words
+@in_words
 def pull(
     source: Annotated[str, typer.Argument(help="Hub id owner/name, or owner/name@commit.")],
     target: Annotated[Path | None, typer.Argument(help="Directory; default: the cache.")] = None,
@@ -410,7 +348,7 @@ def pull(
 
 
 @app.command(context_settings={"allow_extra_args": True})
-@_in_words
+@in_words
 def serve(
     context: typer.Context,
     run_folder: Annotated[

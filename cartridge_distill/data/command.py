@@ -43,8 +43,8 @@ EXAMPLE_RECORDS = Path(__file__).parent / "examples"
 DEFAULT_DATA = EXAMPLE_RECORDS / "demo.json"
 EXAMPLES = """\
 examples:
-  a LongHealth record, started answers:
-    PROGRAM --data record.json --tokenizer MODEL --out data/record
+  the demo's record, started answers:
+    PROGRAM --tokenizer MODEL_DIR --out data/demo
   a folder of your own; MODEL is the model that will be trained:
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook
   the same, judged by your own questions:
@@ -70,9 +70,9 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
     option = parser.add_argument
     option(
         "--data",
-        required=True,
+        default=str(DEFAULT_DATA),
         help="records: a JSON file, its URL, or `longhealth`; or documents: a folder (all below it "
-        "that is .txt, .md, .rst, .html or .pdf) or one file",
+        "that is .txt, .md, .rst, .html or .pdf) or one file (default: the demo's record)",
     )
     option("--tokenizer", required=True, help="folder or hub id of the model to be trained")
     option("--out", type=Path, required=True, help="folder to write to")

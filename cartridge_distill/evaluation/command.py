@@ -211,6 +211,12 @@ def complete(options: argparse.Namespace) -> None:
         options.data = None if said is None else Path(said)
     if options.out is None:
         options.out = Path("evaluation") if run is None else Path(run) / "evaluation"
+        part = options.limit is not None or len(options.conditions) < len(CONDITIONS)
+        if run is not None and part and (options.out / "evaluation.json").is_file():
+            raise ConfigError(
+                f"{options.out} holds the run's evaluation, and a part of one (--limit, "
+                "--conditions) would replace it; fix: give the part an --out of its own"
+            )
     options.cartridge = resolve_cartridge(options.cartridge)
     missing = [name for name in ("model", "data") if getattr(options, name) is None]
     if missing:

@@ -145,6 +145,9 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
 
     shown = typed("info", "runs/mine")
     assert shown.returncode == 0 and "metrics.chosen.step" in shown.stdout
-    evaluated = typed("eval", "runs/mine", "--limit", "1", "--samples", "1")
+    part = ["eval", "runs/mine", "--limit", "1", "--samples", "1"]
+    refused = typed(*part)
+    assert refused.returncode == 1 and "fix: give the part an --out" in refused.stderr
+    evaluated = typed(*part, "--out", "part")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "trained cartridge" in evaluated.stdout

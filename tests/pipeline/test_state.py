@@ -134,3 +134,9 @@ def test_several_documents_begin_as_the_one_that_was_chosen(wanted: Distillation
     mine = replace(wanted, overrides=(f"{key}=a.txt",))
     run = as_run(mine, data=Prepared(init_document="b.txt"))
     assert [o for o in run.overrides if o.startswith(key)] == [f"{key}=a.txt"]
+
+
+def test_a_server_that_was_given_gets_its_versions_by_upload(wanted: Distillation) -> None:
+    assert as_run(wanted).sync_dir == wanted.out / "cartridges"
+    given = as_run(replace(wanted, server="http://h:1"), "http://h:1")
+    assert given.sync_dir is None and given.server == ("http://h:1",)

@@ -133,6 +133,7 @@ def test_the_comparison_keeps_the_recipe_of_its_table(
     )
     script, *arguments = (out / "asked").read_text().splitlines()
     assert script == str(ROOT / "training" / "demo.py")
+    assert settings(arguments, model_folder, out).choose == "last"
     config = configured(arguments, patched, model_folder, out)
     check_run_config(config)
     actor = config.actor_rollout_ref.actor

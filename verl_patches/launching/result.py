@@ -63,13 +63,14 @@ def check_place(run: Path) -> None:
         ) from None
 
 
-def publish(run: Path, checkpoints: Path, last: int) -> Result:
+def publish(run: Path, checkpoints: Path, last: int, choose_last: bool = False) -> Result:
     """Copies the best cartridge to RUN/cartridge, whole, in place of an earlier one.
 
     Args:
         run: the run's folder.
         checkpoints: its ``global_step_N``.
         last: the last step, which was saved.
+        choose_last: take that one, whatever the validations say.
 
     Raises:
         CartridgeFormatError: something else lies there, or the checkpoint is damaged.
@@ -78,7 +79,7 @@ def publish(run: Path, checkpoints: Path, last: int) -> Result:
     from cartridge_distill.cartridge.checkpoint import read_meta, record  # it imports torch
 
     check_place(run)
-    best = read_best(checkpoints, last)
+    best = None if choose_last else read_best(checkpoints, last)
     step = last if best is None else best.step
     source = step_folder(checkpoints, step) / "actor" / CARTRIDGE_FOLDER
     read_meta(source)  # damage is named where it is

@@ -93,7 +93,8 @@ def _training(
         url = settings.server
         say(f"== server: {url}")
     wanted = as_run(settings, url, data)
-    result = stages.train(wanted, supervisor, verbose, record)
+    choose_last = settings.choose == "last"
+    result = stages.train(wanted, supervisor, verbose, record, choose_last)
     state.finish(TRAINING, cartridge=result.line())
 
 

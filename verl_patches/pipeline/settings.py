@@ -70,6 +70,7 @@ class Distillation:
         test_every: steps between validations on the documents' questions; None for four in the run
             where there are questions, 0 for none.
         save_every: steps between checkpoints; None for a dozen in the run.
+        choose: which cartridge becomes the run's: that of the "best" validation, or the "last".
         server: that writes the rollouts; None starts one for the run.
         wait: seconds to wait for a server that was given.
         log_to: further loggers, as ``train --log-to``.
@@ -90,6 +91,7 @@ class Distillation:
     questions: str | None = None
     test_every: int | None = None
     save_every: int | None = None
+    choose: str = "best"
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"

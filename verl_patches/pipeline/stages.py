@@ -200,16 +200,20 @@ def free_port() -> int:
 
 
 def train(
-    run: Run, supervisor: Supervisor, verbose: bool, started: Callable[[], None] = lambda: None
+    run: Run,
+    supervisor: Supervisor,
+    verbose: bool = False,
+    started: Callable[[], None] = lambda: None,
+    choose_last: bool = False,
 ) -> Result:
-    """veRL, a line a step; its best cartridge lies at RUN/cartridge afterwards.
+    """veRL, a line a step; its best cartridge, or its last, lies at RUN/cartridge afterwards.
 
     Raises:
         TrainingFailed: it ended with an error; the cause is named.
     """
     saved = launch.train(run, supervisor, verbose, started)
     assert saved is not None  # the last step is saved
-    return publish(run.folder, launch.checkpoints(run), launch.saved_step(run))
+    return publish(run.folder, launch.checkpoints(run), launch.saved_step(run), choose_last)
 
 
 def proof(settings: Distillation) -> str:
