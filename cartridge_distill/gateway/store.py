@@ -185,7 +185,11 @@ class VersionStore:
         Raises:
             Unknown: with the reason.
         """
-        reason = self._refused.get(self.folder(version_id).name)
+        try:
+            folder = self.folder(version_id)
+        except ValueError:
+            return  # nothing can lie under such an id
+        reason = self._refused.get(folder.name)
         if reason is not None:
             raise Unknown(
                 f"cartridge {version_id!r} is on the disk and is not served: {reason}. Upload it "

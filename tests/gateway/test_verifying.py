@@ -199,3 +199,9 @@ def test_a_gateway_serves_what_was_uploaded_or_says_why_not(start_rig: StartRig)
         assert (rig.cartridges / version / "cartridge.pt").is_file()
     assert rig.complete("run-step-000000").status_code == 200
     assert rig.log.count("is not served, and left as it is") == 2
+
+
+@pytest.mark.parametrize("version", ["", ".", "x" * 300, "\ud800", "a/b"])
+def test_a_name_under_which_nothing_can_lie_is_unknown(tmp_path: Path, version: str) -> None:
+    with pytest.raises(Unknown):
+        opened(tmp_path).info(version)
