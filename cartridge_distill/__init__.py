@@ -18,6 +18,7 @@ this table, and ``tests/test_layers.py`` holds that:
 ``evaluation``  what the trained cartridge is worth
 ``report``      one HTML file about one run or several
 ``cli``         the commands
+``api``         the same from Python: distil, load, ask
 ==============  ==============================================================================
 
 Axes used in names and docstrings: B sequences, T packed tokens, P prefix tokens, Hq query heads,

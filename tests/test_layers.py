@@ -128,6 +128,7 @@ ROOMS = (
     "evaluation",
     "report",
     "cli",
+    "api",
 )
 # The same of the glue; what lies beside its rooms (hooks, launch, manage, ...) is in no order.
 GLUE_ROOMS = ("platform", "config", "actor", "rollout", "trainer", "launching", "pipeline")

@@ -8,6 +8,7 @@
 ``serve_vllm``    the same with vLLM, or the line that starts it
 ``chat``          the options of a conversation in the terminal
 ``conversation``  the conversation itself
+``opened``        a model behind cartridge and document, ready to be asked
 ``terminal``      how it looks: what is typed, answers as they come, side by side
 ``about``         what is known of a cartridge: its model, its document, questions about it
 ``shown``         what a server of cartridges shows: models by name, documents, the page's figures

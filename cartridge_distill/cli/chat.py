@@ -16,18 +16,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cartridge_distill.cli.about import About, Asked, check, check_loaded, look
+from cartridge_distill.cli.about import Asked, check, look
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.openmp import spinning
-
-if TYPE_CHECKING:
-    from cartridge_distill.cli.conversation import View
-    from cartridge_distill.cli.terminal import Shown
-
-NO_DOCUMENT, CARTRIDGE, DOCUMENT = "no document", "cartridge", "full document"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,33 +91,22 @@ def converse(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     device, dtype = check_device(options.device), known_dtype(options.dtype)
     about = look(asked, source, model_name)
-    from transformers import AutoModelForCausalLM
-
-    from cartridge_distill.cli.conversation import Conversation
+    from cartridge_distill.cli.opened import CARTRIDGE, open_views
     from cartridge_distill.cli.terminal import Terminal
-    from cartridge_distill.model.loading import no_weights_bar
-    from cartridge_distill.model.reading import read_tokenizer, reading
 
     for warning in about.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    tokenizer = read_tokenizer(about.model)
-    with no_weights_bar(), reading(about.model, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(Path(about.model).expanduser()), dtype=dtype
-        )
-    check_loaded(asked, about)
-    model.to(device).eval()
-    views, shown = _views(about, model, tokenizer)
+    opened = open_views(about, device, dtype)
+    if opened.said:
+        print(f"[{'; '.join(opened.said)}]", file=sys.stderr)
     compare = options.compare
-    if compare and len(views) == 1:
+    if compare and len(opened.views) == 1:
         raise ConfigError(
             "--compare: there is nothing to compare with; fix: name a cartridge or a --document"
         )
-    first = CARTRIDGE if about.stored is not None else shown[-1].name
-    conversation = Conversation(
-        model, tokenizer, views, options.turns, options.max_new_tokens, options.temperature
-    )
-    terminal = Terminal(conversation, shown, first, compare)
+    first = CARTRIDGE if about.stored is not None else opened.shown[-1].name
+    conversation = opened.conversation(options.turns, options.max_new_tokens, options.temperature)
+    terminal = Terminal(conversation, opened.shown, first, compare)
     if options.prompt is not None:
         terminal.ask(options.prompt, options.start)
         return
@@ -153,40 +135,6 @@ def _asked(options: argparse.Namespace) -> Asked:
         options.document,
         options.allow_other_model,
     )
-
-
-def _views(about: About, model: Any, tokenizer: Any) -> tuple[dict[str, View], list[Shown]]:
-    """What is before a question, by name, in order; and how each is said."""
-    from cartridge_distill.cartridge.kv_shape import KvShape, text_config
-    from cartridge_distill.cartridge.prefix import Prefix
-    from cartridge_distill.cli.conversation import document_prefix
-    from cartridge_distill.cli.terminal import Shown
-    from cartridge_distill.model.prompts import render_document
-
-    views: dict[str, View] = {NO_DOCUMENT: None}
-    token_bytes = KvShape.of(model.config).numbers * model.dtype.itemsize
-    shown = [Shown(NO_DOCUMENT, 0, 0)]
-    said = []
-    if about.stored is not None:
-        prefix = Prefix(*about.stored.snapshot.layers()).to(model.device, model.dtype)
-        views[CARTRIDGE] = prefix
-        shown.append(Shown(CARTRIDGE, prefix.num_tokens, prefix.num_tokens * token_bytes))
-        said.append(f"the cartridge takes {prefix.num_tokens} KV tokens")
-    if about.document is not None:
-        ids = render_document(tokenizer, about.document)
-        times = ""
-        if about.stored is not None:
-            times = f", {len(ids) / about.stored.snapshot.num_tokens:.1f}x"
-        said.append(f"the document would have taken {len(ids)}{times}")
-        context = text_config(model.config).max_position_embeddings
-        if len(ids) < context:
-            views[DOCUMENT] = lambda: document_prefix(model, ids)  # seconds, for a long one
-            shown.append(Shown(DOCUMENT, len(ids), len(ids) * token_bytes))
-        else:
-            said.append(f"which is over the model's context of {context}: it cannot be compared")
-    if said:
-        print(f"[{'; '.join(said)}]", file=sys.stderr)
-    return views, shown
 
 
 if __name__ == "__main__":

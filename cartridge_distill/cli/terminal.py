@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from types import FrameType
 
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cartridge_distill.cli.conversation import Conversation, Reply
+from cartridge_distill.cli.opened import Shown
 from cartridge_distill.util.errors import CartridgeDistillError
 
 COMMANDS = {
@@ -36,20 +36,6 @@ _ENDED = {
     "repeats": "ended here: the model repeats itself",
     "length": "cut off at --max-new-tokens",
 }
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A view, as it is said: its name, and the KV that it takes."""
-
-    name: str
-    tokens: int
-    num_bytes: int
-
-    def heading(self) -> str:
-        if not self.tokens:
-            return f"{self.name} (no KV)"
-        return f"{self.name} ({self.tokens:,} KV tokens, {self.num_bytes / 1e6:.1f} MB)"
 
 
 class Terminal:

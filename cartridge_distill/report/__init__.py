@@ -13,6 +13,7 @@
 ``shading``     the document's text, shaded where the cartridge goes astray
 ``facts``       how each run was started, and what it took
 ``figures``     the plots, as plotly figures
+``stages``      where the seconds of a step go, as a plot
 ``page``        the template filled in
 ==============  =================================================================
 

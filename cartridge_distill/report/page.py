@@ -23,7 +23,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cartridge_distill.evaluation.names import TRAINED
-from cartridge_distill.report import answers, colours, facts, figures, positions, shading, verdict
+from cartridge_distill.report import (
+    answers,
+    colours,
+    facts,
+    figures,
+    positions,
+    shading,
+    stages,
+    verdict,
+)
 from cartridge_distill.report.comparison import at_equal_tokens, compare
 from cartridge_distill.report.groups import Group, TokenAxis, group_runs, token_axis
 from cartridge_distill.report.reading import (
@@ -116,7 +125,9 @@ def render(runs: Sequence[Run]) -> str:
     pictures = [figures.conditions(marks, *each) for metrics in tables for each in metrics]
     lines = [positions.Line(row.name, row.style, row.positions) for row in rows]
     above = [each for each in pictures if each is not None] + positions.figures(lines)
-    curves = figures.curves(groups, axis)
+    seconds = stages.stages(groups, axis)
+    curves = figures.curves(groups, axis) + ([seconds] if seconds else [])
+    curves += figures.health(groups, axis)
     columns, questions = answers.all_questions(groups)
     named = [(group.run_name(run), run) for group in groups for run in group.runs]
     script = _own("page.js")
