@@ -94,4 +94,4 @@ def load(
     asked = Asked(str(source), model, path, allow_other_model)
     found, name = check(asked)
     about = look(asked, found, name)
-    return Loaded(about, open_views(asked, about, check_device(device), known_dtype(dtype)))
+    return Loaded(about, open_views(about, check_device(device), known_dtype(dtype)))

@@ -58,6 +58,7 @@ class About:
         document: text of the full document; None where nobody knows it.
         questions: examples to ask; empty where there are none.
         warnings: what a user must be told before any answer.
+        allow_other_model: weights of another model are meant.
     """
 
     source: str
@@ -66,6 +67,7 @@ class About:
     document: str | None
     questions: tuple[str, ...]
     warnings: tuple[str, ...]
+    allow_other_model: bool = False
 
 
 def check(asked: Asked) -> tuple[str | None, str]:
@@ -140,10 +142,11 @@ def look(asked: Asked, source: str | None, model: str) -> About:
         document,
         tuple(questions),
         (*([told] if told else []), *warnings),
+        asked.allow_other_model,
     )
 
 
-def check_loaded(asked: Asked, about: About) -> None:
+def check_loaded(about: About) -> None:
     """Compares the weights again: those of a hub id may have come only with the loading.
 
     Raises:
@@ -152,7 +155,7 @@ def check_loaded(asked: Asked, about: About) -> None:
     from cartridge_distill.model.identity import check_same_weights
 
     if about.stored is not None:
-        allow = asked.allow_other_model
+        allow = about.allow_other_model
         check_same_weights(about.stored.meta, about.source, about.model, allow_other=allow)
 
 

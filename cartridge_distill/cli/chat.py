@@ -96,7 +96,7 @@ def converse(options: argparse.Namespace) -> None:
 
     for warning in about.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    opened = open_views(asked, about, device, dtype)
+    opened = open_views(about, device, dtype)
     if opened.said:
         print(f"[{'; '.join(opened.said)}]", file=sys.stderr)
     compare = options.compare

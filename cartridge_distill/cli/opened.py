@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
-from cartridge_distill.cli.about import About, Asked, check_loaded
+from cartridge_distill.cli.about import About, check_loaded
 from cartridge_distill.cli.conversation import Conversation, View, document_prefix
 from cartridge_distill.model.loading import no_weights_bar
 from cartridge_distill.model.prompts import render_document
@@ -61,7 +61,7 @@ class Opened:
         )
 
 
-def open_views(asked: Asked, about: About, device: torch.device, dtype: Any) -> Opened:
+def open_views(about: About, device: torch.device, dtype: Any) -> Opened:
     """Loads the model, and puts cartridge and document before it as far as they are known.
 
     Args:
@@ -77,7 +77,7 @@ def open_views(asked: Asked, about: About, device: torch.device, dtype: Any) -> 
         model = AutoModelForCausalLM.from_pretrained(
             str(Path(about.model).expanduser()), dtype=dtype
         )
-    check_loaded(asked, about)
+    check_loaded(about)
     model.to(device).eval()
     views: dict[str, View] = {NO_DOCUMENT: None}
     token_bytes = KvShape.of(model.config).numbers * model.dtype.itemsize

@@ -199,8 +199,8 @@ def _serve(
     )
     typer.echo(f"loading {model_name} ...")
     model = load_model(model_name, getattr(torch, options.dtype or _DTYPE), device)
-    for name, about in abouts.items():
-        check_loaded(asked[name], about)
+    for about in abouts.values():
+        check_loaded(about)
     service = Service(model, tokenizer, settings, options.threads)
     playground = shown.on_page(service.limits.max_tokens_per_request, model)
     for name, document in shown.documents.items():

@@ -110,7 +110,7 @@ def test_weights_that_come_with_the_loading_are_compared_then(
         about = look(asked, *check(asked))
     assert "not on this machine yet" in about.warnings[0]
     with pytest.raises(OtherModel, match=OTHER):
-        check_loaded(asked, about)
+        check_loaded(about)
 
 
 def test_init_says_the_weights_it_is_made_for(model_folder: Path, tmp_path: Path) -> None:
