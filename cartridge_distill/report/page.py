@@ -61,7 +61,7 @@ _MEASURES = (
     ("generated_match", "Right in free answer", "contains the right answer"),
     ("repetition", "Repeated 4-grams", "of own text, lower is better"),
     ("ended", "Ended", "texts that end by themselves"),
-    ("off_context_kl", "KL off context", "to the bare model, nats per token, lower is better"),
+    ("off_context_kl", "KL off context", "to the bare model, nats per token"),
 )
 
 
