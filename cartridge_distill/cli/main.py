@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
-from cartridge_distill.cli.program import Commands, become, in_words
+from cartridge_distill.cli.program import Commands, become, one_form
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.extras import require
@@ -109,7 +109,7 @@ def doctor(
 
 
 @app.command(context_settings=_PASSED_ON)
-@in_words
+@one_form
 def prepare(context: typer.Context) -> None:
     """Documents to training files: prompts, documents, questions. `prepare --help` has the options.
 
@@ -122,7 +122,7 @@ def prepare(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@in_words
+@one_form
 def train(context: typer.Context) -> None:
     """Train a cartridge with veRL, described by options or by one file. `train --help` has them.
 
@@ -133,7 +133,7 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@in_words
+@one_form
 def distill(context: typer.Context) -> None:
     """From documents to a cartridge in one go: prepare, serve, train, evaluate, report.
 
@@ -144,7 +144,7 @@ def distill(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@in_words
+@one_form
 def demo(context: typer.Context) -> None:
     """The whole loop on a CPU or one GPU with a small real model: ten minutes, ends in a table."""
     _needs("demo", context)
@@ -152,7 +152,7 @@ def demo(context: typer.Context) -> None:
 
 
 @app.command()
-@in_words
+@one_form
 def init(
     out: Annotated[Path, typer.Argument(help="Directory of the new cartridge.")],
     model: Model,
@@ -179,7 +179,7 @@ def init(
 
 
 @app.command()
-@in_words
+@one_form
 def info(
     cartridge: Annotated[
         str, typer.Argument(help="Run, file, directory or hub id, of any format.")
@@ -203,7 +203,7 @@ def info(
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)
-@in_words
+@one_form
 def evaluate(context: typer.Context) -> None:
     """What is a cartridge worth? Five conditions, with intervals: `eval --help` has the options."""
     _needs("eval", context)
@@ -221,7 +221,7 @@ def chat(context: typer.Context) -> None:
 
 
 @app.command()
-@in_words
+@one_form
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs: their metrics.jsonl.")],
     out: Annotated[
@@ -248,7 +248,7 @@ def report(
 
 
 @app.command()
-@in_words
+@one_form
 def convert(
     source: Annotated[str, typer.Argument(help="Run, file, directory or hub id, of any format.")],
     target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
@@ -280,7 +280,7 @@ def convert(
 
 
 @app.command()
-@in_words
+@one_form
 def compose(
     out: Annotated[Path, typer.Argument(help="Directory of the joined cartridge.")],
     parts: Annotated[list[str], typer.Argument(help="Two or more cartridges, in this order.")],
@@ -297,7 +297,7 @@ def compose(
 
 
 @app.command()
-@in_words
+@one_form
 def push(
     source: Annotated[str, typer.Argument(help="Run, file or directory, of any format.")],
     target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
@@ -324,7 +324,7 @@ def push(
 
 
 @app.command()
-@in_words
+@one_form
 def pull(
     source: Annotated[str, typer.Argument(help="Hub id owner/name, or owner/name@commit.")],
     target: Annotated[Path | None, typer.Argument(help="Directory; default: the cache.")] = None,
@@ -337,7 +337,7 @@ def pull(
 
 
 @app.command(context_settings={"allow_extra_args": True})
-@in_words
+@one_form
 def serve(
     context: typer.Context,
     model: Model,
