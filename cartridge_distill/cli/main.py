@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
-from cartridge_distill.cli.program import Commands, become, with_errors_said
+from cartridge_distill.cli.program import Commands, become, one_form
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.extras import require
@@ -116,7 +116,7 @@ def doctor(
 
 
 @app.command(context_settings=_PASSED_ON)
-@with_errors_said
+@one_form
 def prepare(context: typer.Context) -> None:
     """Documents to training files: prompts, documents, questions. `prepare --help` has the options.
 
@@ -129,7 +129,7 @@ def prepare(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@with_errors_said
+@one_form
 def train(context: typer.Context) -> None:
     """Train a cartridge with veRL, described by options or by one file. `train --help` has them.
 
@@ -140,7 +140,7 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@with_errors_said
+@one_form
 def distill(context: typer.Context) -> None:
     """From documents to a cartridge in one go: prepare, serve, train, evaluate, report.
 
@@ -151,7 +151,7 @@ def distill(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
-@with_errors_said
+@one_form
 def demo(context: typer.Context) -> None:
     """The whole loop on a CPU or one GPU with a small real model: ten minutes, ends in a table."""
     _needs("demo", context)
@@ -159,7 +159,7 @@ def demo(context: typer.Context) -> None:
 
 
 @app.command()
-@with_errors_said
+@one_form
 def init(
     out: Annotated[Path, typer.Argument(help="Directory of the new cartridge.")],
     model: Model,
@@ -186,7 +186,7 @@ def init(
 
 
 @app.command()
-@with_errors_said
+@one_form
 def info(
     cartridge: Annotated[
         str, typer.Argument(help="Run, file, directory or hub id, of any format.")
@@ -214,7 +214,7 @@ def info(
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)
-@with_errors_said
+@one_form
 def evaluate(context: typer.Context) -> None:
     """What is a cartridge worth? Five conditions, with intervals: `eval --help` has the options."""
     _needs("eval", context)
@@ -232,7 +232,7 @@ def chat(context: typer.Context) -> None:
 
 
 @app.command()
-@with_errors_said
+@one_form
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs: their metrics.jsonl.")],
     out: Annotated[
@@ -259,7 +259,7 @@ def report(
 
 
 @app.command()
-@with_errors_said
+@one_form
 def convert(
     source: Annotated[str, typer.Argument(help="Run, file, directory or hub id, of any format.")],
     target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
@@ -291,7 +291,7 @@ def convert(
 
 
 @app.command()
-@with_errors_said
+@one_form
 def compose(
     out: Annotated[Path, typer.Argument(help="Directory of the joined cartridge.")],
     parts: Annotated[list[str], typer.Argument(help="Two or more cartridges, in this order.")],
@@ -308,7 +308,7 @@ def compose(
 
 
 @app.command()
-@with_errors_said
+@one_form
 def push(
     source: Annotated[str, typer.Argument(help="Run, file or directory, of any format.")],
     target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
@@ -335,7 +335,7 @@ def push(
 
 
 @app.command()
-@with_errors_said
+@one_form
 def pull(
     source: Annotated[str, typer.Argument(help="Hub id owner/name, or owner/name@commit.")],
     target: Annotated[Path | None, typer.Argument(help="Directory; default: the cache.")] = None,
@@ -348,7 +348,7 @@ def pull(
 
 
 @app.command(context_settings={"allow_extra_args": True})
-@with_errors_said
+@one_form
 def serve(
     context: typer.Context,
     run_folder: Annotated[

@@ -52,7 +52,7 @@ def _usage(error: Any) -> str:
     return f"{what}; fix: see `{command} --help`"
 
 
-def with_errors_said(command: Callable[P, R]) -> Callable[P, R]:
+def one_form(command: Callable[P, R]) -> Callable[P, R]:
     """What goes wrong on purpose is one line and exit status 1, not a stack."""
 
     @wraps(command)

@@ -221,7 +221,9 @@ def complete(options: argparse.Namespace) -> None:
     missing = [name for name in ("model", "data") if getattr(options, name) is None]
     if missing:
         names = " and ".join(f"--{name}" for name in missing)
-        raise ConfigError(f"{options.run or options.cartridge} does not say it; fix: give {names}")
+        said = options.run or options.cartridge
+        what = "does not say it" if Path(said).expanduser().exists() else "is no folder here"
+        raise ConfigError(f"{said} {what}; fix: give {names}, or name the folder of a run")
     if not options.data.is_dir():
         raise ConfigError(
             f"--data {options.data}: there is no such folder; fix: name one that "

@@ -157,7 +157,7 @@ def check_servers(run: Run) -> None:
         try:
             asyncio.run(_look(url, run))
         except RolloutError as error:
-            raise NotReady(f"{type(error).__name__}: {error}\n{how_to_serve(run)}") from error
+            raise NotReady(f"{error}\n{how_to_serve(run)}") from error
 
 
 async def _look(url: str, run: Run) -> None:
