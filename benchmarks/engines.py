@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -149,8 +149,10 @@ def of_server(engine: str, options: argparse.Namespace, given: Prefix, scratch: 
         steps = iter(range(1, 1000))
 
         def version() -> None:
-            name = f"bench-step-{next(steps):06d}"
-            changed = Prefix([key + 1e-4 * len(name) for key in given.keys], given.values)
+            step = next(steps)
+            name = f"bench-step-{step:06d}"
+            # Another content each time: a server might know the old one.
+            changed = Prefix([key + 1e-4 * step for key in given.keys], given.values)
             upload(rig, name, changed)
             ask(rig, name, prompts(1)[0], 1)
 
@@ -165,10 +167,10 @@ def of_generate(model: Any, options: argparse.Namespace, given: Prefix) -> Figur
 
     def run(count: int, tokens: int) -> None:
         rows = torch.tensor(prompts(count))
-        cache = Prefix(
-            [key.expand(count, -1, -1, -1).clone() for key in given.keys],
-            [value.expand(count, -1, -1, -1).clone() for value in given.values],
-        ).as_cache()
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(zip(given.keys, given.values, strict=True)):
+            rows_of = (count, -1, -1, -1)
+            cache.update(key.expand(rows_of).clone(), value.expand(rows_of).clone(), layer)
         # `generate` leaves out as many ids as the cache holds: they are never looked at.
         ids = torch.cat([rows.new_zeros(count, given.num_tokens), rows], 1)
         with torch.no_grad():
