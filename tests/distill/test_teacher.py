@@ -154,5 +154,5 @@ def test_document_files(tmp_path: Path) -> None:
         path.write_text("\n".join(json.dumps(row) for row in rows))
         with pytest.raises(DocumentError, match=message):
             DocumentStore.from_file(path)
-    with pytest.raises(DocumentError, match="prepare_data.py"):
+    with pytest.raises(DocumentError, match="cartridge-distill prepare"):
         DocumentStore.from_file(tmp_path / "none.jsonl")

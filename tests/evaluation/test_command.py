@@ -65,7 +65,8 @@ def test_the_files_and_the_table(
     assert len({len(line) for line in table[:6]}) == 1 and len(table[0].split("|")) == 9
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        *("evaluation.json", "evaluation.parquet", "evaluation_prompts.parquet")
+        *("evaluation.json", "evaluation.parquet", "evaluation_prompts.parquet"),
+        "document_kl.json",
     }
     rows = pd.read_parquet(out / "evaluation.parquet")
     assert list(rows.columns) == QuestionResult.SCHEMA.names
