@@ -22,7 +22,8 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     StoredCartridge,
 )
 from cartridge_distill.cartridge.formats.tokasaurus import write_snapshot
-from cartridge_distill.cartridge.hub import is_hub_id, pull
+from cartridge_distill.cartridge.hub import pull
+from cartridge_distill.cartridge.hub_id import is_hub_id
 from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot

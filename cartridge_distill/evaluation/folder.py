@@ -29,7 +29,7 @@ from cartridge_distill.evaluation.conditions import (
     first_tokens,
     no_document,
 )
-from cartridge_distill.evaluation.data import EvaluationData
+from cartridge_distill.evaluation.data import AboutADocument, EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
 from cartridge_distill.evaluation.measures import BAND_SCORES
@@ -341,7 +341,7 @@ def _shaded(
     by_name = {condition.name: condition for condition in conditions}
     if options.shade_tokens == 0 or not {TRAINED, FULL_DOCUMENT} <= set(by_name):
         return []
-    asked = [*loaded.data.questions, *loaded.data.prompts]
+    asked: list[AboutADocument] = [*loaded.data.questions, *loaded.data.prompts]
     names = list(dict.fromkeys(item.document_id for item in asked))[:SHADED]
     made = []
     for name in names:

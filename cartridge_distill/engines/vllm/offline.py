@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.cartridge.hub import is_hub_id, pull
+from cartridge_distill.cartridge.hub import pull
+from cartridge_distill.cartridge.hub_id import is_hub_id
 from cartridge_distill.cartridge.kv_shape import KvShape
 from cartridge_distill.engines.vllm.catalogue import Catalogue
 from cartridge_distill.engines.vllm.options import Options
