@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
+from cartridge_distill.cli import files
+from cartridge_distill.cli.options import Dtype, Model, Overwrite
 from cartridge_distill.cli.program import Commands, become, one_form
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import ConfigError
@@ -35,29 +37,6 @@ app = Commands(
 )
 # Options that another program reads: they are passed on as they are.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-Model = Annotated[str, typer.Option(help="Folder or hub id of the base model.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a cartridge that is there.")]
-BaseModel = Annotated[
-    str | None, typer.Option(help="Hub id of the base model, where the cartridge does not say it.")
-]
-
-
-class Kind(enum.StrEnum):
-    """Formats, as `convert --to` names them."""
-
-    native = "native"
-    tokasaurus = "tokasaurus"
-    hazyresearch = "hazyresearch"
-    peft = "peft"
-
-
-class Dtype(enum.StrEnum):
-    """Number formats of a file."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Engine(enum.StrEnum):
@@ -257,94 +236,7 @@ def report(
 
 # --- other tools ----------------------------------------------------------------------------------
 
-
-@app.command()
-@one_form
-def convert(
-    source: Annotated[str, typer.Argument(help="Run, file, directory or hub id, of any format.")],
-    target: Annotated[Path, typer.Argument(help="Directory; a .pt file for hazyresearch.")],
-    to: Annotated[Kind, typer.Option(help="Format to write.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="As stored by default: every bit.")] = None,
-    base_model: BaseModel = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a cartridge in another format.
-
-    `cartridge-distill convert runs/demo/cartridge adapter --to peft --base-model owner/name`
-    """
-    import torch
-
-    from cartridge_distill.cartridge import checkpoint
-    from cartridge_distill.cartridge.formats.peft import VERSIONS
-
-    written = checkpoint.convert(
-        resolve_cartridge(source),
-        target,
-        to.value,
-        base_model=base_model,
-        dtype=getattr(torch, dtype.value) if dtype else None,
-        overwrite=overwrite,
-    )
-    typer.echo(f"{written}: {to.value}")
-    if to is Kind.peft:
-        typer.echo(VERSIONS)
-
-
-@app.command()
-@one_form
-def compose(
-    out: Annotated[Path, typer.Argument(help="Directory of the joined cartridge.")],
-    parts: Annotated[list[str], typer.Argument(help="Two or more cartridges, in this order.")],
-    base_model: BaseModel = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Join cartridges into one, as Tokasaurus joins a list of ids."""
-    from cartridge_distill.cartridge.checkpoint import read_cartridge, write_cartridge
-    from cartridge_distill.cartridge.compose import compose as join
-
-    joined = join([read_cartridge(resolve_cartridge(part)) for part in parts], base_model)
-    write_cartridge(joined, out, "native", overwrite)
-    typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
-
-
-@app.command()
-@one_form
-def push(
-    source: Annotated[str, typer.Argument(help="Run, file or directory, of any format.")],
-    target: Annotated[str, typer.Argument(help="Hub id owner/name, or a directory (./name).")],
-    base_model: BaseModel = None,
-    public: Annotated[bool, typer.Option(help="A cartridge tells what its document says.")] = False,
-    branch: Annotated[str | None, typer.Option(help="Of the repository.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Put a cartridge on the Hub with a model card, in every format that others read.
-
-    The token is the Hub's own (`hf auth login`, or HF_TOKEN).
-    """
-    from cartridge_distill.cartridge.hub import push as send
-
-    where = send(
-        resolve_cartridge(source),
-        target,
-        base_model=base_model,
-        private=not public,
-        branch=branch,
-        overwrite=overwrite,
-    )
-    typer.echo(where)
-
-
-@app.command()
-@one_form
-def pull(
-    source: Annotated[str, typer.Argument(help="Hub id owner/name, or owner/name@commit.")],
-    target: Annotated[Path | None, typer.Argument(help="Directory; default: the cache.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Get a cartridge from the Hub, and make sure that it can be read safely."""
-    from cartridge_distill.cartridge.hub import pull as get
-
-    typer.echo(str(get(source, target, overwrite=overwrite)))
+files.add_to(app)
 
 
 @app.command(context_settings={"allow_extra_args": True})
