@@ -46,7 +46,12 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     with path.open("rb"):
         pass  # what the system says of a file that is not there is clearer than what follows
     try:
-        return pd.read_parquet(path, columns=wanted, page_checksum_verification=True)
+        rows = pd.read_parquet(path, columns=wanted, page_checksum_verification=True)
+        # The checksums are of the pages, and what says that bytes are text stands elsewhere.
+        for name, column in rows.items():
+            if len(column) and isinstance(column.iloc[0], bytes):
+                raise ValueError(f"column {name!r} holds bytes, not text")
+        return rows
     except Exception as error:  # a damaged file can fail in any way there is
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ConfigError(
