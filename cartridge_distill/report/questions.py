@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.parquet import read_rows
 
 QUESTIONS_FILE = "evaluation.parquet"
 PROMPTS_FILE = "evaluation_prompts.parquet"
@@ -97,10 +96,14 @@ def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questi
     keys = ["document_id", f"{asked}_index"]
     wanted = ["condition", *keys, *columns]
     try:
-        more = told if told and set(told) <= set(pq.read_schema(path).names) else []
-        rows = pd.read_parquet(path, columns=[*wanted, *more])
-    except (pa.ArrowException, ValueError) as error:
+        rows = read_rows(path)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
+    if absent := [name for name in wanted if name not in rows.columns]:
+        raise ReportError(
+            f"{path}: no table with the columns {wanted}: {', '.join(absent)} is missing"
+        )
+    has_texts = bool(told) and set(told) <= set(rows.columns)
     if rows.empty:
         raise ReportError(f"{path} holds no {asked}")
     tables = {name: found.sort_values(keys) for name, found in rows.groupby("condition")}
@@ -108,5 +111,5 @@ def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questi
     for name, table in tables.items():
         if table[keys].to_numpy().tolist() != first[keys].to_numpy().tolist():
             raise ReportError(f"{path}: {first_name!r} and {name!r} have other {asked}s")
-    texts = zip(*(first[name].astype(str) for name in _TOLD[:2]), strict=True) if more else ()
+    texts = zip(*(first[name].astype(str) for name in _TOLD[:2]), strict=True) if has_texts else ()
     return Questions(tables, list(texts))
