@@ -77,6 +77,19 @@ def test_documents_that_changed_are_another_run(wanted: Distillation, handbook: 
         look(wanted)
 
 
+def test_questions_that_changed_are_another_run(wanted: Distillation, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.csv"
+    questions.write_text("question,answer\nWhen?,At noon\nWhere?,At the door\n")
+    asked = replace(wanted, questions=str(questions))
+    begun(asked, DATA, TRAINING)
+    assert look(asked).done == [DATA, TRAINING]
+    with pytest.raises(ConfigError, match="questions"):
+        look(wanted)
+    questions.write_text("question,answer\nWhen?,At nine\nWhere?,At the door\n")
+    with pytest.raises(ConfigError, match="questions.csv has changed since"):
+        look(asked)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_somebody_else_is_left_alone(wanted: Distillation, overwrite: bool) -> None:
     wanted.out.mkdir()
