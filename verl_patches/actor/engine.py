@@ -3,8 +3,8 @@
 The base model is frozen and shared by student and teacher. veRL drives this engine as any other
 (``train_mini_batch`` -> ``forward_backward_batch`` -> ``forward_step``); what differs is that the
 batch is packed with ``seq_ids``, that only the cartridge has gradients and an optimizer, and that a
-step is refused when its rollouts were not made by the cartridge being trained, or its answers not
-by the teacher with the document.
+step is refused when its rollouts were not made by the cartridge being trained (or, where they are
+asked for ahead, by the one they name), or its answers not by the teacher with the document.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ from cartridge_distill.util.errors import ConfigError, OffPolicyError
 from verl_patches.actor import engine_state
 from verl_patches.actor.device import StageSeconds
 from verl_patches.actor.initial_state import initial_cartridge, load_base, load_validation
+from verl_patches.actor.kept_versions import OwnVersionCheck
 from verl_patches.actor.memory import check_memory
 from verl_patches.actor.ranks import (
     RanksTeacher,
     all_ranks,
     average_gradients,
     copy_from_rank_0,
+    most_of_ranks,
     shard,
 )
 from verl_patches.actor.samples import Samples, later_tokens
@@ -85,7 +87,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         cartridge: the student's prefix, float32 master weights.
         teacher: the same module with a document's KV as prefix.
         step: optimizer steps done.
-        version: batches trained on; the version that the next batch's rollouts must carry.
+        version: batches trained on; the version that the next batch's rollouts must carry, or one
+            of the ``async_steps`` before it.
     """
 
     def __init__(
@@ -142,7 +145,18 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             self.settings.teacher_temperature,
             self.settings.attention,
             self._stage,
+            self.settings.async_steps,
             *([partial(all_ranks, device=self.teacher.device)] if several else []),
+        )
+        self.own_versions = OwnVersionCheck(
+            self.checks.kept,
+            self.settings.async_check_fraction,
+            (self.settings.seed, torch.distributed.get_rank()),
+            module,
+            self.teacher.device,
+            self.settings.attention,
+            self._stage,
+            *([partial(most_of_ranks, device=self.teacher.device)] if several else []),
         )
         self.optimizer = build_optimizer(
             self.cartridge.trainable_parameters(), self.optimizer_config
@@ -186,6 +200,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._check_staleness()
         staleness = self.staleness
         self.checks.begin_batch()
+        self.own_versions.begin_batch()
         self._sums.begin()
         self._stage.take()
         start = time.perf_counter()
@@ -195,7 +210,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         seconds["student_backward"] = whole - sum(seconds.values())
         own = {
             "frozen_tokens_changed": float(self._frozen_changed()),
-            "staleness_max": float(staleness),
+            "staleness_max": float(max(staleness, self.own_versions.oldest)),
             "teacher_prefills": float(self.teacher.prefills),
             "attention_graphs": float(len(graphs())),
             **self._sums.means(self.teacher.device),
@@ -233,7 +248,9 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         cfg = self.settings
         samples = Samples.from_micro_batch(micro_batch, cfg.document_key)
-        check_versions(samples.authors, samples.steps, self.version)
+        check_versions(samples.authors, samples.steps, self.version, cfg.async_steps)
+        # Before the student's forward, whose memory is not taken yet.
+        own = self.own_versions.run(samples, self.version) if cfg.async_steps else None
         batch = pack(samples.sequences).to(self.teacher.device)
         response_mask = np.concatenate(samples.response_masks)
         prefix = self.cartridge.prefix()
@@ -263,7 +280,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         tokens = batch.tokens(response_mask)
         found = Computed(tokens, logits.detach(), teacher, loss, sums)
         metrics: dict[str, Any] = self.checks.run(
-            samples, found, self.version, self.staleness > 0, prefix
+            samples, found, self.version, self.staleness > 0, prefix, own
         )
         self._sums.add(metrics)
         metrics["response_tokens"] = float(token_loss.numel())
@@ -314,7 +331,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
         if not self.staleness:
-            self.checks.remember(self.cartridge.prefix())
+            self.checks.remember(self.version, self.cartridge.prefix())
         self.optimizer.step()
         self.step += 1
         return norm
