@@ -6,7 +6,8 @@ Skipped unless told where it is. In an environment of its own (the branch pins o
     git -C tokasaurus checkout 845f115f5bc38aee266821a094fba1cd702dafff
     python3.11 -m venv real && real/bin/pip install torch==2.6.0 transformers==4.53.0 \\
         pydra-config accelerate art statsd fastapi tabulate uvicorn 'openai<2' loguru wandb \\
-        python-multipart psutil requests typer
+        python-multipart psutil requests typer \\
+        aiohttp httptools prometheus-client tenacity uvloop
     TOKASAURUS_SOURCE=$PWD/tokasaurus TOKASAURUS_PYTHON=$PWD/real/bin/python \\
         pytest tests/engines/tokasaurus/test_real_branch.py
 
@@ -54,6 +55,7 @@ SOURCE = os.environ.get("TOKASAURUS_SOURCE")
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not SOURCE,
         reason="TOKASAURUS_SOURCE is not set to a checkout of the branch; how to run it stands at "
@@ -234,7 +236,7 @@ def serving(
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 400
             while True:
                 assert process.poll() is None, log.read_text()[-4000:]
                 try:
@@ -389,7 +391,7 @@ def gateway(files: Path, source: Path, *options: str) -> Iterator[HttpPublisher]
             except httpx.ConnectError:
                 return False
 
-        until(up, "the gateway and the real server", timeout_s=120)
+        until(up, "the gateway and the real server", timeout_s=400)
         yield HttpPublisher([url], "tiny")
         process.terminate()
         assert process.wait(60) == 0, log.read_text()[-4000:]
