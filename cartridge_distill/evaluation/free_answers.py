@@ -14,17 +14,20 @@ stood in the answer before. A text of n tokens has n - 3 of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from cartridge_distill.data.words import count_unspaced, words
-from cartridge_distill.evaluation.named_option import compared_words
+from cartridge_distill.evaluation.named_option import compared_words, ends_in_article
 
 NGRAM = 4
 
 
 def matches(text: str, right: str) -> bool:
     """Is the right answer contained in a free answer, by the rule of the module?"""
-    rule = words if count_unspaced(right) else compared_words
+    rule: Callable[[str], list[str]] = words if count_unspaced(right) else compared_words
+    if ends_in_article(right):  # "zone A": no article ends a text, and without it "zone" is left
+        rule = partial(compared_words, articles=True)
     inside, looked_for = rule(text), rule(right)
     if not looked_for:  # "%", or an article: nothing that could be compared as words
         return right.strip().casefold() in text.casefold()

@@ -36,7 +36,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option("grid", type=Path, help="YAML, see training/study/grid.py")
     option("--out", type=Path, required=True, help="folder of the study")
     option("--threads", type=int, metavar="N", help="CPU threads (default: all)")
-    option("--draft", action="store_true", help="run a grid that is not committed; the table says so")
+    option(
+        "--draft", action="store_true", help="run a grid that is not committed; the table says so"
+    )
     option("--gate-only", action="store_true", help="measure the gate of every document, and end")
     option("--table-only", action="store_true", help="print the tables of the runs that are done")
     return parser.parse_args(arguments)

@@ -59,7 +59,9 @@ def all_documents(folder: Path = TEXTS) -> dict[str, StudyDocument]:
         if not isinstance(entry, dict) or set(entry) != _KEYS:
             raise ConfigError(f"{index}: {name} must have {', '.join(sorted(_KEYS))}")
         if entry["use"] not in (TUNING, UNSEEN):
-            raise ConfigError(f"{index}: {name}: use is {entry['use']!r}; give {TUNING} or {UNSEEN}")
+            raise ConfigError(
+                f"{index}: {name}: use is {entry['use']!r}; give {TUNING} or {UNSEEN}"
+            )
         text, questions = folder / entry["file"], folder / f"{name}.questions.json"
         for path in (text, questions):
             if not path.is_file():
@@ -90,9 +92,7 @@ def chosen(grid: Grid) -> list[StudyDocument]:
     return [known[name] for name in grid.documents]
 
 
-def prepare_data(
-    document: StudyDocument, grid: Grid, model: str, seed: int, out: Path
-) -> Path:
+def prepare_data(document: StudyDocument, grid: Grid, model: str, seed: int, out: Path) -> Path:
     """Writes the data folder of a document and a seed, where it is not there yet.
 
     Returns:

@@ -132,9 +132,9 @@ class DocumentEvaluation:
                 journal
             )
         if OFF_CONTEXT in grid.measures:
-            OffContextPrompts(
-                *common, conditions, self.data.documents.ids, EVALUATION_SEED
-            ).run(journal)
+            OffContextPrompts(*common, conditions, self.data.documents.ids, EVALUATION_SEED).run(
+                journal
+            )
 
     def _write(self, results: Results, out: Path) -> dict[str, Any]:
         grid = self._grid

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from cartridge_distill.data.records import Question
+from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.conditions import FullDocument, no_document
 from cartridge_distill.evaluation.data import EvaluationData
 from cartridge_distill.evaluation.free_answers import matches_any
 from cartridge_distill.evaluation.names import FULL_DOCUMENT, NO_DOCUMENT
 from cartridge_distill.evaluation.prompts import end_ids, started_prompt
 from cartridge_distill.evaluation.scoring import greedy_answers
-from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.util.errors import CartridgeDistillError
 
 _AT_ONCE = 16

@@ -147,15 +147,15 @@ class Grid:
         if not _is_count(self.measure_tokens) or self.measure_tokens > MEASURE_TOKENS:
             problems.append(f"measure_tokens: {self.measure_tokens!r}; set 1 to {MEASURE_TOKENS}")
         if self.limit_questions is not None and not _is_count(self.limit_questions):
-            problems.append(f"limit_questions: {self.limit_questions!r}; set 1 or more, or leave it")
+            problems.append(
+                f"limit_questions: {self.limit_questions!r}; set 1 or more, or leave it"
+            )
         if not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
             problems.append(f"seeds: {list(self.seeds)}; set whole numbers, 0 or more")
         if not all(_is_count(step) for step in self.evaluate_at):
             problems.append(f"evaluate_at: {list(self.evaluate_at)}; set steps, 1 or more")
         elif _is_count(self.steps) and any(step > self.steps for step in self.evaluate_at):
-            problems.append(
-                f"evaluate_at: {list(self.evaluate_at)}; a run has {self.steps} steps"
-            )
+            problems.append(f"evaluate_at: {list(self.evaluate_at)}; a run has {self.steps} steps")
         return problems
 
     def _steps_to_evaluate(self) -> tuple[int, ...]:
@@ -273,7 +273,9 @@ def registered(path: Path, draft: bool = False) -> Registration:
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=30)
         except FileNotFoundError as error:
-            raise ConfigError(f"grid {path}: git is not here to tell when it was written") from error
+            raise ConfigError(
+                f"grid {path}: git is not here to tell when it was written"
+            ) from error
 
     if git("ls-files", "--error-unmatch").returncode != 0:
         raise ConfigError(

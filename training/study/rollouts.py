@@ -189,9 +189,7 @@ async def _of(future: Future[Completion]) -> Completion:
     return await asyncio.wrap_future(future)
 
 
-def rendered_teacher(
-    model: Any, tokenizer: Any, documents: Any, settings: RunSettings
-) -> Teacher:
+def rendered_teacher(model: Any, tokenizer: Any, documents: Any, settings: RunSettings) -> Teacher:
     """The teacher of a run, as veRL's engine makes it."""
     return Teacher(
         model,

@@ -1,13 +1,13 @@
 """Every run of a grid, one after the other; whatever is done is not done again.
 
-    OUT/study.json                     the grid, its registration, the model
-    OUT/gate/DOCUMENT.json             what the model can do with the questions
-    OUT/data/DOCUMENT/seedN/           prompts, document and questions
-    OUT/DOCUMENT/conditions/           what is the same for all runs
-    OUT/DOCUMENT/ARM/seedN/            a run: metrics.jsonl, recipe.json, state/ (its last save),
-                                       evaluation_at/STEP/, evaluation/ (of the last step),
-                                       cartridge/
-    OUT/table.md                       when all are done
+OUT/study.json                     the grid, its registration, the model
+OUT/gate/DOCUMENT.json             what the model can do with the questions
+OUT/data/DOCUMENT/seedN/           prompts, document and questions
+OUT/DOCUMENT/conditions/           what is the same for all runs
+OUT/DOCUMENT/ARM/seedN/            a run: metrics.jsonl, recipe.json, state/ (its last save),
+                                   evaluation_at/STEP/, evaluation/ (of the last step),
+                                   cartridge/
+OUT/table.md                       when all are done
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class Study:
         ConfigError: the folder is of another study, or a document is unknown.
     """
 
-    def __init__(
-        self, grid: Grid, registration: Registration, out: Path, typed: list[str]
-    ) -> None:
+    def __init__(self, grid: Grid, registration: Registration, out: Path, typed: list[str]) -> None:
         self.grid, self.registration, self.out, self._typed = grid, registration, out, typed
         self.documents = chosen(grid)
         self.name = _model_folder(grid.model)
@@ -235,9 +233,7 @@ class Study:
         if (out / SUMMARY_FILE).is_file():
             return
         summary = evaluation.run(loop.cartridge, out)
-        (trained,) = (
-            row for row in summary["conditions"] if row["condition"] == TRAINED
-        )
+        (trained,) = (row for row in summary["conditions"] if row["condition"] == TRAINED)
         shown = "  ".join(
             f"{name} {trained['metrics'][name]['mean']:.3f}"
             for name in ("kl", "log_loss", "accuracy", "student_kl", "generated_match")

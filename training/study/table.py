@@ -189,7 +189,9 @@ def _by_step(grid: Grid, runs: dict[str, list[Finished]]) -> str:
             found |= {f"{name}@{step}": value for name, value in at.items()}
         return found
 
-    return _table("arm", columns, [(arm, [of(run) for run in found]) for arm, found in runs.items()])
+    return _table(
+        "arm", columns, [(arm, [of(run) for run in found]) for arm, found in runs.items()]
+    )
 
 
 Columns = Sequence[tuple[str, str, int]]

@@ -14,6 +14,7 @@ from cartridge_distill.evaluation.validation import Validation
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.util.errors import ConfigError
 
+
 def load_base(model_config: Any, engine_config: Any) -> Any:
     """The frozen model, whole, on this rank's device.
 

@@ -198,7 +198,9 @@ def _texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = row.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list):
-        raise ConfigError(f"{where}: {name!r} must be a list of texts, not {json.dumps(value)[:60]}")
+        raise ConfigError(
+            f"{where}: {name!r} must be a list of texts, not {json.dumps(value)[:60]}"
+        )
     return tuple(_text(text, name, where) for text in values)
 
 
