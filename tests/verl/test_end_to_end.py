@@ -42,7 +42,7 @@ from verl_patches.launching.settings import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, STEPS, CARTRIDGE = 4, 3, 160
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 class FaultyProxy:
@@ -134,7 +134,7 @@ class World:
         )
         log = folder / "train.log"
         with Supervisor() as supervisor:
-            status = supervisor.start(command(run), log, environment(run)).wait(timeout=1500)
+            status = supervisor.start(command(run), log, environment(run)).wait(timeout=300)
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         self.metrics = [json.loads(line)["data"] for line in lines]

@@ -89,6 +89,22 @@ def test_a_grid_is_registered_by_the_commit_that_holds_it(tmp_path: Path) -> Non
         registered(path)
 
 
+def test_the_comparison_keeps_the_recipe_of_its_table() -> None:
+    """docs/results.md: the demo may be tuned, the comparison stays comparable with those before."""
+    grid = read_grid(GRIDS / "demo_record.yaml")
+    assert (grid.documents, grid.seeds) == (("demo-record",), (0, 1, 2))
+    found = {arm: grid.run_settings(arm, 0) for arm in grid.arms}
+    assert {arm: run.cartridge.on_policy_fraction for arm, run in found.items()} == {
+        "off-policy": 0.0,
+        "on-policy": 1.0,
+        "mixed": 0.25,
+    }
+    for run in found.values():
+        assert (run.steps, run.batch, run.response_tokens) == (16, 48, 4)
+        cartridge = run.cartridge
+        assert (cartridge.lr, cartridge.lr_decay_to, cartridge.num_tokens) == (0.02, None, 128)
+
+
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_grids_of_this_project_can_be_read(path: Path) -> None:
     chosen(read_grid(path))

@@ -69,7 +69,7 @@ def test_the_engine_and_the_loop_take_the_same_steps(
 
 @pytest.mark.long
 @pytest.mark.integration
-@pytest.mark.timeout(1600)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("fraction", ["[[1,0.0],[4,1.0]]"])
 def test_a_whole_run_and_the_loop_have_the_same_losses(
     world: World,  # noqa: F811
