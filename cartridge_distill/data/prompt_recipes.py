@@ -286,7 +286,7 @@ def make_rows(
     ]
     if before is not None:
         changed, others = (sum(len(s.sections) for s in group) for group in groups)
-        say(f"{changed} sections have changed, {others} have not: a row of each in turn.")
+        say(f"Sections that changed: {changed}, others: {others}; a row of each in turn.")
     train, val = (
         # of each group in turn, so that each has its share whatever it is made of
         numbered(islice(alternate([alternate(each[split]) for each in made]), count), split)

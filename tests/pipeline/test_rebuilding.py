@@ -94,7 +94,7 @@ def test_a_document_that_changed(
     document.write_text(text.replace("Marten Holt", "Ada Brandt"))
     second = typed(*words, "--out", "runs/second", "--rebuild", "runs/first")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "1 sections have changed, 1 have not" in second.stdout
+    assert "Sections that changed: 1, others: 1" in second.stdout
     runs = tmp_path / "runs"
     recipe = json.loads((runs / "second" / "recipe.json").read_text())
     assert any(f"checkpoint_path={runs}/first/cartridge" in each for each in recipe["overrides"])

@@ -8,6 +8,7 @@ model can do with them.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ DEMO_RECORD = "demo-record"
 TUNING, UNSEEN = "tuning", "unseen"
 ONE_PLACE, TWO_PLACES = "one place", "two places"
 KINDS = (ONE_PLACE, TWO_PLACES)
-_KEYS = {"file", "title", "language", "use", "source", "licence", "copyright"}
+_KEYS = {"file", "sha256", "title", "language", "use", "source", "licence", "copyright"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class StudyDocument:
     source: str = ""
     licence: str = ""
 
+    @property
+    def sha256(self) -> str:
+        """Of text and questions together."""
+        digest = hashlib.sha256(self.text.read_bytes())
+        if self.questions is not None:
+            digest.update(hashlib.sha256(self.questions.read_bytes()).digest())
+        return digest.hexdigest()
+
 
 def all_documents(folder: Path = TEXTS) -> dict[str, StudyDocument]:
     """By name, the demo's record among them.
@@ -66,6 +75,11 @@ def all_documents(folder: Path = TEXTS) -> dict[str, StudyDocument]:
         for path in (text, questions):
             if not path.is_file():
                 raise ConfigError(f"{index}: {name}: {path} is not there")
+        if hashlib.sha256(text.read_bytes()).hexdigest() != entry["sha256"]:
+            raise ConfigError(
+                f"{index}: {name}: {text} is not as it was: its sha256 is another; fix: take the "
+                "file of the commit, no formatter may touch it"
+            )
         found[name] = StudyDocument(
             *(name, text, questions, entry["use"]),
             *(entry["language"], entry["source"], entry["licence"]),

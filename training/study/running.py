@@ -88,7 +88,11 @@ class Study:
     def _claim(self) -> None:
         """One folder, one study."""
         self.out.mkdir(parents=True, exist_ok=True)
-        now = {"grid_sha256": self.registration.sha256, "model": self.grid.model}
+        now = {
+            "grid_sha256": self.registration.sha256,
+            "model": self.grid.model,
+            "documents": {document.name: document.sha256 for document in self.documents},
+        }
         file = self.out / STUDY_FILE
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))

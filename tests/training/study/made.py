@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def write_texts(folder: Path, use: str = "tuning") -> Path:
     (folder / "harbour.md").write_text(TEXT)
     (folder / "harbour.questions.json").write_text(json.dumps(QUESTIONS))
     about = {"title": "The harbour", "language": "English", "source": "made up", "licence": "none"}
-    entry = {"file": "harbour.md", "use": use, "copyright": "none", **about}
+    sha256 = hashlib.sha256(TEXT.encode()).hexdigest()
+    entry = {"file": "harbour.md", "sha256": sha256, "use": use, "copyright": "none", **about}
     (folder / "index.yaml").write_text(yaml.safe_dump({"harbour": entry}))
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 
 from cartridge_distill.evaluation.free_answers import matches_any
 from cartridge_distill.util.errors import ConfigError
-from tests.training.study.made import grid_of, write_grid
+from tests.training.study.made import grid_of, write_grid, write_texts
 from training.study.documents import KINDS, TEXTS, TUNING, UNSEEN, all_documents, chosen
 from training.study.grid import Grid, read_grid, registered
 
@@ -130,6 +130,14 @@ def test_the_studys_documents_are_whole() -> None:
         *(each.text.name for each in found.values()),
         *(f"{name}.questions.json" for name in found),
     }
+
+
+def test_a_text_that_a_formatter_touched_is_refused(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    all_documents(texts)
+    (texts / "harbour.md").write_text((texts / "harbour.md").read_text() + "\n")
+    with pytest.raises(ConfigError, match="harbour.md is not as it was"):
+        all_documents(texts)
 
 
 def test_an_unseen_document_is_for_the_end(tmp_path: Path) -> None:

@@ -148,6 +148,15 @@ def test_a_folder_of_another_study_is_refused(
     assert start(world, out, "--gate-only") == 0
     assert start(world, out, "--gate-only", steps=5) == 1
     assert "holds another study" in capsys.readouterr().err
+    questions = world / "texts" / "harbour.questions.json"  # of the same grid, asked otherwise
+    asked = questions.read_text()
+    try:
+        questions.write_text(asked.replace("How many boats", "What number of boats"))
+        assert start(world, out, "--gate-only") == 1
+        assert "- documents: {'harbour': " in capsys.readouterr().err
+    finally:
+        questions.write_text(asked)
+    assert start(world, out, "--gate-only") == 0
 
 
 def test_a_model_that_cannot_answer_is_not_compared_on(
