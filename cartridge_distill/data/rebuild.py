@@ -72,7 +72,8 @@ def split_by_change(
     Raises:
         ConfigError: nothing has changed, or nothing is as it was.
     """
-    changed, others = [], []
+    changed: list[Source] = []
+    others: list[Source] = []
     for source in sources:
         found = changed_sections(source, before.get(source.document_id))
         for kept, into in ((True, changed), (False, others)):

@@ -87,7 +87,7 @@ class DocumentEvaluation:
             first = initial_cartridge(settings.cartridge, self._model, self.teacher, self._name)
             with torch.no_grad():
                 untrained = Fixed(UNTRAINED, first.prefix().to(self.teacher.device))
-            conditions = [
+            conditions: list[Condition] = [
                 no_document(self._model, self._tokenizer),
                 BestChunk(self.teacher, settings.cartridge.num_tokens),
                 untrained,
@@ -109,7 +109,7 @@ class DocumentEvaluation:
         baseline = self.baseline()
         with torch.no_grad():
             prefix: Prefix = cartridge.prefix()
-        conditions: list[Condition] = [Fixed(TRAINED, prefix)]
+        conditions = [Fixed(TRAINED, prefix)]
         with Journal(out, self._identity(cartridge), say) as journal:
             if not journal.results().questions:
                 more = baseline.measures

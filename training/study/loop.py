@@ -226,7 +226,7 @@ class PlainLoop:
             metrics = self._checks.run(part, scored.computed(loss), self.version, False, prefix)
             self._sums.add(metrics)
             found.append(metrics)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         parameters = self.cartridge.trainable_parameters()
         clip = self.run_settings.optim.clip_grad
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))

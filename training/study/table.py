@@ -24,15 +24,17 @@ from cartridge_distill.util.parquet import read_rows
 from training.study.grid import Grid, Registration
 from training.study.running import Place, place_of
 
-# (score, heading, digits); a score that no run has is left out
-_QUALITY = (
+Columns = Sequence[tuple[str, str, int]]
+"""(score, heading, digits); a score that no run has is left out."""
+
+_QUALITY: Columns = (
     ("kl", "KL", 3),
     ("log_loss", "log-loss", 2),
     ("accuracy", "accuracy", 2),
     ("generated_match", "match", 2),
     ("off_context_kl", "off context", 3),
 )
-_OWN_TEXT = (
+_OWN_TEXT: Columns = (
     ("student_kl", "student KL", 3),
     ("student_kl_1_4", "1-4", 3),
     ("student_kl_5_16", "5-16", 3),
@@ -45,7 +47,7 @@ _OWN_TEXT = (
     ("ended", "ended", 2),
     ("answer_tokens", "tokens", 0),
 )
-_COST = (
+_COST: Columns = (
     ("tokens/total_trained", "tokens trained", 0),
     ("tokens/total_generated", "by student", 0),
     ("tokens/total_generated_by_teacher", "by teacher", 0),
@@ -150,7 +152,7 @@ def _of_document(grid: Grid, out: Path, document: str) -> list[str]:
         parts.append(_table("condition", columns, body))
     kinds = match_by_kind(baseline, BEST_CHUNK, questions)
     if kinds:
-        columns = tuple((kind, f"match, {kind}", 2) for kind in kinds)
+        by_kind = [(kind, f"match, {kind}", 2) for kind in kinds]
         body = [
             (f"({condition})", [match_by_kind(baseline, condition, questions)])
             for condition in CONDITIONS
@@ -160,7 +162,7 @@ def _of_document(grid: Grid, out: Path, document: str) -> list[str]:
             (arm, [match_by_kind(_last(run, grid), TRAINED, questions) for run in found])
             for arm, found in runs.items()
         ]
-        parts.append(_table("condition", columns, body))
+        parts.append(_table("condition", by_kind, body))
     if len(grid.evaluate_at) > 1:
         parts.append(_by_step(grid, runs))
     costs = [
@@ -183,7 +185,7 @@ def _by_step(grid: Grid, runs: dict[str, list[Finished]]) -> str:
     )
 
     def of(run: Finished) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for step in grid.evaluate_at:
             at = scores(run.place.evaluation(step, grid.steps), TRAINED)
             found |= {f"{name}@{step}": value for name, value in at.items()}
@@ -192,9 +194,6 @@ def _by_step(grid: Grid, runs: dict[str, list[Finished]]) -> str:
     return _table(
         "arm", columns, [(arm, [of(run) for run in found]) for arm, found in runs.items()]
     )
-
-
-Columns = Sequence[tuple[str, str, int]]
 
 
 def _table(first: str, columns: Columns, body: Sequence[tuple[str, list[dict[str, float]]]]) -> str:
