@@ -91,6 +91,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="that the cartridge is judged by: .csv, .json or .jsonl, see `prepare --help`",
     )
     option(
+        "--rebuild",
+        metavar="RUN",
+        help="the documents have changed since RUN: go on from its cartridge, with half of the "
+        "prompts about the sections that changed",
+    )
+    option(
         "--test-every",
         **number,
         help="steps between validations on the documents' questions, 0 for none (four in a run, "
