@@ -103,8 +103,8 @@ def find_tree(target: Path | None = None) -> Tree:
         spec = importlib.util.find_spec("verl")
         if spec is None or spec.origin is None:
             raise PatchError(
-                f"veRL is not installed for {sys.executable}: pip install verl=={VERL_VERSION}, "
-                "or name a checkout with --target DIR"
+                f"veRL is not installed for {sys.executable}; fix: pip install "
+                f"verl=={VERL_VERSION}, or name a checkout with --target DIR"
             )
         root = Path(spec.origin).resolve().parent.parent
     else:
@@ -114,14 +114,14 @@ def find_tree(target: Path | None = None) -> Tree:
     version_file = root / "verl" / "version" / "version"
     if not version_file.is_file():
         raise PatchError(
-            f"no veRL in {root}: {version_file} does not exist. Name the folder that holds verl/, "
-            "a checkout or a site-packages folder"
+            f"no veRL in {root}: {version_file} does not exist; fix: name the folder that holds "
+            "verl/, a checkout or a site-packages folder"
         )
     version = version_file.read_text(encoding="utf-8").strip()
     if version != VERL_VERSION:
         raise PatchError(
-            f"other veRL version: {root} holds veRL {version}, the patches are for {VERL_VERSION}. "
-            f"pip install --no-deps verl=={VERL_VERSION}, or check out its tag v{VERL_VERSION}"
+            f"other veRL version: {root} holds veRL {version}, the patches are for {VERL_VERSION}; "
+            f"fix: pip install --no-deps verl=={VERL_VERSION}, or check out its tag v{VERL_VERSION}"
         )
     return Tree(root, version, f" --target {root}" if target is not None else "")
 
@@ -135,7 +135,7 @@ def _git_apply(root: Path, *arguments: str, stdin: bytes | None = None) -> tuple
     """
     git = shutil.which("git")
     if git is None:
-        raise PatchError("git is not on the PATH; `git apply` applies the patches: install git")
+        raise PatchError("git is not on the PATH; fix: install git, which applies the patches")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {
         "GIT_DIR": os.devnull,

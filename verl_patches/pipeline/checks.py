@@ -60,7 +60,12 @@ def check_first(settings: Distillation) -> None:
     checks.check_verl()
     configuration(run)  # a mistyped setting of veRL's
     if settings.server is not None:
-        checks.check_servers(run)
+        try:
+            checks.look_at_servers(run)
+        except checks.NotReady as error:
+            raise checks.NotReady(
+                f"{error}; or leave --server out, and one is started here"
+            ) from None
 
 
 def check_model(settings: Distillation) -> Any:
