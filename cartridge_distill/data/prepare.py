@@ -24,7 +24,7 @@ from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
 from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
-from cartridge_distill.data.questions.reading import add_questions
+from cartridge_distill.data.questions.reading import add_questions, check_file
 from cartridge_distill.data.questions.writing import QuestionSettings, write_questions
 from cartridge_distill.data.questions.writing import made_with as questions_made_with
 from cartridge_distill.data.self_study.plan import Plan
@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--questions {options.questions}: there is no such file; fix: name another"
         )
+    if options.questions is not None:
+        check_file(options.questions)
     general = read_prompts(options.general_prompts)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
@@ -143,7 +145,9 @@ def split_sources(
     for source in sources:
         tokens = length(source.text)
         source = source.split(limit, length)
-        said = f"{source.document_id}: {tokens} tokens, {len(source.questions)} questions"
+        said = f"{source.document_id}: {tokens} tokens"
+        if source.questions:
+            said += f", {len(source.questions)} questions"
         if len(source.parts) > 1:
             said += f"; longer than the teacher's {limit}: {len(source.parts)} parts"
             if torn := sum(part.torn for part in source.parts):

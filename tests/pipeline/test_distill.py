@@ -41,6 +41,9 @@ def typed(patched: Path, tmp_path: Path) -> Typed:
     ("changes", "said"),
     [
         ({"DOCUMENTS": "handbok"}, "there is no such file or folder; fix: did you mean .*handbook"),
+        ({"DOCUMENTS": "notes"}, "notes: not a kind that is read .*; fix: save it as"),
+        ({"--questions": "none.csv"}, "--questions none.csv: there is no such file; fix: "),
+        ({"--questions": "bad.csv"}, "'anwser' is unknown; fix: did you mean 'answer'"),
         ({"--model": "./no/such"}, "--model ./no/such: there is no such folder; fix:"),
         ({"--out": "file/run"}, "is no folder; fix: give another --out"),
         ({"--tokens": "17"}, "--tokens 17 is no multiple of 16.*fix: give 16 or 32"),
@@ -69,6 +72,8 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "check_verl", lambda: None)
     (tmp_path / "file").touch()
+    (tmp_path / "notes").write_text("A file without an ending.")
+    (tmp_path / "bad.csv").write_text("question,anwser\nWhen?,Now\n")
     before = sorted(tmp_path.rglob("*"))
     given = {"--model": str(model_folder), "--out": "run"}
     words = [str(changes.pop("DOCUMENTS", handbook)), *SMALL]
@@ -93,7 +98,7 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("2 steps x 4 answers x at most 4 = 32", "GiB are free", "s a step", "disk:"):
         assert words in done.stdout
-    assert "nothing was written" in done.stdout
+    assert "nothing was written" in done.stdout and "Wrote" not in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -80,12 +80,7 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
     """
     if not path.exists():
         raise DocumentError(f"{path} does not exist; fix: name a file or a folder of documents")
-    if path.is_file() and path.suffix.lower() not in KINDS:
-        raise DocumentError(f"{path}: {_refused_kind(path)} (records with questions: .json)")
-    if not path.is_file() and not path.is_dir():
-        raise DocumentError(
-            f"{path} is no file (a pipe, a socket or a device); fix: save it as one"
-        )
+    check_kind(path)
     files = [path] if path.is_file() else _files_below(path)
     root = path.parent if path.is_file() else path
     documents: dict[str, ReadFile] = {}
@@ -124,6 +119,20 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
             f"{reasons}"
         )
     return Reading(tuple(documents.values()), tuple(skipped))
+
+
+def check_kind(path: Path) -> None:
+    """Is it a folder, or a file of a kind that is read? Its name alone is looked at.
+
+    Raises:
+        DocumentError: it is neither.
+    """
+    if path.is_file() and path.suffix.lower() not in KINDS:
+        raise DocumentError(f"{path}: {_refused_kind(path)} (records with questions: .json)")
+    if not path.is_file() and not path.is_dir():
+        raise DocumentError(
+            f"{path} is no file (a pipe, a socket or a device); fix: save it as one"
+        )
 
 
 def read_file(path: Path, document_id: str | None = None) -> ReadFile:
