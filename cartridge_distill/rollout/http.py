@@ -364,12 +364,15 @@ def describe(error: BaseException | None) -> str:
 
 
 def detail(reply: Reply) -> str:
-    """The server's own words: FastAPI's ``detail``, or the beginning of the body."""
+    """The server's own words: FastAPI's ``detail``, OpenAI's ``error``, or the body's beginning."""
     try:
         body = json.loads(reply.body)
     except _NO_JSON:
         return reply.text[:300] or "no text"
     words = body.get("detail", body) if isinstance(body, dict) else body
+    error = words.get("error") if isinstance(words, dict) else None
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        words = error["message"]
     # A lone surrogate of the server's could not be printed.
     return str(words)[:600].encode(errors="replace").decode()
 

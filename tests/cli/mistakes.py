@@ -137,7 +137,7 @@ MISTAKES = (
     Mistake(
         "the server's key is missing",
         (*DISTILL, "NEW", "--server", "GATEWAY"),
-        ("refuses the credentials", "fix: set TOKASAURUS_API_KEY"),
+        ("refused with HTTP 401: the bearer token is missing", "fix: set TOKASAURUS_API_KEY"),
     ),
     Mistake(
         "a setting of veRL's mistyped",
@@ -304,7 +304,11 @@ def main() -> int:
                 done, seconds, computed = made(mistake, place)
                 line = message(mistake, done).removeprefix("error: ")
                 line = line.replace(f"{folder}/", "").replace("|", "\\|")
-                print(f"| {mistake.what} | `{line}` | {seconds:.1f} | {computed:.1f} |", flush=True)
+                mark = "``" if "`" in line else "`"
+                print(
+                    f"| {mistake.what} | {mark}{line}{mark} | {seconds:.1f} | {computed:.1f} |",
+                    flush=True,
+                )
     return 0
 
 

@@ -8,8 +8,8 @@ are given are one shell session: variables stay, what was started in the backgro
 the first command that fails ends it with its own status. It works on a copy of the repository's
 files, so nothing is left in the checkout.
 
-Without ``--fresh``, ``python`` and ``cartridge-distill`` are this Python's. With it there is nothing
-but what the blocks themselves install.
+Without ``--fresh``, ``python`` and ``cartridge-distill`` are this Python's. With it there is
+nothing but what the blocks themselves install.
 """
 
 from __future__ import annotations
