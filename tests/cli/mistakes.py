@@ -285,11 +285,11 @@ def made(
 
 
 def message(mistake: Mistake, done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that says what is wrong."""
+    """The one line that says what is wrong, with the items that it lists behind it."""
     said = done.stdout if mistake.stopped else done.stderr
     begin = "stopped: " if mistake.stopped else "error: "
     [line] = [line for line in said.splitlines() if line.startswith(begin)]
-    return line
+    return " ".join([line, *(item for item in said.splitlines() if item.startswith("- "))])
 
 
 def main() -> int:

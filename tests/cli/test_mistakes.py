@@ -38,8 +38,8 @@ def test_it_is_said_in_one_line_with_the_fix(
     said = message(mistake, done)
     assert all(part in said for part in mistake.said), said
     assert "Traceback" not in done.stderr and not Path(place["NEW"]).exists()
-    # Nothing beside it but that a server is waited for, and make's own line.
-    beside = [line for line in done.stderr.splitlines() if line != said]
-    assert all(line.startswith(("waiting for ", "make: ***")) for line in beside), done.stderr
+    # Nothing beside it but what it lists, that a server is waited for, and make's own line.
+    expected = ("error: ", "- ", "waiting for ", "make: ***")
+    assert all(line.startswith(expected) for line in done.stderr.splitlines()), done.stderr
     if not mistake.stopped:
         assert not done.stdout
