@@ -27,6 +27,7 @@ from cartridge_distill.data.prompt_recipes import make_rows
 from cartridge_distill.data.questions.reading import add_questions, check_file
 from cartridge_distill.data.questions.writing import QuestionSettings, write_questions
 from cartridge_distill.data.questions.writing import made_with as questions_made_with
+from cartridge_distill.data.rebuild import data_folder, texts_before
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.data.self_study.sifting import Sifted
 from cartridge_distill.data.self_study.writing import (
@@ -57,6 +58,9 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.questions is not None:
         check_file(options.questions)
+    before = None
+    if options.rebuild is not None:
+        before = texts_before(data_folder(options.rebuild))
     general = read_prompts(options.general_prompts)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
             *(tokenizer, sources, options.prompt_recipe, options.rows, val_rows, options.seed),
             say=say,
             limit=limit,
+            before=before,
         )
     if options.general_fraction:
         about_documents = len(train)
@@ -114,6 +119,11 @@ def check_options(options: argparse.Namespace) -> None:
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"
         raise ConfigError(f"{asked} needs a server of the base model; {HOW_TO_START}")
+    if options.prompt_recipe == SELF_STUDY and options.rebuild is not None:
+        raise ConfigError(
+            f"--rebuild {options.rebuild} is for prompts that are cut out of the documents; fix: "
+            "take --recipe started, open or mixed"
+        )
     if options.prompt_recipe != SELF_STUDY:
         if options.held_out is not None:
             raise ConfigError(
