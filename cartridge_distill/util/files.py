@@ -126,7 +126,10 @@ def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bo
         DiskFull: there is no room for it; what was there before is untouched.
     """
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is already there; a written version is never changed")
+        raise FileExistsError(
+            f"{target} is already there, and a written version is never changed; fix: name "
+            "another, or --overwrite it where the command has that option"
+        )
     with named_disk(target.parent):
         _replace_directory(target, write)
 
