@@ -115,7 +115,10 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     print(done.stdout)
     run = tmp_path / "runs" / "mine"
     lines = done.stdout.splitlines()
-    assert len(lines) < 45 and sum(line.startswith("   step ") for line in lines) == 2
+    assert sum(line.startswith("   step ") for line in lines) == 2
+    # The demo has 36 steps, and says which model it gets; a slow machine says that it still waits.
+    said = [line for line in lines if not line.endswith(" s ...")]
+    assert len(said) - 2 + 36 + 1 < 60
     assert "held out: KL" in done.stdout and "before step 1: KL" in done.stdout
     assert "3 versions served (the first, and one a step)" in done.stdout
     assert "trained cartridge" in done.stdout
