@@ -12,7 +12,9 @@ tells the function which tokens belong together. Three backends give the same re
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
     neither keys nor values are repeated for grouped queries. Tokens with the same past (samples of
     one prompt) are computed once, through the whole model, and a teacher's prompts that were there
-    before not at all (:mod:`cartridge_distill.model.kept_tokens`). The default on a CPU.
+    before not at all (:mod:`cartridge_distill.model.kept_tokens`). A long sequence by itself, as a
+    document is, goes through a fused kernel where it can
+    (:mod:`cartridge_distill.model.fused_causal`). The default on a CPU.
 ``dense``
     One product under a full ``[T, P + T]`` mask: the readable reference for the other two.
 
@@ -31,6 +33,7 @@ from transformers import AttentionInterface
 
 from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.flex import flex_attention_of
+from cartridge_distill.model.fused_causal import fused_causal, is_fusable
 from cartridge_distill.model.layout import PackedLayout
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import ConfigError
@@ -140,6 +143,14 @@ def _grouped(
         members, queries = group.queries.shape
         longest = group.keys.shape[1]
         seen = layout.prefix_tokens + longest
+        if members == 1 and is_fusable(query, key, queries, seen, scoring):
+            known = (key[:, group.keys[0]], value[:, group.keys[0]])
+            if past is not None:
+                known = tuple(torch.cat(pair, dim=1) for pair in zip(past, known, strict=True))
+            out = fused_causal(by_head[:, :, group.queries[0]], *known, scoring.scaling)
+            pieces.append(out.reshape(query.shape[0], -1, size))
+            asked.append(group.queries[0])
+            continue
         row_cost = query.shape[0] * seen
         at_once = max(1, _SCORE_BUDGET // row_cost)  # queries
         n_at_once, q_at_once = max(1, at_once // queries), min(queries, at_once)
