@@ -44,8 +44,9 @@ from cartridge_distill.gateway.model_shape import ModelShape
 from cartridge_distill.gateway.pages import PageBudget
 from cartridge_distill.gateway.process import ServerDown, ServerProcess
 from cartridge_distill.gateway.settings import GatewaySettings
-from cartridge_distill.gateway.store import Conflict, NoRoom, Unknown, VersionInfo, VersionStore
+from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.gateway.uploads import Busy, Uploads
+from cartridge_distill.gateway.version_info import Conflict, NoRoom, Unknown, VersionInfo
 from cartridge_distill.rollout.protocol import (
     CartridgeChatCompletionRequest,
     CartridgeCompletionRequest,

@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from cartridge_distill.gateway.completions import Completions
 from cartridge_distill.gateway.settings import GatewaySettings
-from cartridge_distill.gateway.store import Unknown, VersionStore
+from cartridge_distill.gateway.store import VersionStore
+from cartridge_distill.gateway.version_info import Unknown
 from cartridge_distill.rollout.protocol import ChatCompletionResponse
 from cartridge_distill.server.openai.answers import (
     DONE,

@@ -13,7 +13,6 @@ is deleted by hand.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -26,54 +25,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from cartridge_distill.cartridge.formats.tokasaurus import write_config
 from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.verifying import (
     Signature,
-    first_problem,
     problems,
-    read_entries,
     signature,
+)
+from cartridge_distill.gateway.version_info import (
+    Conflict,
+    NoRoom,
+    Unknown,
+    VersionInfo,
+    read_info,
+    write_info,
 )
 from cartridge_distill.rollout.protocol import sanitise_cartridge_id
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.sync.versions import run_of
 from cartridge_distill.util.disk import named_disk
-from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
+from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import move_into_place
-from cartridge_distill.util.sealed import sealed
 
 logger = logging.getLogger(__name__)
 
-VERSION_FILE = "version.json"
 STAGING = ".staging"
 RETRY_SECONDS = 60.0
 """A version outlives a request that failed by this, longer than a client's pauses."""
-
-
-class NoRoom(CartridgeDistillError):
-    """The disk bound does not allow another version. Becomes HTTP 507."""
-
-
-class Conflict(CartridgeDistillError):
-    """An id stands for something else, or is in use. Becomes HTTP 409."""
-
-
-class Unknown(CartridgeDistillError):
-    """An id that is not there. Becomes HTTP 404."""
-
-
-class VersionInfo(BaseModel):
-    """One version, as ``GET /cartridges/{id}`` tells it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    created_at: float
-    num_bytes: int
-    header: UploadHeader
 
 
 @dataclass
@@ -134,19 +112,13 @@ class VersionStore:
                 shutil.rmtree(folder)
                 continue
             try:
-                entries = read_entries(folder / VERSION_FILE)
-                info = VersionInfo.model_validate(entries)
+                info = read_info(folder)
             except FileNotFoundError:
                 logger.warning("%s was not put there by a gateway and is not served", folder)
-            except ValidationError as error:
-                self._refuse(folder, f"{VERSION_FILE}: {first_problem(error)}")
             except (OSError, CartridgeFormatError) as error:
                 self._refuse(folder, str(error))
             else:
-                if self.folder(info.id) == folder and info.num_bytes == info.header.data_bytes:
-                    found.append(info)
-                else:
-                    self._refuse(folder, f"{VERSION_FILE} is of another version, {info.id!r}")
+                found.append(info)
         return found
 
     # --- are they what was uploaded? ----------------------------------------------------------
@@ -362,8 +334,7 @@ class VersionStore:
         )
         with named_disk(self.directory, whatever=True):
             write_config(folder, header.num_tokens, header.base_model)
-            text = json.dumps(sealed(info.model_dump(mode="json")), indent=2)
-            (folder / VERSION_FILE).write_text(text + "\n")
+            write_info(info, folder)
             move_into_place(folder, self.folder(version_id))
         return info
 

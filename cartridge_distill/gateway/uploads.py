@@ -24,7 +24,8 @@ from cartridge_distill.gateway.pages import PageBudget
 from cartridge_distill.gateway.process import ServerDown, ServerProcess, refuse_redirect
 from cartridge_distill.gateway.receiving import receive
 from cartridge_distill.gateway.settings import GatewaySettings
-from cartridge_distill.gateway.store import VersionInfo, VersionStore
+from cartridge_distill.gateway.store import VersionStore
+from cartridge_distill.gateway.version_info import VersionInfo
 from cartridge_distill.rollout.protocol import CartridgeCompletionRequest, CartridgeRef
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.util.errors import CartridgeFormatError

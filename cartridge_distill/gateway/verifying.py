@@ -12,35 +12,15 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from cartridge_distill.cartridge.content_hash import sha256_of
 from cartridge_distill.cartridge.formats import tokasaurus
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.util.errors import CartridgeFormatError
-from cartridge_distill.util.sealed import BrokenSeal, unsealed
-from cartridge_distill.util.strict_json import BadJson, loads
 
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 5.0
 Signature = tuple[tuple[int, int, int], ...]
-
-
-def read_entries(file: Path) -> dict[str, object]:
-    """The entries of a ``version.json``, which are those that were written.
-
-    Raises:
-        CartridgeFormatError: they are not, or the file is no such JSON.
-        OSError: it cannot be read.
-    """
-    try:
-        entries = loads(file.read_bytes())
-        if not isinstance(entries, dict):
-            raise BadJson(f"it is a {type(entries).__name__}")
-        return unsealed(entries)
-    except (BadJson, BrokenSeal) as error:
-        raise CartridgeFormatError(f"{file.name}: {error}") from None
 
 
 def check_files(folder: Path, header: UploadHeader) -> None:
@@ -111,9 +91,3 @@ def signature(folder: Path) -> Signature | None:
     except OSError:
         return None
     return tuple((found.st_ino, found.st_size, found.st_ctime_ns) for found in stats)
-
-
-def first_problem(error: ValidationError) -> str:
-    """In words, without the value."""
-    found = error.errors(include_input=False)[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"

@@ -15,7 +15,8 @@ import yaml
 
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.gateway.metrics import Metrics
-from cartridge_distill.gateway.store import Conflict, Unknown, VersionStore
+from cartridge_distill.gateway.store import VersionStore
+from cartridge_distill.gateway.version_info import Conflict, Unknown
 from cartridge_distill.sync.upload import UploadHeader, encode
 from tests.gateway.conftest import StartRig
 from tests.gateway.rig import MODEL, MODEL_NAME, until, upload_bytes

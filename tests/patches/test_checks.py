@@ -63,7 +63,7 @@ def base(patched: Path, tmp_path_factory: pytest.TempPathFactory) -> DictConfig:
 
 def changed(base: DictConfig, key: str, value: Any) -> DictConfig:
     config = base.copy()
-    OmegaConf.update(config, key, value)
+    OmegaConf.update(config, key, value, force_add=True)  # a mapping may have keys of its own
     return config
 
 
@@ -136,6 +136,16 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
         ("distillation.enabled", True, "set distillation.enabled=False"),
         ("data.max_response_length", 0, "1 or more"),
         ("data.truncation", "left", "set data.truncation=error"),
+        ("algorithm.gamma", 0.9, "nothing reads it here"),
+        ("algorithm.filter_groups.enable", True, "nothing reads it here"),
+        (f"{ACTOR}.entropy_coeff", 0.01, "actor.cartridge.loss names it"),
+        (f"{ACTOR}.loss_agg_mode", "seq-mean-token-mean", "the mean over a step's tokens"),
+        (f"{ROLLOUT}.ignore_eos", True, "an answer ends where the model ends it"),
+        (f"{ROLLOUT}.do_sample", False, "temperature says how"),
+        (f"{ROLLOUT}.val_kwargs.n", 4, "nothing reads it here"),
+        ("data.apply_chat_template_kwargs", {"enable_thinking": False}, "the template's defaults"),
+        ("trainer.critic_warmup", 5, "each step trains the cartridge"),
+        ("trainer.rollout_data_dir", "rollouts", "there are none"),
         ("ray_kwargs.ray_init.num_cpus", 2, "set ray_kwargs.ray_init.num_cpus=8"),
     ],
 )

@@ -25,6 +25,8 @@ TYPED = {
     "report": ("runs/none",),
     "serve": ("--model", "m"),
     "doctor --data": ("somewhere",),
+    "init --document": ("file.txt", "--model", "m", "--out", "o"),
+    "chat --document": ("file.txt",),
 }
 
 

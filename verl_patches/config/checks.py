@@ -25,6 +25,7 @@ from cartridge_distill.util.server_url import checked_url
 from verl_patches.config.data_files import path_of, problem
 from verl_patches.config.fixed_settings import ACTOR, MODEL, ROLLOUT, fixed_problems
 from verl_patches.config.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
+from verl_patches.config.unread_settings import unread_problems
 from verl_patches.platform.cluster import joins_a_cluster
 
 MIN_RAY_CPUS = 4
@@ -304,6 +305,7 @@ def check_run_config(config: DictConfig) -> None:
     problems = [
         *cartridge_problems(_get(config, KEY), KEY),
         *fixed_problems(config),
+        *unread_problems(config),
         *_batch_problems(config),
         *_run_length_problems(config),
         *_rate_problems(config),

@@ -22,6 +22,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.fitting import Fitting
 from cartridge_distill.data.documents.structure import Boundary, Strength, boundaries
@@ -69,6 +71,7 @@ def chunk_text(text: str, budget: int, length: Callable[[str], int], form: Form)
     fitting = Fitting(lambda start, end: length(text[start:end].strip()), budget)
     chunks: list[Chunk] = []
     start, passed = 0, 0
+    bar = tqdm(total=len(text), desc="cutting", unit="char", leave=False, delay=3, disable=None)
     while _SOMETHING.search(text, start):
         reach = fitting.furthest(start, offsets, passed)
         if reach is not None:
@@ -76,8 +79,10 @@ def chunk_text(text: str, budget: int, length: Callable[[str], int], form: Form)
         else:
             cut = _inside_sentence(text, start, offsets[passed], budget, fitting)
         chunks.append(_stripped(text, start, cut, torn=reach is None))
+        bar.update(cut - start)
         start = cut
         passed = bisect_right(offsets, start, lo=passed)
+    bar.close()
     return chunks
 
 
