@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks.bases import vocabulary_of
 from benchmarks.measure import Job, Measured, check, measure, print_rows
 from cartridge_distill.cartridge.kv_shape import KvShape
-from cartridge_distill.model import attention
 from cartridge_distill.model.attention import ATTENTION_NAME
 from cartridge_distill.model.forward import packed_forward
-from cartridge_distill.model.fused_causal import is_fusable
 from cartridge_distill.model.kept_tokens import KeptTokens
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import PackedBatch, pack
@@ -38,15 +36,6 @@ def _random_ids(model: PreTrainedModel, count: int, seed: int, device: torch.dev
     return torch.tensor([draw.randrange(vocabulary) for _ in range(count)], device=device)
 
 
-@contextmanager
-def _without_fused_kernel() -> Iterator[None]:
-    attention.is_fusable = lambda *_: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        attention.is_fusable = is_fusable
-
-
 def _read(model: PreTrainedModel, document: Tensor) -> Tensor:
     """Keys and values of all layers, as this project computes them."""
     model.set_attn_implementation(ATTENTION_NAME)
@@ -55,7 +44,7 @@ def _read(model: PreTrainedModel, document: Tensor) -> Tensor:
 
 
 def _read_plainly(model: PreTrainedModel, document: Tensor) -> Tensor:
-    with _without_fused_kernel():
+    with patch("cartridge_distill.model.attention.is_fusable", lambda *_: False):
         return _read(model, document)
 
 

@@ -146,7 +146,7 @@ def _grouped(
         if members == 1 and is_fusable(query, key, queries, seen, scoring):
             known = (key[:, group.keys[0]], value[:, group.keys[0]])
             if past is not None:
-                known = tuple(torch.cat(pair, dim=1) for pair in zip(past, known, strict=True))
+                known = (torch.cat([past[0], known[0]], 1), torch.cat([past[1], known[1]], 1))
             out = fused_causal(by_head[:, :, group.queries[0]], *known, scoring.scaling)
             pieces.append(out.reshape(query.shape[0], -1, size))
             asked.append(group.queries[0])

@@ -140,9 +140,10 @@ class KeptTokens:
         elif self._fresh < self.capacity:
             slot, self._fresh = self._fresh, self._fresh + 1
         else:
-            slot = next(iter(self._edges), None)
-            if slot is None or slot in in_use:
+            oldest = next(iter(self._edges), None)
+            if oldest is None or oldest in in_use:
                 return None
+            slot = oldest
             del self._next[self._edges.pop(slot)]
             self.evicted += 1
         self._reserved.append(slot)
