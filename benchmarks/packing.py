@@ -103,6 +103,10 @@ def student_tables(
         sequences = make_sequences(vocabulary, options.sequences, options.length, ragged, device)
         say(f"\n== student, {kind}: every way once, to compare, then {options.repeats} times")
         ways = ways_for(model, cartridge.num_tokens, [len(sequence) for sequence in sequences])
+        known = [way.name for way in ways]
+        if unknown := sorted(set(options.ways) - set(known)):
+            raise ConfigError(f"--ways {unknown[0]!r} is not known here; known are {known}")
+        ways = [way for way in ways if not options.ways or way.name in options.ways]
         names = [way.name for way in ways]
         model.float()  # exactness is a float32 matter
         few = sequences[: options.check_sequences]
@@ -245,6 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--samples", type=int, default=4, help="samples of the teacher (%(default)s)")
     option("--answer", type=int, default=6, help="tokens of an answer in (f) (%(default)s)")
     option("--read", type=int, nargs="+", default=[], metavar="N", help="adds table (e)")
+    option("--ways", nargs="+", default=[], metavar="NAME", help="of the student's table (all)")
     option("--tables", nargs="+", choices=TABLES, default=TABLES, help="which (all)")
     option(
         "--cpu-seconds",

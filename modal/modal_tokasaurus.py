@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 IN_IMAGE = "/opt/cartridge-distill"  # this project's code, beside the interpreter's own packages
 CARTRIDGES = Path("/cartridges")  # the Volume
-CHECK_REPAIRS = "python -m cartridge_distill.engines.tokasaurus --check"
+REPAIR = "python -m verl_patches apply --package tokasaurus"
 BESIDE_THIS_FILE = "/root"  # where Modal puts and imports this file in every container
 PORT_OF_WARM_UP = 10210
 # Requests beside completions and uploads that must get through when both are at their limits:
@@ -142,17 +142,14 @@ def build_image(settings: ServerSettings) -> modal.Image:
     # The gateway starts `python -m cartridge_distill...` as a process of its own. A .pth file makes
     # the package importable there whatever the working directory and PYTHONPATH are.
     pth = "import site; print(site.getsitepackages()[0])"
-    image = image.run_commands(
-        f'echo {IN_IMAGE} > "$(python -c {shlex.quote(pth)})/cartridge.pth"'
-    ).add_local_dir(
-        PROJECT / "cartridge_distill",
-        f"{IN_IMAGE}/cartridge_distill",
-        copy=True,
-        ignore=["**/__pycache__/**"],
-    )
-    if settings.warm_build and settings.defence == "repair":
+    image = image.run_commands(f'echo {IN_IMAGE} > "$(python -c {shlex.quote(pth)})/cartridge.pth"')
+    for package in ("verl_patches", "cartridge_distill"):
+        image = image.add_local_dir(
+            PROJECT / package, f"{IN_IMAGE}/{package}", copy=True, ignore=["**/__pycache__/**"]
+        )
+    if settings.defence == "repair":
         # A Tokasaurus that the repairs are not for ends the deployment, not the first run.
-        image = image.run_commands(CHECK_REPAIRS, gpu=settings.gpu)
+        image = image.run_commands(REPAIR)
     return image.add_local_file(
         HERE / "deploy_settings.py", f"{BESIDE_THIS_FILE}/deploy_settings.py"
     )

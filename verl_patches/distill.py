@@ -27,7 +27,7 @@ from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
-from verl_patches.manage import PatchError
+from verl_patches.packages import PatchError
 from verl_patches.pipeline import checks, running
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 from verl_patches.pipeline.state import State, check_folder
@@ -90,6 +90,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--questions",
         metavar="FILE",
         help="that the cartridge is judged by: .csv, .json or .jsonl, see `prepare --help`",
+    )
+    option(
+        "--rebuild",
+        metavar="RUN",
+        help="the documents have changed since RUN: go on from its cartridge, with half of the "
+        "prompts about the sections that changed",
     )
     option(
         "--test-every",

@@ -1,11 +1,13 @@
-"""Applies the `*.patch` files of this folder to a veRL 0.9.1 tree, checks them, takes them back.
+"""Applies this project's `*.patch` files to veRL or Tokasaurus, checks them, takes them back.
 
-A tree is a folder that holds `verl/`: the site-packages of the installed release, or a source
-checkout. It is found without importing veRL (which takes seconds, and fails when it is broken).
-`git apply` does the work; nothing is recorded beside the tree, its files are the only state.
+The patches of this folder are for veRL 0.9.1; Tokasaurus has one, beside the code that it calls. A
+tree is a folder that holds `verl/` or `tokasaurus/`: the site-packages of the installed release, or
+a source checkout. It is found without importing the package (which takes seconds, and fails when it
+is broken). `git apply` does the work; nothing is recorded beside the tree, its files are the only
+state.
 
-Deliberately not here: fuzzy matching, other veRL versions, and any repair of a tree that somebody
-else changed. Such a tree is reported, and left as it is.
+Deliberately not here: fuzzy matching, other versions, and any repair of a tree that somebody else
+changed. Such a tree is reported, and left as it is.
 """
 
 from __future__ import annotations
@@ -22,18 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridge_distill.util.errors import CartridgeDistillError
+from verl_patches.packages import PACKAGES, TOKASAURUS, VERL, Package, PatchError
 
-VERL_VERSION = "0.9.1"
-PATCH_DIR = Path(__file__).resolve().parent
+PATCH_DIR = VERL.patches
 
 EXIT_APPLIED = 0
 EXIT_NOT_APPLIED = 1
 EXIT_TROUBLE = 2
-
-
-class PatchError(CartridgeDistillError, RuntimeError):
-    """The patches cannot be applied, checked or reverted on this tree."""
 
 
 class State(enum.Enum):
@@ -48,12 +45,13 @@ class State(enum.Enum):
 
 @dataclass(frozen=True)
 class Tree:
-    """A veRL tree: `root` holds `verl/`; `version` is what `verl/version/version` says."""
+    """Where a package is: `root` holds its folder."""
 
     root: Path
     version: str
     option: str = ""
     """What to add to a command line to name this tree again: `" --target DIR"`, or nothing."""
+    package: Package = VERL
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,11 @@ class PatchStatus:
 
     patch: Path
     files: dict[str, State]
+    package: Package = VERL
 
     @property
     def name(self) -> str:
-        return self.patch.relative_to(PATCH_DIR).as_posix()
+        return self.patch.relative_to(self.package.patches).as_posix()
 
     @property
     def state(self) -> State:
@@ -83,9 +82,9 @@ class PatchStatus:
         return self.state in (State.APPLIED, State.NOT_APPLIED)
 
 
-def patch_files() -> list[Path]:
+def patch_files(package: Package = VERL) -> list[Path]:
     """All patches, in a fixed order. No two touch the same file, so the order does not matter."""
-    return sorted(PATCH_DIR.rglob("*.patch"))
+    return sorted(package.patches.rglob("*.patch"))
 
 
 def patched_paths(patch: Path) -> list[str]:
@@ -93,37 +92,28 @@ def patched_paths(patch: Path) -> list[str]:
     return re.findall(r"^\+\+\+ b/(\S+)$", patch.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def find_tree(target: Path | None = None) -> Tree:
-    """The veRL tree at `target`, or the one that `import verl` would take here.
+def find_tree(target: Path | None = None, package: Package = VERL) -> Tree:
+    """The package's tree at `target`, or the one that Python would import here.
 
     Raises:
-        PatchError: no veRL there, or another version than the patches are made for.
+        PatchError: it is not there, or another version than the patches are made for.
     """
     if target is None:
-        spec = importlib.util.find_spec("verl")
+        spec = importlib.util.find_spec(package.module)
         if spec is None or spec.origin is None:
             raise PatchError(
-                f"veRL is not installed for {sys.executable}: pip install verl=={VERL_VERSION}, "
-                "or name a checkout with --target DIR"
+                f"{package.name} is not installed for {sys.executable}: pip install "
+                f"{package.install}, or name a checkout with --target DIR"
             )
         root = Path(spec.origin).resolve().parent.parent
     else:
         root = target.expanduser().resolve()
-        if not (root / "verl").is_dir() and (root / "version" / "version").is_file():
+        if not (root / package.module).is_dir() and root.name == package.module:
             root = root.parent  # the package itself was named
-    version_file = root / "verl" / "version" / "version"
-    if not version_file.is_file():
-        raise PatchError(
-            f"no veRL in {root}: {version_file} does not exist. Name the folder that holds verl/, "
-            "a checkout or a site-packages folder"
-        )
-    version = version_file.read_text(encoding="utf-8").strip()
-    if version != VERL_VERSION:
-        raise PatchError(
-            f"other veRL version: {root} holds veRL {version}, the patches are for {VERL_VERSION}. "
-            f"pip install --no-deps verl=={VERL_VERSION}, or check out its tag v{VERL_VERSION}"
-        )
-    return Tree(root, version, f" --target {root}" if target is not None else "")
+    version = package.version_in(root / package.module)
+    named = "" if package is VERL else f" --package {package.module}"
+    option = f" --target {root}" if target is not None else ""
+    return Tree(root, version, named + option, package)
 
 
 def _git_apply(root: Path, *arguments: str, stdin: bytes | None = None) -> tuple[bool, str]:
@@ -168,8 +158,12 @@ def _file_state(tree: Tree, patch: Path, path: str) -> State:
 def status(tree: Tree) -> list[PatchStatus]:
     """How each patch stands on `tree`. Changes nothing."""
     return [
-        PatchStatus(patch, {path: _file_state(tree, patch, path) for path in patched_paths(patch)})
-        for patch in patch_files()
+        PatchStatus(
+            patch,
+            {path: _file_state(tree, patch, path) for path in patched_paths(patch)},
+            tree.package,
+        )
+        for patch in patch_files(tree.package)
     ]
 
 
@@ -214,20 +208,24 @@ def revert(tree: Tree) -> list[PatchStatus]:
 
 def _explain(tree: Tree, item: PatchStatus) -> list[str]:
     """Why `item` is in trouble, file by file, and the fix."""
+    package = tree.package
     lines = [f"  {item.name}: {item.state.value}"]
     for path, state in item.files.items():
         match state:
             case State.CHANGED:
-                what = f"is neither as veRL {VERL_VERSION} ships it nor as this patch leaves it"
+                what = (
+                    f"is neither as {package.name} {package.version} ships it nor as this patch "
+                    "leaves it"
+                )
             case State.MISSING:
                 what = "does not exist"
             case _:
                 what = f"is {state.value}"
         lines.append(f"    {tree.root / path} {what}")
     if (tree.root / ".git").exists():
-        fix = f"git -C {tree.root} checkout v{VERL_VERSION} -- {' '.join(item.files)}"
+        fix = f"git -C {tree.root} checkout {package.checkout} -- {' '.join(item.files)}"
     else:
-        fix = f"pip install --force-reinstall --no-deps verl=={VERL_VERSION}"
+        fix = f"pip install --force-reinstall --no-deps {package.install}"
     lines.append(f"    fix: {fix}   (throws local changes away)")
     lines.append(f"    then: python -m verl_patches apply{tree.option}")
     return lines
@@ -256,7 +254,7 @@ def _command_apply(tree: Tree) -> int:
     moved = apply(tree)
     for item in moved:
         print(f"  {item.name}: applied to {', '.join(item.files)}")
-    print(f"{len(moved)} applied now, {len(patch_files()) - len(moved)} before")
+    print(f"{len(moved)} applied now, {len(patch_files(tree.package)) - len(moved)} before")
     return EXIT_APPLIED
 
 
@@ -264,7 +262,10 @@ def _command_revert(tree: Tree) -> int:
     moved = revert(tree)
     for item in moved:
         print(f"  {item.name}: reverted in {', '.join(item.files)}")
-    print(f"{len(moved)} reverted; veRL's files are as they came" if moved else "nothing to revert")
+    if moved:
+        print(f"{len(moved)} reverted; {tree.package.name}'s files are as they came")
+    else:
+        print("nothing to revert")
     return EXIT_APPLIED
 
 
@@ -275,17 +276,21 @@ _COMMANDS = {
 }
 
 _DESCRIPTION = f"""\
-Ties this project into veRL {VERL_VERSION}: adds actor_rollout_ref.actor.cartridge to its
+Ties this project into veRL {VERL.version}: adds actor_rollout_ref.actor.cartridge to its
 configuration, "tokasaurus" to its rollouts, a cartridge engine, and what a CPU needs.
 
 The patches hold hooks, not logic. A patched veRL works as before while
 actor.cartridge.enabled is false.
+
+With --package tokasaurus: repairs a server that is to be sent thousands of cartridges, the branch
+geoff/cartridges of Tokasaurus at {TOKASAURUS.version}. A patched Tokasaurus needs this package.
 """
 
 _EPILOG = f"""\
 examples:
   python -m verl_patches apply                    the veRL that this Python imports
-  python -m verl_patches check --target ~/verl    a source checkout of v{VERL_VERSION}
+  python -m verl_patches check --target ~/verl    a source checkout of v{VERL.version}
+  python -m verl_patches apply --package tokasaurus      in the environment of that server
 
 Each command is safe to run twice.
 exit status: 0 done, or all applied; 1 check: not applied; 2 trouble, nothing was changed
@@ -309,10 +314,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="DIR",
             help="folder that holds verl/ (default: where this Python finds veRL)",
         )
+        command.add_argument(
+            "--package",
+            choices=PACKAGES,
+            default=VERL.module,
+            help="what is patched (default: %(default)s)",
+        )
     options = parser.parse_args(arguments)
     try:
-        tree = find_tree(options.target)
-        print(f"veRL {tree.version} in {tree.root}")
+        tree = find_tree(options.target, PACKAGES[options.package])
+        print(f"{tree.package.name} {tree.version} in {tree.root}")
         return _COMMANDS[options.command][0](tree)
     except PatchError as error:
         print(f"{options.command}: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ for training.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 import typer
@@ -28,6 +29,7 @@ from cartridge_distill.engines.vllm.offline import place_of
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.listening import listening_socket
 from cartridge_distill.util.next_command import say_next
 
 
@@ -73,6 +75,9 @@ def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[s
         stored = read_cartridge(place, config)
         typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {place}", err=True)
     port = CHAT_PORT if options.port is None else options.port
+    if engine_python is not None:
+        with listening_socket(options.host, port) as free:
+            port = free.getsockname()[1]  # vLLM takes it, a minute later
     command = ServeCommand(
         model=model,
         options=Options(
@@ -99,10 +104,28 @@ def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[s
 
 
 def _run(command: list[str]) -> int:
+    """Runs vLLM until it ends, or until this process is told to: it would outlive its parent."""
     package = PackagePath()
+    ending = False
+
+    def end(*_: object) -> None:
+        nonlocal ending
+        (child.kill if ending else child.terminate)()
+        ending = True
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     try:
-        return subprocess.call(command, env=package.environment(dict(os.environ)))
-    except KeyboardInterrupt:
-        return 0
+        # A session of its own: the terminal's Ctrl-C would reach it beside what is sent here, and
+        # of two signals vLLM's server does not finish its requests.
+        child = subprocess.Popen(
+            command, env=package.environment(dict(os.environ)), start_new_session=True
+        )
+        before = {number: signal.signal(number, end) for number in numbers}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     finally:
         package.remove()
+    return 0 if ending else status

@@ -53,6 +53,8 @@ examples:
     cartridge-distill serve --model MODEL &
     PROGRAM --data handbook/ --tokenizer MODEL --out data/handbook \\
         --recipe self_study --server http://127.0.0.1:10210 --rows 1024
+  the same documents, which have changed since runs/handbook was trained on them:
+    PROGRAM --data handbook/ --rebuild runs/handbook --tokenizer MODEL --out data/handbook-2
   two patients of LongHealth:
     PROGRAM --data longhealth --patients patient_01 patient_02 \\
         --recipe mixed --rows 8192 --tokenizer meta-llama/Llama-3.2-3B-Instruct --out data/two
@@ -93,6 +95,13 @@ def parse(arguments: list[str] | None = None, program: str = PROGRAM) -> argpars
         choices=("started", "open", "mixed", "self_study"),
         default="started",
         help="where the prompts come from, see above (%(default)s)",
+    )
+    option(
+        "--rebuild",
+        type=Path,
+        metavar="FROM",
+        help="the documents have changed since the run FROM was trained (or the data folder FROM "
+        "was prepared): half of the prompts are about the sections that changed",
     )
     option("--rows", type=int, default=1920, help="training prompts to write (%(default)s)")
     option(

@@ -27,6 +27,7 @@ from cartridge_distill.data.prompt_recipes import make_rows
 from cartridge_distill.data.questions.reading import add_questions
 from cartridge_distill.data.questions.writing import QuestionSettings, write_questions
 from cartridge_distill.data.questions.writing import made_with as questions_made_with
+from cartridge_distill.data.rebuild import data_folder, texts_before
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.data.self_study.sifting import Sifted
 from cartridge_distill.data.self_study.writing import (
@@ -53,6 +54,9 @@ def run(options: argparse.Namespace) -> None:
     check_replaceable(options.out)  # before anything is read or written by a model
     if options.questions is not None and not options.questions.is_file():
         raise ConfigError(f"--questions {options.questions}: there is no such file")
+    before = None
+    if options.rebuild is not None:
+        before = texts_before(data_folder(options.rebuild))
     general = read_prompts(options.general_prompts)
     sources = choose(load_sources(options.data, say, options.skip_unreadable), options.patients)
     tokenizer = read_tokenizer(options.tokenizer)
@@ -75,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             *(tokenizer, sources, options.prompt_recipe, options.rows, val_rows, options.seed),
             say=say,
             limit=limit,
+            before=before,
         )
     if options.general_fraction:
         about_documents = len(train)
@@ -110,6 +115,11 @@ def check_options(options: argparse.Namespace) -> None:
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"
         raise ConfigError(f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}")
+    if options.prompt_recipe == SELF_STUDY and options.rebuild is not None:
+        raise ConfigError(
+            f"--rebuild {options.rebuild} is for prompts that are cut out of the documents; take "
+            "--recipe started, open or mixed"
+        )
     if options.prompt_recipe != SELF_STUDY:
         if options.held_out is not None:
             raise ConfigError(

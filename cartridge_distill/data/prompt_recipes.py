@@ -27,6 +27,7 @@ from cartridge_distill.data.decontamination import Guard
 from cartridge_distill.data.documents.source import Source
 from cartridge_distill.data.documents.usable import FEWEST_WORDS
 from cartridge_distill.data.prompt_length import PromptLimit
+from cartridge_distill.data.rebuild import split_by_change
 from cartridge_distill.data.words import words
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
@@ -250,6 +251,7 @@ def make_rows(
     seed: int,
     say: Callable[[str], None] = lambda line: None,
     limit: PromptLimit | None = None,
+    before: dict[str, str] | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """(train, val) rows in veRL's schema; the same arguments give the same rows.
 
@@ -257,6 +259,8 @@ def make_rows(
 
     Args:
         limit: how long a prompt may be; what is longer in any wording is left out, and counted.
+        before: of a cartridge that is rebuilt the documents as they were: every other row is then
+            about a section that changed (`rebuild.py`).
 
     Raises:
         ConfigError: unknown prompt recipe, nothing to make prompts of, or a collision with
@@ -271,21 +275,61 @@ def make_rows(
         raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")
     rng = random.Random(seed)
     guard = Guard([question for source in sources for question in source.questions])
-    name_it = len(sources) > 1
+    groups = [list(sources)] if before is None else split_by_change(sources, before)
+    made = [
+        _makers(
+            *(tokenizer, group, prompt_recipe, rows, val_rows // len(groups) or 1, seed),
+            *(rng, guard, len(sources) > 1, say, limit),
+            scarce=before is not None,
+        )
+        for group in groups
+    ]
+    if before is not None:
+        changed, others = (sum(len(s.sections) for s in group) for group in groups)
+        say(f"Sections that changed: {changed}, others: {others}; a row of each in turn.")
+    train, val = (
+        # of each group in turn, so that each has its share whatever it is made of
+        numbered(islice(alternate([alternate(each[split]) for each in made]), count), split)
+        for split, count in (("train", rows), ("val", val_rows))
+    )
+    guard.check(train + val)
+    return train, val
+
+
+def _makers(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    prompt_recipe: str,
+    rows: int,
+    val_rows: int,
+    seed: int,
+    rng: random.Random,
+    guard: Guard,
+    name_it: bool,
+    say: Callable[[str], None],
+    limit: PromptLimit | None,
+    scarce: bool,
+) -> dict[str, list[Iterator[Row]]]:
+    """What makes the rows of some sources, for `train` and for `val`.
+
+    Args:
+        scarce: keep an eighth of the started answers aside at most: what changed may be short.
+    """
     makers: dict[str, list[Iterator[Row]]] = {"train": [], "val": []}
     if prompt_recipe in ("started", "mixed"):
         every = all_cuts(tokenizer, sources, rows + val_rows, seed)
         cuts = [cut for cut in every if guard.collision(cut.start) is None]
         say(f"{len(cuts)} started answers, {len(every) - len(cuts)} dropped: evaluation stems.")
         cuts = _within(limit, cuts, lambda cut: _started_messages(cut, name_it), "started", say)
-        if len(cuts) <= val_rows:
+        aside = min(val_rows, max(1, len(cuts) // 8)) if scarce else val_rows
+        if len(cuts) <= aside:
             raise ConfigError(
-                f"Only {len(cuts)} started answers can be made, and {val_rows} are kept for "
+                f"Only {len(cuts)} started answers can be made, and {aside} are kept for "
                 "validation. Use longer documents, or fewer --val-rows."
             )
         rng.shuffle(cuts)
-        makers["val"].append(started_rows(cuts[:val_rows], rng, name_it))
-        makers["train"].append(started_rows(cuts[val_rows:], rng, name_it))
+        makers["val"].append(started_rows(cuts[:aside], rng, name_it))
+        makers["train"].append(started_rows(cuts[aside:], rng, name_it))
     if prompt_recipe in ("open", "mixed"):
         prompts = [p for p in open_prompts(sources, name_it) if guard.collision(p[2]) is None]
         prompts = _within(limit, prompts, lambda p: [_open_messages(p[2])], "open", say)
@@ -296,9 +340,4 @@ def make_rows(
         kept = max(1, min(val_rows, len(prompts) // 8))
         makers["val"].append(open_rows(prompts[:kept], rng))
         makers["train"].append(open_rows(prompts[kept:], rng))
-    train, val = (
-        numbered(islice(alternate(makers[split]), count), split)
-        for split, count in (("train", rows), ("val", val_rows))
-    )
-    guard.check(train + val)
-    return train, val
+    return makers

@@ -24,6 +24,7 @@ from typing import Any
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import ConfigError, DocumentError
 
+_LISTS, _OPTIONAL = ("options", "also"), ("also", "kind")  # of a question in `eval.json`
 OPTION_KEYS = ("answer_a", "answer_b", "answer_c", "answer_d", "answer_e")
 
 
@@ -37,6 +38,8 @@ class Question:
         options: the texts to choose from.
         correct: index of the right option.
         stem: beginning of an answer sentence that each option completes, or None.
+        also: other wordings of the right answer, that a free answer may have as well.
+        kind: of question, by whatever name its author gave it; scores can be taken by kind.
     """
 
     document_id: str
@@ -44,6 +47,8 @@ class Question:
     options: tuple[str, ...]
     correct: int
     stem: str | None = None
+    also: tuple[str, ...] = ()
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError where nobody could tell which answer is right."""
@@ -61,11 +66,22 @@ class Question:
             raise ConfigError(
                 f"the option {twice[0]!r} stands there twice; give each a text of its own"
             )
+        if not all(isinstance(text, str) and text.strip() for text in self.also):
+            raise ConfigError("other wordings of a right answer are texts, none of them empty")
+        if wrong := [text for text in self.also if text in self.options]:
+            raise ConfigError(
+                f"{wrong[0]!r} is an option, and another wording of the right answer; keep one"
+            )
 
     @property
     def answer(self) -> str:
         """The right option's text."""
         return self.options[self.correct]
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every wording of the right answer, the option's first."""
+        return self.answer, *self.also
 
 
 @dataclass(frozen=True)
@@ -205,8 +221,9 @@ def _need(entry: Any, keys: Iterable[str], where: str) -> None:
 
 
 def save_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Writes `eval.json`: a list of questions."""
-    rows = [asdict(question) for question in questions]
+    """Writes `eval.json`: a list of questions, without the keys that say nothing."""
+    plain = [asdict(question) for question in questions]
+    rows = [{k: v for k, v in row.items() if k not in _OPTIONAL or v} for row in plain]
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -218,7 +235,9 @@ def load_questions(path: Path) -> list[Question]:
     """
     try:
         rows = json_text.load(path)
-        return [Question(**{**row, "options": tuple(row["options"])}) for row in rows]
+        return [
+            Question(**{**row, **{k: tuple(row[k]) for k in _LISTS if k in row}}) for row in rows
+        ]
     except json_text.JsonError as error:
         raise ConfigError(f"{path} {error}") from error
     except ConfigError as error:

@@ -138,10 +138,20 @@ def _words(text: str) -> list[tuple[str, int, int]]:
     return [(_word(found[0]), found.start(), found.end()) for found in _WORD.finditer(text)]
 
 
-def compared_words(text: str) -> list[str]:
-    """The words of a text as options' texts are compared: without articles, but for lone ones."""
+def compared_words(text: str, articles: bool = False) -> list[str]:
+    """The words of a text as options' texts are compared: without articles, but for lone ones.
+
+    Args:
+        articles: keep them.
+    """
     found = [word for word, _, _ in _words(_plain(text))]
-    return [word for word in found if word not in _ARTICLES] or found
+    return (not articles and [word for word in found if word not in _ARTICLES]) or found
+
+
+def ends_in_article(text: str) -> bool:
+    """Is the last word of several one that is spelt like an article, as in "zone A"?"""
+    found = compared_words(text, articles=True)
+    return len(found) > 1 and found[-1] in _ARTICLES
 
 
 def _word(text: str) -> str:

@@ -35,7 +35,7 @@ from cartridge_distill.distill.overlap import Overlap
 from cartridge_distill.evaluation.answers import Sampling, check_context
 from cartridge_distill.evaluation.conditions import Condition, FullDocument, View
 from cartridge_distill.evaluation.data import Numbered, in_chunks
-from cartridge_distill.evaluation.free_answers import matches, repeated_ngrams
+from cartridge_distill.evaluation.free_answers import matches_any, repeated_ngrams
 from cartridge_distill.evaluation.harness import Progress, by_view
 from cartridge_distill.evaluation.journal import Journal, own_text_key
 from cartridge_distill.evaluation.measure_rows import (
@@ -226,7 +226,7 @@ class OwnTexts:
             entropy=found.entropy,
             repeated=repeated,
             ngrams=ngrams,
-            matched=matches(text, question.answer),
+            matched=matches_any(text, question.wordings),
             kv_tokens=view.kv_tokens,
         )
 

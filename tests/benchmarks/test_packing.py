@@ -58,6 +58,16 @@ def test_every_table_is_printed(
     assert "in update: loss" in printed
 
 
+def test_one_way_of_one_table(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["--tables", "student", "--cpu-seconds", "--threads", "1", "--ways"]
+    command = ["--model", str(model_folder), *SMALL, *one]
+    assert packing.main([*command, "packed, grouped"]) == 0
+    printed = capsys.readouterr().out
+    assert "one by one" not in printed and "teacher" not in printed and "load: " in printed
+    assert packing.main([*command, "packed, twice"]) == 1
+    assert "--ways 'packed, twice' is not known here" in capsys.readouterr().err
+
+
 def test_ways_that_disagree_are_not_timed() -> None:
     good: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2)])
     wrong: tuple[Tensor, list[Tensor]] = (torch.zeros(4), [torch.ones(2) * 1.01])

@@ -22,7 +22,7 @@ from cartridge_distill.data.questions.writing import (
     sift,
     write_questions,
 )
-from cartridge_distill.data.records import Question, load_questions
+from cartridge_distill.data.records import Question, load_questions, save_questions
 from cartridge_distill.data.self_study.plan import Plan
 from cartridge_distill.model.prompts import render_alone, render_document
 from cartridge_distill.rollout.fingerprint import Completion
@@ -360,3 +360,53 @@ def test_options_that_cannot_work(
     assert prepare(tmp_path, model_folder, *more) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_other_wordings_and_a_kind_come_from_a_table_or_a_list(tmp_path: Path) -> None:
+    table = write(
+        tmp_path,
+        "q.csv",
+        "question,answer,also,also_2,kind\n"
+        "Who was the keeper?,Ada Brandt,Mrs. Brandt,the keeper Brandt,one place\n"
+        "How many steps?,163,,,\n",
+    )
+    listed = write(
+        tmp_path,
+        "q.json",
+        [
+            {
+                "question": "Who was the keeper?",
+                "answer": "Ada Brandt",
+                "also": ["Mrs. Brandt", "the keeper Brandt"],
+                "kind": "one place",
+            },
+            {"question": "How many steps?", "answer": 163},
+        ],
+    )
+    for path in (table, listed):
+        keeper, steps = add_questions([source()], path, seed=0)[0].questions
+        assert keeper.wordings == ("Ada Brandt", "Mrs. Brandt", "the keeper Brandt")
+        assert (keeper.kind, steps.wordings, steps.kind) == ("one place", ("163",), None)
+        saved = tmp_path / "eval.json"
+        save_questions(saved, [keeper, steps])
+        assert load_questions(saved) == [keeper, steps]
+        rows = json.loads(saved.read_text())
+        assert "also" in rows[0] and "also" not in rows[1] and "kind" not in rows[1]
+
+
+def test_an_option_is_no_other_wording(tmp_path: Path) -> None:
+    path = write(tmp_path, "q.json", [{**BUILT, "also": ["1872"]}])
+    with pytest.raises(ConfigError, match="'1872' is an option, and another wording"):
+        add_questions([source()], path, seed=0)
+    path = write(tmp_path, "q.json", [{**BUILT, "also": [{}]}])
+    with pytest.raises(ConfigError, match="'also' is a dict, not a text"):
+        add_questions([source()], path, seed=0)
+
+
+def test_another_wording_of_the_right_answer_is_no_wrong_one() -> None:
+    asked = [
+        Asked("1", "a", "Who was it?", "Ada Brandt", also=("the keeper",)),
+        Asked("2", "a", "Who had the lamp?", "the keeper"),
+        Asked("3", "a", "Who built it?", "Marten Holt"),
+    ]
+    assert set(with_options(asked, 0)[0].options) == {"Ada Brandt", "Marten Holt"}

@@ -170,11 +170,12 @@ def test_image_can_be_built_without_a_gpu() -> None:
 def test_our_code_comes_last_and_is_found_by_every_process(
     recorded: Recorded, module: ModuleType
 ) -> None:
-    *_, pth, package, check, settings = recorded.image
+    *_, pth, patches, package, repair, settings = recorded.image
     assert module.IN_IMAGE in pth.args[0]
-    assert package.args == (PROJECT / "cartridge_distill", f"{module.IN_IMAGE}/cartridge_distill")
-    assert package.kwargs["copy"] is True
-    assert check.args == ("python -m cartridge_distill.engines.tokasaurus --check",)
+    for name, call in (("verl_patches", patches), ("cartridge_distill", package)):
+        assert call.args == (PROJECT / name, f"{module.IN_IMAGE}/{name}")
+        assert call.kwargs["copy"] is True
+    assert repair.args == ("python -m verl_patches apply --package tokasaurus",)
     assert settings.args == (FOLDER / "deploy_settings.py", f"{IN_CONTAINER}/deploy_settings.py")
     for call in recorded.of("add_local_dir", "add_local_file"):
         assert Path(call.args[0]).exists(), call.args[0]
@@ -183,15 +184,14 @@ def test_our_code_comes_last_and_is_found_by_every_process(
 def test_another_tokasaurus_is_noticed_while_the_image_is_built() -> None:
     """The command is a real one, and says no where there is none of the known Tokasaurus."""
     module, _ = load("modal_tokasaurus")
-    _, *arguments = module.CHECK_REPAIRS.split()
+    _, *arguments = module.REPAIR.split()
     done = subprocess.run(
         [sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode in (1, 2), done.stdout + done.stderr
-    assert "okasaurus" in done.stdout + done.stderr
+    assert done.returncode == 2 and "Tokasaurus is not installed" in done.stderr
 
     _, other = load("modal_tokasaurus", {"CARTRIDGE_SERVER_DEFENCE": "restart"})
-    assert module.CHECK_REPAIRS not in commands(other)  # needs no particular Tokasaurus
+    assert module.REPAIR not in commands(other)  # needs no particular Tokasaurus
 
 
 def test_pth_command_makes_the_package_importable(

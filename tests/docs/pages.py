@@ -21,12 +21,15 @@ _PROGRAM = re.compile(
     r"(?:\w+=\S*\s+)*(?:cartridge-distill|make|bash|pytest|(?:\S*/)?python3?|modal|torchrun)\b"
 )
 
+_OTHERS = ROOT / "training" / "study" / "texts"  # documents of other projects, as they are
+
 
 def pages() -> list[Path]:
-    """Every page that a reader of the repository may open."""
+    """Every page of this project that a reader of the repository may open."""
     folders = ("docs", "benchmarks", "modal", "tests", "verl_patches", "training")
     found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.md"))]
-    return [*sorted(ROOT.glob("*.md")), *found]
+    own = [path for path in found if path.parent != _OTHERS or path.name == "README.md"]
+    return [*sorted(ROOT.glob("*.md")), *own]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cartridge_distill.evaluation.free_answers import matches, repeated_ngrams
+from cartridge_distill.evaluation.free_answers import matches, matches_any, repeated_ngrams
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from cartridge_distill.evaluation.free_answers import matches, repeated_ngrams
         ("她养了两只猫。", "两只猫"),
         ("Sicher 100 % davon", "100 %"),
         ("100%", "%"),
+        ("It is in zone A, near the sea.", "Zone A"),  # no article
     ],
 )
 def test_right_answers(text: str, right: str) -> None:
@@ -37,10 +38,17 @@ def test_right_answers(text: str, right: str) -> None:
         ("cats two", "two cats"),
         ("她养了两只狗。", "两只猫"),
         ("100", "%"),
+        ("It is in a zone near the sea.", "Zone A"),
+        ("Zone B", "Zone A"),
     ],
 )
 def test_wrong_answers(text: str, right: str) -> None:
     assert not matches(text, right)
+
+
+def test_one_of_several_wordings_will_do() -> None:
+    assert matches_any("There are 7.", ("seven", "7"))
+    assert not matches_any("There are 17.", ("seven", "7"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The comparison's table, and the script around it; its runs are the demo's, tested elsewhere."""
+"""The script of the comparison, which calls the study (tests/training/study)."""
 
 from __future__ import annotations
 
@@ -6,66 +6,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.report.made import evaluation, write_recipes, write_run
 from tests.training.conftest import ROOT
-from training.compare_table import main
 
 SCRIPT = ROOT / "training" / "compare_policies.sh"
 
 
-def compare(**settings: str) -> subprocess.CompletedProcess[str]:
+def compare(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SCRIPT)],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(ROOT),
-            "PYTHON": sys.executable,
-            **settings,
-        },
+        ["bash", str(SCRIPT), *arguments],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **settings},
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def test_the_table_has_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = write_recipes(tmp_path)
-    assert main([str(run) for run in runs]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:]] for line in lines}
-    assert list(cells) == [
-        *("recipe", "---", "(untrained cartridge)", "off-policy", "on-policy", "mixed"),
-        "(full document)",
-    ]
-    # kl is 0.590, 0.602, 0.614 and log_loss 1.88, 1.93, 1.98 over the seeds
-    assert cells["off-policy"][:3] == ["3", "0.602 ± 0.012", "1.930 ± 0.050"]
-    assert cells["(full document)"][1:4] == ["0.000", "1.270", "0.900"]
+def test_it_runs_the_grid_of_the_demos_record(tmp_path: Path) -> None:
+    """Up to the table of runs that are not there: the grid was read, and the folder passed on."""
+    done = compare("--table-only", "--draft", OUT=str(tmp_path / "out"))
+    assert done.returncode == 1
+    run = tmp_path / "out" / "demo-record" / "off-policy" / "seed0"
+    assert f"{run} has no metrics.jsonl: the run is not finished" in done.stderr
 
 
-def test_a_run_that_was_not_evaluated_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = write_run(tmp_path / "half", evaluated={})
-    assert main([str(run)]) == 1
-    assert f"cartridge-distill eval with --out {run}" in capsys.readouterr().err
-
-
-def test_finished_runs_are_not_repeated(tmp_path: Path) -> None:
-    for policy in ("off-policy", "on-policy"):
-        run = write_run(tmp_path / policy / "seed7", name=policy, seed=7, overrides=(policy,))
-        (run / "evaluation").mkdir()
-        (run / "evaluation.json").rename(run / "evaluation" / "evaluation.json")
-    done = compare(OUT=str(tmp_path), SEEDS="7", POLICIES="off-policy on-policy")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == 2 and "| on-policy" in done.stdout
-    report = (tmp_path / "report.html").read_text()
-    assert f"report: {tmp_path}/report.html" in done.stdout and "off-policy" in report
-    assert f"{evaluation()['conditions'][0]['condition']}" in report
-
-
-def test_an_unknown_policy_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_variable_that_the_grid_says_now_is_refused(tmp_path: Path) -> None:
     done = compare(OUT=str(tmp_path / "out"), POLICIES="on-policy greedy")
-    assert done.returncode == 2 and "greedy" in done.stderr
+    assert done.returncode == 2 and "POLICIES" in done.stderr and "GRID" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_may_be_set() -> None:
+    done = compare("--help")
+    assert done.returncode == 0 and "GRID" in done.stdout and "training.study" in done.stdout

@@ -5,7 +5,6 @@ That run itself takes ten minutes and is `make demo`.
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+<<<<<<< HEAD
 from cartridge_distill.util.processor import DtypeChoice
 from tests.training.conftest import ROOT, child_environment, write_rows
+=======
+from tests.training.conftest import write_rows
+>>>>>>> main
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
 from verl_patches.distill import settings_of
@@ -145,33 +148,6 @@ def test_a_device_that_cannot_be_is_refused(
     assert demo.main(typed) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_the_comparison_keeps_the_recipe_of_its_table(
-    patched: Path, model_folder: Path, out: Path
-) -> None:
-    """The demo may be tuned; runs of the comparison must stay comparable with those before."""
-    python = out / "python"  # it notes what it was asked to run, and runs nothing
-    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {out}/asked\nexit 1\n')
-    python.chmod(0o755)
-    subprocess.run(
-        ["bash", str(ROOT / "training" / "compare_policies.sh")],
-        env=child_environment(
-            PYTHON=str(python), OUT=str(out / "runs"), SEEDS="3", POLICIES="mixed", THREADS="2"
-        ),
-        timeout=60,
-        check=False,
-    )
-    script, *arguments = (out / "asked").read_text().splitlines()
-    assert script == str(ROOT / "training" / "demo.py")
-    assert settings(arguments, model_folder, out).choose == "last"
-    config = configured(arguments, patched, model_folder, out)
-    check_run_config(config)
-    actor = config.actor_rollout_ref.actor
-    assert (actor.optim.lr, actor.optim.lr_scheduler_type) == (0.02, "constant")
-    assert actor.cartridge.on_policy_fraction == 0.25
-    assert config.data.train_batch_size == 48 and config.data.max_response_length == 4
-    assert (config.trainer.total_training_steps, config.data.seed) == (16, 3)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

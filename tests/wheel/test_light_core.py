@@ -37,15 +37,17 @@ def test_the_package_is_the_wheels_and_has_its_data(installed: Installed, wheel:
         "from cartridge_distill.data.command import DEFAULT_DATA\n"
         "from verl_patches.launching.settings import CONFIG_FOLDER\n"
         "from verl_patches.manage import patch_files\n"
+        "from verl_patches.packages import TOKASAURUS\n"
         "print(cartridge_distill.__file__, verl_patches.__file__, DEFAULT_DATA, CONFIG_FOLDER)\n"
-        "print(len(patch_files()))"
+        "print(len(patch_files()), len(patch_files(TOKASAURUS)))"
     )
     done = installed.python(script)
     assert done.returncode == 0, done.stderr
     paths, patches = done.stdout.splitlines()
     for path in map(Path, paths.split()):
         assert path.is_relative_to(installed.folder) and path.exists()
-    assert int(patches) == len(list((ROOT / "verl_patches").rglob("*.patch"))) > 0
+    of_verl = len(list((ROOT / "verl_patches").rglob("*.patch")))
+    assert patches == f"{of_verl} 1" and of_verl > 0
     for name in ("demo.json", "clinic.json"):
         assert (installed.folder / "cartridge_distill/data/examples" / name).is_file()
     for name in ("cartridge_distill.yaml", "platform/cpu.yaml", "platform/cuda.yaml"):

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from tensordict import TensorDict
@@ -30,22 +29,21 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.integrity import weights_checksum
-from cartridge_distill.distill.loss import top_ids
 from cartridge_distill.distill.on_policy import check_versions
-from cartridge_distill.distill.overlap import Overlap
 from cartridge_distill.distill.rates import warmed_and_decayed
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.distill.token_loss import TokenLoss
 from cartridge_distill.model.flex import graphs
-from cartridge_distill.model.forward import packed_forward, recomputing_layers
+from cartridge_distill.model.forward import recomputing_layers
 from cartridge_distill.model.identity import weights_fingerprint
-from cartridge_distill.model.packing import on_device, pack
 from cartridge_distill.model.prompts import begin_of_text, render_document
 from cartridge_distill.model.warm_up import compile_attention
 from cartridge_distill.util.errors import ConfigError, OffPolicyError
 from verl_patches.actor import engine_state
 from verl_patches.actor.device import StageSeconds
-from verl_patches.actor.initial_state import initial_cartridge, load_base, load_validation
+from verl_patches.actor.forwards import score
+from verl_patches.actor.initial_cartridge import initial_cartridge
+from verl_patches.actor.initial_state import load_base, load_validation
 from verl_patches.actor.memory import check_memory
 from verl_patches.actor.ranks import (
     RanksTeacher,
@@ -55,8 +53,8 @@ from verl_patches.actor.ranks import (
     shard,
 )
 from verl_patches.actor.samples import Samples, later_tokens
-from verl_patches.actor.step_checks import Computed, StepChecks, answer_temperature
-from verl_patches.actor.token_sums import StepSums, token_sums
+from verl_patches.actor.step_checks import StepChecks
+from verl_patches.actor.token_sums import StepSums
 from verl_patches.hooks import ENGINE_MODEL_TYPE, cartridge_config_of
 
 
@@ -244,42 +242,29 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 from those of whoever wrote the tokens.
             DocumentError: a sample's document is missing or too long.
         """
-        cfg = self.settings
-        samples = Samples.from_micro_batch(micro_batch, cfg.document_key)
+        samples = Samples.from_micro_batch(micro_batch, self.settings.document_key)
         check_versions(samples.authors, samples.steps, self.version)
-        batch = pack(samples.sequences).to(self.teacher.device)
-        response_mask = np.concatenate(samples.response_masks)
         prefix = self.cartridge.prefix()
-        with self._stage("student_forward"), self._around(self.module):
-            logit_mask = batch.predicts(response_mask)
-            logits = packed_forward(self.module, prefix, batch, logit_mask, cfg.attention)
-        with self._stage("teacher_forward"):
-            teacher = self.teacher.score(
-                samples.sequences,
-                samples.response_masks,
-                samples.document_ids,
-                cfg.topk,
-                cfg.kl_temperature,
-                chosen_at=answer_temperature(samples, cfg.teacher_temperature),
-                asked_ids=top_ids(logits.detach(), cfg.topk) if self.token_loss.loss.asks else None,
-            )
-        with self._stage("loss"):
-            counted = on_device(self.token_loss.counted(samples.answers), logits.device)
-            token_loss, clipped = self.token_loss(logits, teacher, counted)
-            loss, _ = loss_function(
-                model_output={"token_loss": token_loss},
-                data=micro_batch,
-                dp_group=self.get_data_parallel_group(),
-            )
-            overlap = Overlap.of(logits.detach(), teacher, cfg.kl_temperature)
-            sums = token_sums(overlap, token_loss, clipped, counted, samples.general)
-        tokens = batch.tokens(response_mask)
-        found = Computed(tokens, logits.detach(), teacher, loss, sums)
+        scored = score(
+            samples,
+            self.module,
+            prefix,
+            self.teacher,
+            self.settings,
+            self.token_loss,
+            self._stage,
+            partial(self._around, self.module),
+        )
+        loss, _ = loss_function(
+            model_output={"token_loss": scored.token_loss},
+            data=micro_batch,
+            dp_group=self.get_data_parallel_group(),
+        )
         metrics: dict[str, Any] = self.checks.run(
-            samples, found, self.version, self.staleness > 0, prefix
+            samples, scored.computed(loss), self.version, self.staleness > 0, prefix
         )
         self._sums.add(metrics)
-        metrics["response_tokens"] = float(token_loss.numel())
+        metrics["response_tokens"] = float(scored.token_loss.numel())
         return loss, {"model_output": {}, "loss": metrics.pop("loss"), "metrics": metrics}
 
     def _around(self, module: Any) -> AbstractContextManager[None]:

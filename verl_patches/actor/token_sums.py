@@ -82,7 +82,9 @@ class StepSums:
         return _divided(self._over_ranks(device))
 
     def _over_ranks(self, device: torch.device) -> Mapping[str, float]:
-        if torch.distributed.get_world_size() == 1:
+        # A plain loop (training/study) has no process group.
+        alone = not torch.distributed.is_initialized()
+        if alone or torch.distributed.get_world_size() == 1:
             return self._sums
         # Not float64 everywhere: a platform may have none. Sums of a step are well inside float32.
         together = torch.tensor([self._sums[name] for name in _NAMES], device=device)

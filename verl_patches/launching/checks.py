@@ -18,7 +18,8 @@ from cartridge_distill.util.files import check_writable
 from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import say
 from verl_patches.launching.settings import Run
-from verl_patches.manage import PatchError, State, find_tree, status
+from verl_patches.manage import State, find_tree, status
+from verl_patches.packages import PatchError
 
 
 class NotReady(CartridgeDistillError):

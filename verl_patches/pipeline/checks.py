@@ -78,8 +78,27 @@ def check_model(settings: Distillation) -> Any:
     config = read_model_config(settings.model)
     check_supported(config)
     read_tokenizer(settings.model)
+    if settings.rebuild is not None:
+        check_rebuilt(settings, config)
     checks.check_device(as_run(settings))
     return config
+
+
+def check_rebuilt(settings: Distillation, config: Any) -> None:
+    """Can the run begin with the cartridge of --rebuild?
+
+    Raises:
+        CartridgeFormatError: the run has no cartridge, or one that does not fit the model.
+        ConfigError: it has another number of tokens.
+    """
+    from cartridge_distill.cartridge.checkpoint import read_cartridge
+
+    tokens = read_cartridge(settings.rebuilt_cartridge, config).snapshot.num_tokens
+    if tokens != settings.tokens:
+        raise ConfigError(
+            f"--rebuild {settings.rebuild}: its cartridge has {tokens} tokens, and --tokens is "
+            f"{settings.tokens}; fix: give --tokens {tokens}"
+        )
 
 
 def cartridge_bytes(config: Any, tokens: int) -> int:

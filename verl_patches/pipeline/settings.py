@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, RUN_FILES
+from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, RUN_FILES, resolve_cartridge
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import hydra_value
 from verl_patches.launching.command import model_path
@@ -67,6 +67,7 @@ class Distillation:
         response_tokens, prompt_tokens: of a rollout and of its prompt, at most.
         lr: of the first step; it falls to a tenth along a cosine.
         prompt_recipe: where the prompts come from: started, open or mixed.
+        rebuild: folder of the run whose cartridge is gone on with, for its documents have changed.
         test_every: steps between validations on the documents' questions; None for four in the run
             where there are questions, 0 for none.
         save_every: steps between checkpoints; None for a dozen in the run.
@@ -89,6 +90,7 @@ class Distillation:
     lr: float = 0.03
     prompt_recipe: str = "started"
     questions: str | None = None
+    rebuild: str | None = None
     test_every: int | None = None
     save_every: int | None = None
     choose: str = "best"
@@ -113,6 +115,11 @@ class Distillation:
             raise ConfigError(
                 f"--engine {self.engine} starts a server, and --server names one that is there; "
                 "fix: give one of them"
+            )
+        if self.rebuild is not None and self.override(_INIT) is not None:
+            raise ConfigError(
+                f"--rebuild {self.rebuild} begins with that run's cartridge, and {_INIT}="
+                f"{self.override(_INIT)} with another; fix: leave one of them out"
             )
         for name, least in (("test_every", 0), ("save_every", 1)):
             value = getattr(self, name)
@@ -146,8 +153,18 @@ class Distillation:
 
     @property
     def begins_elsewhere(self) -> bool:
-        """Whether an override has the cartridge begin as something else than a document."""
-        return self.override(_INIT) not in (None, "text")
+        """Whether the cartridge begins as something else than a document."""
+        return self.rebuild is not None or self.override(_INIT) not in (None, "text")
+
+    @property
+    def rebuilt_cartridge(self) -> str:
+        """That a rebuild begins with.
+
+        Raises:
+            CartridgeFormatError: the run has none.
+        """
+        assert self.rebuild is not None
+        return resolve_cartridge(str(Path(self.rebuild).expanduser().absolute()))
 
     def validations(self, has_questions: bool) -> int | None:
         """Steps between validations; None for none."""
@@ -212,9 +229,18 @@ def as_run(
             f"{actor}.optim.min_lr_ratio=0.1",
             *needed_on_a_gpu(settings),
             *(f"{_INIT}_document={hydra_value(name)}" for name in first),
+            *_rebuilding(settings),
             *settings.overrides,
         ),
     )
+
+
+def _rebuilding(settings: Distillation) -> list[str]:
+    """Settings that --rebuild needs."""
+    if settings.rebuild is None:
+        return []
+    where = hydra_value(settings.rebuilt_cartridge)
+    return [f"{_INIT}=checkpoint", f"actor_rollout_ref.actor.cartridge.checkpoint_path={where}"]
 
 
 def needed_on_a_gpu(settings: Distillation) -> list[str]:

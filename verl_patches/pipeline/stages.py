@@ -88,6 +88,8 @@ def prepare_data(
     command += ["--response-tokens", str(settings.response_tokens)]
     if settings.questions is not None:
         command += ["--questions", settings.questions]
+    if settings.rebuild is not None:
+        command += ["--rebuild", settings.rebuild]
     env = environment_of(settings)
     printed = run_stage(command, "data", scratch, supervisor, env, verbose)
     # The last is for who trains with another command.
@@ -243,6 +245,8 @@ def evaluate(settings: Distillation, supervisor: Supervisor, verbose: bool = Fal
     command = ["-m", "cartridge_distill.cli.main", "eval", str(out), "--model", settings.model]
     command += ["--data", str(settings.data), "--out", str(out / "evaluation")]
     command += ["--seed", str(settings.seed)]
+    if settings.rebuild is not None:  # what training began with
+        command += ["--untrained", settings.rebuilt_cartridge]
     env = environment_of(settings)
     run_stage(command, "evaluation", out, supervisor, env, verbose)
 

@@ -30,6 +30,8 @@ class Asked:
         document_id: the document that answers it.
         wrong: answers that are wrong; none to have them chosen.
         stem: beginning of an answer sentence that each answer completes, or None.
+        also: other wordings of the right answer.
+        kind: of question, or None.
     """
 
     where: str
@@ -38,6 +40,8 @@ class Asked:
     answer: str
     wrong: tuple[str, ...] = ()
     stem: str | None = None
+    also: tuple[str, ...] = ()
+    kind: str | None = None
 
 
 def with_options(asked: Sequence[Asked], seed: int) -> list[Question]:
@@ -60,8 +64,10 @@ def _with_options(one: Asked, asked: Sequence[Asked], seed: int) -> Question:
     options = [one.answer, *wrong]
     random.Random(f"{seed}/{one.document_id}/{one.question}").shuffle(options)
     try:
+        right = options.index(one.answer)
         return Question(
-            one.document_id, one.question, tuple(options), options.index(one.answer), one.stem
+            *(one.document_id, one.question, tuple(options), right),
+            *(one.stem, one.also, one.kind),
         )
     except ConfigError as error:
         raise ConfigError(f"{one.where}: {error}") from None
@@ -69,11 +75,11 @@ def _with_options(one: Asked, asked: Sequence[Asked], seed: int) -> Question:
 
 def _answers_of_others(one: Asked, asked: Sequence[Asked]) -> list[str]:
     """The most alike in kind, each text once; none that holds the right answer, or lies in it."""
-    right = normalised(one.answer)
+    right = [normalised(text) for text in (one.answer, *one.also)]
     found: dict[str, str] = {}
     for other in asked:
         text = normalised(other.answer)
-        if text not in right and right not in text:
+        if not any(text in wording or wording in text for wording in right):
             found.setdefault(text, other.answer)
 
     def unlike(answer: str) -> tuple[bool, int, str]:

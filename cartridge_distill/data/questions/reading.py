@@ -10,6 +10,9 @@ Columns, or names of the JSON objects:
     document   which document answers it: its file name, or its id as `prepare` prints it; may be
                left out where there is one document
     stem       optional: the beginning of an answer sentence that the answers complete
+    also       optional: other wordings of the right answer, which a free answer may have as well;
+               in CSV `also`, `also_2`, ..., in JSON a list
+    kind       optional: of question, by any name; a study takes its scores by kind
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from cartridge_distill.util.errors import ConfigError, DocumentError
 from cartridge_distill.util.lfs import refuse_pointers
 
 KINDS = (".csv", ".json", ".jsonl")
-_NAMES = ("question", "answer", "wrong", "document", "stem")
+_NAMES = ("question", "answer", "wrong", "document", "stem", "also", "kind")
+_LISTS = ("wrong", "also")
 _NEEDED = ("question", "answer")
 
 
@@ -46,6 +50,8 @@ class _Entry:
     wrong: tuple[str, ...]
     document: str | None
     stem: str | None
+    also: tuple[str, ...]
+    kind: str | None
 
 
 def add_questions(sources: Sequence[Source], path: Path, seed: int) -> list[Source]:
@@ -64,7 +70,8 @@ def add_questions(sources: Sequence[Source], path: Path, seed: int) -> list[Sour
         source = _source_of(entry, sources)
         document_id = _document_id(entry, source)
         asked = Asked(
-            entry.where, document_id, entry.question, entry.answer, entry.wrong, entry.stem
+            *(entry.where, document_id, entry.question, entry.answer, entry.wrong),
+            *(entry.stem, entry.also, entry.kind),
         )
         by_document.setdefault(source.document_id, []).append(asked)
     for source in sources:
@@ -129,10 +136,10 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
                     f"{where}: {len(values)} values for {len(names)} columns; put quotes around a "
                     f"text that holds {delimiter!r}"
                 )
-            row: dict[str, Any] = {"wrong": []}
+            row: dict[str, Any] = {name: [] for name in _LISTS}
             for name, value in zip(names, values, strict=True):
-                if _base(name) == "wrong":
-                    row["wrong"] += [value] if value.strip() else []
+                if _base(name) in _LISTS:
+                    row[_base(name)] += [value] if value.strip() else []
                 elif value.strip() or name in _NEEDED:
                     row[name] = value
             yield where, row
@@ -141,9 +148,9 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _base(name: str) -> str:
-    """`wrong` for `wrong_2`."""
+    """`wrong` for `wrong_2`, and alike."""
     head, _, number = name.rpartition("_")
-    return head if head == "wrong" and number.isdecimal() else name
+    return head if head in _LISTS and number.isdecimal() else name
 
 
 def _json_rows(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
@@ -174,18 +181,27 @@ def _checked(where: str, row: Any) -> _Entry:
     if not isinstance(row, Mapping):
         raise ConfigError(f"{where}: must be an object, not a {type(row).__name__}")
     _check_names(list(row), where)
-    wrong = row.get("wrong")
-    wrong = [] if wrong is None else [wrong] if isinstance(wrong, str) else wrong
-    if not isinstance(wrong, list):
-        raise ConfigError(f"{where}: 'wrong' must be a list of texts, not {json.dumps(wrong)[:60]}")
     return _Entry(
         where,
         _text(row["question"], "question", where),
         _text(row["answer"], "answer", where),
-        tuple(_text(text, "wrong", where) for text in wrong),
+        _texts(row, "wrong", where),
         _optional(row, "document", where),
         _optional(row, "stem", where),
+        _texts(row, "also", where),
+        _optional(row, "kind", where),
     )
+
+
+def _texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A list of texts; one text stands for a list of it, and null for none."""
+    value = row.get(name)
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list):
+        raise ConfigError(
+            f"{where}: {name!r} must be a list of texts, not {json.dumps(value)[:60]}"
+        )
+    return tuple(_text(text, name, where) for text in values)
 
 
 def _check_names(names: Sequence[Any], where: str) -> None:

@@ -1,22 +1,23 @@
 """A real Tokasaurus server that survives thousands of cartridge versions.
 
 On-policy training sends the server a new cartridge id each step. The branch of Tokasaurus that
-serves cartridges (``geoff/cartridges``, pinned in :mod:`.known`) loses almost all blocks of each
+serves cartridges (``geoff/cartridges``, pinned in :mod:`.guard`) loses almost all blocks of each
 cartridge that it evicts, and after some 64 versions of 2,048 tokens in a cache of 131,072 it stops
-with "Could not pick N blocks". It also goes on believing that an evicted id is loaded. This package
-starts that server with a few of its functions replaced, in each of its processes::
+with "Could not pick N blocks". It also goes on believing that an evicted id is loaded. A patch puts
+hooks into it, which call this package::
 
-    python -m cartridge_distill.engines.tokasaurus --check    # is it the known one?
+    python -m verl_patches apply --package tokasaurus         # once, and `revert` takes them out
+    python -m cartridge_distill.engines.tokasaurus --check    # is it the known one, with the patch?
     python -m cartridge_distill.engines.tokasaurus model=meta-llama/Llama-3.2-3B-Instruct port=10210
 
-==============  ================================================================================
-``known``       which functions are replaced or relied on, with their SHA-256
-``guard``       refuses a Tokasaurus in which one of them is another
-``allocator``   which blocks go when the cache is full: all of a cartridge, with its prompts' pages
-``loading``     when a cartridge is written into the cache: once for each time it gets blocks
-``install``     puts the replacements in place in this process
-``launch``      starts the server's processes with them, and ends all when one of them ends
-==============  ================================================================================
+====================  ==========================================================================
+``tokasaurus.patch``  the hooks
+``guard``             refuses a Tokasaurus that is not the pinned one with the hooks, by its hash
+``allocator``         which blocks go when the cache is full: all of a cartridge, with its prompts'
+                      pages
+``loading``           when a cartridge is written into the cache: once for each time it gets blocks
+``launch``            starts the server's processes, and ends all when one of them ends
+====================  ==========================================================================
 
 What is promised, and by what:
 
@@ -27,10 +28,9 @@ What is promised, and by what:
   why reloading, not refusing).
 * **Prompt pages computed behind a cartridge leave the cache with it**, so no page outlives the keys
   and values that it was computed from.
-* **A process without the repairs does not serve.** A child installs them before it does anything;
-  it refuses when a function's source is not the one the repairs were written for, and then the
-  whole server ends. The gateway's other defence (``--defence restart``) works with any Tokasaurus.
+* **A server without the repairs does not start**, unless it is asked for as ``--unrepaired``. The
+  gateway's other defence (``--defence restart``) works with any Tokasaurus.
 
-Nothing here imports Tokasaurus until it is asked to start or check one, and nothing needs more than
-the standard library, torch and what Tokasaurus itself needs.
+Nothing here imports Tokasaurus until it is asked to start one, and nothing needs more than the
+standard library, torch and what Tokasaurus itself needs.
 """

@@ -12,7 +12,10 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 
 EXAMPLES = """\
 examples:
-  # is the installed Tokasaurus the one that the repairs were written for?
+  # once: put the repairs into the installed Tokasaurus (`revert` takes them back)
+  python -m verl_patches apply --package tokasaurus
+
+  # is the installed Tokasaurus the one that the repairs were written for, and are they on?
   python -m cartridge_distill.engines.tokasaurus --check
 
   # serve a model; everything in key=value form goes to Tokasaurus as it is
@@ -20,7 +23,7 @@ examples:
       model=meta-llama/Llama-3.2-3B-Instruct port=10210 \\
       cartridge_dir=./cartridges kv_cache_num_tokens=131072
 
-  # another Tokasaurus, or none of our changes: have something count blocks and restart it in time,
+  # another Tokasaurus, or without the repairs: have something count blocks and restart it in time,
   # as the gateway does with --defence restart
   python -m cartridge_distill.engines.tokasaurus --unrepaired model=... port=10210
 
@@ -30,9 +33,9 @@ good to know:
   * Listens on 127.0.0.1, for Tokasaurus asks nobody for a password. --host 0.0.0.0 opens it to all.
   * An id is a version: its files must never change. One that was pushed out of the cache is read
     from its files again, so keep them until nobody asks for it any more.
-  * exit codes: 0 stopped, or --check is fine; 1 --check found a difference, or the port is taken;
-    2 refused to start, see the message; 70 the manager, a model worker or the download worker
-    ended: start it again.
+  * exit codes: 0 stopped, or --check is fine; 1 --check: not known, or not repaired; or the port
+    is taken; 2 refused to start, see the message; 70 the manager, a model worker or the download
+    worker ended: start it again.
 """
 
 
@@ -50,33 +53,28 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     one_of.add_argument(
         "--check",
         action="store_true",
-        help="only compare the installed Tokasaurus with the known one, a line per function",
+        help="only compare the installed Tokasaurus with the known one",
     )
     one_of.add_argument(
         "--unrepaired",
         action="store_true",
-        help="start Tokasaurus as it is; it stops after some 64 versions of 2,048 tokens in a "
-        "cache of 131,072",
+        help="start Tokasaurus as it is installed; without the repairs it stops after some 64 "
+        "versions of 2,048 tokens in a cache of 131,072",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     return parser.parse_known_args(arguments)
 
 
 def check() -> int:
-    """Print a line per function; 0 if all are as expected."""
+    """Print what the installed Tokasaurus is; 0 if it is the known one with the repairs."""
     from cartridge_distill.engines.tokasaurus import guard
-    from cartridge_distill.engines.tokasaurus.known import COMMIT
 
-    findings = guard.check()
-    for finding in findings:
-        print(finding.line())
-    wrong = sum(finding.state != "ok" for finding in findings)
-    if wrong:
-        print(
-            f"{wrong} of {len(findings)} functions are not the known ones.\n{guard.OTHER_DEFENCE}"
-        )
+    try:
+        guard.require()
+    except guard.UnknownTokasaurus as error:
+        print(error)
         return 1
-    print(f"all {len(findings)} functions are those of commit {COMMIT[:7]}")
+    print(f"{guard.package_folder()} is commit {guard.COMMIT[:7]} with the repairs")
     return 0
 
 
@@ -99,9 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        from cartridge_distill.engines.tokasaurus.launch import Preparation, serve
+        from cartridge_distill.engines.tokasaurus.launch import serve
 
-        serve(for_tokasaurus, Preparation(repair=not options.unrepaired, host=options.host))
+        serve(for_tokasaurus, options.host, repaired=not options.unrepaired)
     except CartridgeDistillError as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 2

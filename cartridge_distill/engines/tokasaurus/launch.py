@@ -1,4 +1,4 @@
-"""Starts Tokasaurus' processes, each with the repairs, and ends all of them together.
+"""Starts Tokasaurus' processes, and ends all of them together.
 
 Tokasaurus starts its manager, model workers and download worker with ``multiprocessing`` (*spawn*)
 and runs the HTTP server in the main process. Nobody watches the others: when the manager or a model
@@ -7,14 +7,14 @@ the start-up barrier, the main process waits there for ever (a model worker that
 in its warm-up does not even end); and SIGTERM ends the main process alone, the others keep the GPU.
 Here
 
-* each process is started through :func:`run_child`, which puts the repairs in place first, so a
-  process that cannot be repaired ends before it serves;
+* before anything is started, the installed sources are compared with the known ones
+  (:mod:`.guard`): every process imports them from the same files, the repairs with them;
 * a thread waits for all of them: when one ends, whatever its exit code, the others are killed and
   the main process ends with :data:`CHILD_ENDED` and the reason, for a supervisor to start it again;
 * SIGTERM and Ctrl-C are the main process's affair (the HTTP server finishes what is in flight);
   the others ignore them, are killed at its end, and end by themselves should it be killed.
 
-The same without repairs is ``repair=False``: the processes are watched all the same.
+The same without repairs is ``repaired=False``: the processes are watched all the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -39,7 +38,6 @@ from cartridge_distill.engines.tokasaurus.guard import (
     import_tokasaurus,
     require,
 )
-from cartridge_distill.engines.tokasaurus.install import install
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 
 logger = logging.getLogger(__name__)
@@ -48,45 +46,35 @@ CHILD_ENDED = 70
 """Exit code of the main process when another one ended (EX_SOFTWARE)."""
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What happens in each process before Tokasaurus' own code.
-
-    Attributes:
-        repair: put the repairs in place, or end.
-        host: address that the HTTP server listens on, in whichever process it runs.
-    """
-
-    repair: bool = True
-    host: str = "127.0.0.1"
-
-    def apply(self) -> None:
-        """Raises what :func:`.install.install` raises."""
-        if self.repair:
-            install()
-        _listen_on(self.host)
-
-
-def serve(arguments: Sequence[str], preparation: Preparation) -> None:
+def serve(arguments: Sequence[str], host: str = "127.0.0.1", repaired: bool = True) -> None:
     """Run the server with Tokasaurus' own ``key=value`` arguments until it is told to stop.
+
+    Args:
+        host: address that the HTTP server listens on.
+        repaired: refuse a Tokasaurus without the repairs.
 
     Raises:
         TokasaurusMissing, UnknownTokasaurus: before any process was started.
     """
     # Refused here, not after minutes of loading in a child.
-    if preparation.repair:
+    if repaired:
         require()
+    else:
+        logger.warning("starting Tokasaurus as it is installed, with repairs or without")
     pydra = _import_pydra()
     config_type = import_tokasaurus("common_types").ServerConfig
 
     def start(config: Any) -> None:
-        run_processes(config, preparation)
+        run_processes(config, host)
 
     pydra.main(config_type)(start)(list(arguments))
 
 
-def run_processes(config: Any, preparation: Preparation) -> None:
+def run_processes(config: Any, host: str) -> None:
     """Start all processes of a finished Tokasaurus configuration; run the local one here.
+
+    Args:
+        host: address that the HTTP server listens on, in whichever process it runs.
 
     Raises:
         UnknownTokasaurus: it starts its processes in another way than the known one.
@@ -101,17 +89,12 @@ def run_processes(config: Any, preparation: Preparation) -> None:
     multiprocessing.set_start_method("spawn", force=True)
     infos, _ = entry.make_proc_dict(config, add_extra_barrier_member=False)
     local = infos.pop(config.local_proc_name)
-    logger.info(
-        "starting %s; %s runs in this process; %s",
-        ", ".join(infos),
-        config.local_proc_name,
-        "with repairs" if preparation.repair else "WITHOUT repairs",
-    )
-    preparation.apply()
+    logger.info("starting %s; %s runs in this process", ", ".join(infos), config.local_proc_name)
+    listen_on(host)
     signal.signal(signal.SIGTERM, _stop)
     with Processes() as processes:
         for name, info in infos.items():
-            processes.start(name, info.target, info.args, info.kwargs, preparation)
+            processes.start(name, info.target, info.args, info.kwargs, host)
         processes.watch()
         local.target(*local.args, **local.kwargs)
 
@@ -129,11 +112,11 @@ class Processes:
         target: Callable[..., Any],
         arguments: Sequence[Any],
         options: Mapping[str, Any],
-        preparation: Preparation,
+        host: str,
     ) -> None:
-        """Spawn one process that prepares itself, then runs ``target``."""
+        """Spawn one process that runs ``target``; see :func:`run_child`."""
         process = multiprocessing.Process(
-            name=name, target=run_child, args=(target, arguments, options, preparation)
+            name=name, target=run_child, args=(target, arguments, options, host)
         )
         process.start()
         self._processes[name] = process
@@ -184,9 +167,9 @@ def run_child(
     target: Callable[..., Any],
     arguments: Sequence[Any],
     options: Mapping[str, Any],
-    preparation: Preparation,
+    host: str,
 ) -> None:
-    """What each spawned process runs: prepare, then ``target``. An error ends the process at once.
+    """What each spawned process runs. An error ends the process at once.
 
     At once, for a process that has put into a queue what nobody takes (a model worker its warm-up
     batches, when it runs out of memory in the first) would otherwise wait for that at its exit, for
@@ -201,7 +184,7 @@ def run_child(
     _end_with_parent()
     code = 1
     try:
-        preparation.apply()
+        listen_on(host)
         target(*arguments, **options)
         code = 0
     except SystemExit as end:
@@ -235,8 +218,9 @@ def _stop(signum: int, _: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def _listen_on(host: str) -> None:
-    """Tokasaurus names 0.0.0.0 in its call of ``uvicorn.run``, and asks nobody who they are."""
+def listen_on(host: str) -> None:
+    """Have this process listen there: Tokasaurus names 0.0.0.0 in its call of ``uvicorn.run``, and
+    asks nobody who they are."""
     import uvicorn
 
     original = uvicorn.run

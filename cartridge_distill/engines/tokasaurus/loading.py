@@ -183,28 +183,3 @@ def _directory(state: Any, cartridge_id: str, sanitize: Callable[[str], str]) ->
 def _missing_files(state: Any, cartridge_id: str, sanitize: Callable[[str], str]) -> list[str]:
     directory = _directory(state, cartridge_id, sanitize)
     return [name for name in FILES if not (directory / name).is_file()]
-
-
-# --- model worker process -------------------------------------------------------------------------
-
-
-def load_as_told(
-    original: Callable[[Any, str, list[int], str], None],
-    manager: Any,
-    cartridge_id: str,
-    block_indices: list[int],
-    cartridge_dir: str,
-) -> None:
-    """Do what a load command says, whether or not the id was ever loaded.
-
-    Args:
-        original: Tokasaurus' loader, which leaves out an id that it remembers.
-        manager: its ``CartridgeManager``.
-    """
-    import torch
-
-    manager.loaded_cartridges.discard(cartridge_id)
-    # Files may hold Parameters. Copied with gradients on, each of them would hang on the cache
-    # tensors' graph for ever: a cartridge's worth of GPU memory lost per version.
-    with torch.no_grad():
-        original(manager, cartridge_id, block_indices, cartridge_dir)

@@ -15,6 +15,10 @@ from cartridge_distill.util.errors import ConfigError
 
 MODULE = "cartridge_distill.engines.vllm"
 _SERVER = "vllm.entrypoints.openai.api_server"
+CPU_CACHE_BYTES = 4 * 2**30
+"""For keys and values on a CPU. vLLM itself takes 92 % of the machine's memory, and does not start
+where a trainer has some of it."""
+_CACHE_SIZE = {"--kv-cache-memory-bytes", "--gpu-memory-utilization"}
 # What the front and the connector need of vLLM; another value would give answers of another kind.
 _FIXED = {
     "--kv-transfer-config",
@@ -58,8 +62,9 @@ class ServeCommand:
         """What follows ``vllm serve MODEL``.
 
         Args:
-            is_cpu: a build of vLLM for CPUs. It starts faster without compiling, and must not cut
-                the prompt of a seeded request in pieces: its engine dies of that.
+            is_cpu: a build of vLLM for CPUs. It starts faster without compiling, must not cut the
+                prompt of a seeded request in pieces (its engine dies of that), and shares the
+                memory with everybody else.
         """
         found = ["--host", self.host, "--port", str(self.port)]
         found += ["--kv-transfer-config", json.dumps(self.options.transfer_config())]
@@ -73,6 +78,8 @@ class ServeCommand:
             found += ["--dtype", self.dtype]
         if is_cpu:
             found += ["--no-enable-chunked-prefill", "--enforce-eager"]
+            if not _CACHE_SIZE & {argument.partition("=")[0] for argument in self.more}:
+                found += ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
         return [*found, *self.more]
 
     def stock(self) -> str:

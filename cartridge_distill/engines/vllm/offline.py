@@ -14,6 +14,7 @@ from cartridge_distill.cartridge.hub import pull
 from cartridge_distill.cartridge.hub_id import is_hub_id
 from cartridge_distill.cartridge.kv_shape import KvShape
 from cartridge_distill.engines.vllm.catalogue import Catalogue
+from cartridge_distill.engines.vllm.launch import CPU_CACHE_BYTES
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.engines.vllm.versions import installed
 from cartridge_distill.engines.vllm.wanted import check_request
@@ -40,7 +41,8 @@ class CartridgeLLM:
     Args:
         model: folder or hub id.
         cartridges: file, folder or hub id of each, by its name.
-        vllm_options: further arguments of vLLM's ``LLM``, as they are.
+        vllm_options: further arguments of vLLM's ``LLM``, as they are. On a CPU keys and values
+            get 4 GiB, unless one of them says otherwise.
 
     Attributes:
         llm: vLLM's own object.
@@ -52,13 +54,15 @@ class CartridgeLLM:
     def __init__(
         self, model: str, cartridges: Mapping[str, str | Path], **vllm_options: Any
     ) -> None:
-        installed()
+        is_cpu = installed().is_cpu
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
         options = Options(cartridges={name: place_of(p) for name, p in cartridges.items()})
         vllm_options.setdefault("generation_config", "vllm")
         vllm_options.setdefault("logprobs_mode", "processed_logprobs")
+        if is_cpu and "gpu_memory_utilization" not in vllm_options:
+            vllm_options.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)
         self.llm = LLM(
             model=model,
             kv_transfer_config=KVTransferConfig(**options.transfer_config()),

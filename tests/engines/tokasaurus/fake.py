@@ -90,15 +90,6 @@ def make_proc_dict(config, add_extra_barrier_member=False):
     targets = (work.manager, work.model_worker, work.server)
     return {target.__name__: ProcessInfo(target, config) for target in targets}, None
 """,
-    "tokasaurus/some.py": """
-def known(x):
-    return x + 1
-
-
-class Thing:
-    def method(self):
-        return "as it was"
-""",
 }
 
 

@@ -287,19 +287,15 @@ class ModelServer:
     def _load_command(
         self, cartridge_id: str, block_indices: list[int], cartridge_dir: str
     ) -> Callable[[], None]:
-        def original(manager: Any, name: str, indices: list[int], directory: str) -> None:
-            if name in manager.loaded_cartridges:
+        def load() -> None:
+            if cartridge_id in self.worker.loaded_cartridges and not self.repaired_loading:
                 return
-            manager.loaded_cartridges.add(name)
+            self.worker.loaded_cartridges.add(cartridge_id)
             self.loads += 1
-            for place, idx in enumerate(indices):
-                self.memory[idx] = (self.weights[name], place)
+            for place, idx in enumerate(block_indices):
+                self.memory[idx] = (self.weights[cartridge_id], place)
 
-        if self.repaired_loading:
-            return lambda: loading.load_as_told(
-                original, self.worker, cartridge_id, block_indices, cartridge_dir
-            )
-        return lambda: original(self.worker, cartridge_id, block_indices, cartridge_dir)
+        return load
 
     def _batch(self, seq: ModelSequence, first: bool) -> Callable[[], None]:
         """Reads cartridges and cached pages, writes the pages that are new."""

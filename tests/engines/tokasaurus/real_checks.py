@@ -1,6 +1,6 @@
 """Checks on the REAL branch's own classes, each in a fresh process: ``python -m
-tests.engines.tokasaurus.real_checks NAME``. Prints one line of JSON. See
-``test_real_branch.py``."""
+tests.engines.tokasaurus.real_checks NAME``. Prints one line of JSON. Whether it is the repaired
+branch is a matter of the ``PYTHONPATH``. See ``test_real_branch.py``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ from typing import Any
 
 CACHE = 131_072 // 16
 VERSION = 2_048 // 16
-
-
-def repair() -> None:
-    from cartridge_distill.engines.tokasaurus.install import install
-
-    install()
-    install()  # again is harmless
 
 
 # --- allocator ----------------------------------------------------------------------------------
@@ -300,19 +293,6 @@ def requests_that_cannot_be_served() -> dict[str, Any]:
         }
 
 
-def debug_file() -> dict[str, Any]:
-    import torch
-
-    file = Path("/tmp/tokasaurus_layer_0_hidden_states.pt")
-    before = file.stat().st_mtime_ns if file.exists() else None
-    torch.save(torch.zeros(1), str(file))
-    after = file.stat().st_mtime_ns if file.exists() else None
-    with tempfile.TemporaryDirectory() as directory:
-        torch.save(torch.ones(2), Path(directory) / "other.pt")
-        other = torch.load(Path(directory) / "other.pt").tolist()
-    return {"written": before != after, "other": other}
-
-
 def answers_are_forgotten() -> dict[str, Any]:
     import asyncio
 
@@ -348,12 +328,9 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
         evicted_id_of_one_block_comes_back,
         parameters_in_a_file,
         requests_that_cannot_be_served,
-        debug_file,
         answers_are_forgotten,
     )
 }
 
 if __name__ == "__main__":
-    if "--repaired" in sys.argv:
-        repair()
     print(json.dumps(CHECKS[sys.argv[1]]()))

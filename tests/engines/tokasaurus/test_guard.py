@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +10,9 @@ from typing import Any
 
 import pytest
 
-from cartridge_distill.engines.tokasaurus import guard, install, launch
+from cartridge_distill.engines.tokasaurus import guard, launch
 from cartridge_distill.engines.tokasaurus.__main__ import main
-from cartridge_distill.engines.tokasaurus.guard import Known
 from tests.engines.tokasaurus.fake import write_fake_tokasaurus
-
-KNOWN_SOURCE = "def known(x):\n    return x + 1\n"
-METHOD_SOURCE = '    def method(self):\n        return "as it was"\n'
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-FUNCTION = Known("some", "known", sha256(KNOWN_SOURCE), replaced=True)
-METHOD = Known("some", "Thing.method", sha256(METHOD_SOURCE))
 
 
 @pytest.fixture
@@ -58,82 +45,94 @@ def _take_out() -> dict[str, Any]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def test_known_functions_pass(fake: Path) -> None:
-    assert [finding.state for finding in guard.check([FUNCTION, METHOD])] == ["ok", "ok"]
-    guard.require([FUNCTION, METHOD])
+def is_known(monkeypatch: pytest.MonkeyPatch, fake: Path, *, repaired: bool) -> None:
+    """From here on the fake one is the pinned commit."""
+    sha256 = guard.sources_sha256(fake / "tokasaurus")
+    monkeypatch.setattr(guard, "REPAIRED" if repaired else "PLAIN", sha256)
 
 
-def test_a_changed_function_is_refused_with_its_name_and_both_hashes(fake: Path) -> None:
-    file = fake / "tokasaurus" / "some.py"
-    file.write_text(file.read_text().replace("x + 1", "x + 2"))
-    with pytest.raises(guard.UnknownTokasaurus) as refused:
-        guard.require([FUNCTION, METHOD])
-    message = str(refused.value)
-    assert "differs  tokasaurus.some.known (replaced)" in message
-    assert FUNCTION.sha256 in message
-    assert sha256(KNOWN_SOURCE.replace("x + 1", "x + 2")) in message
-    assert "Thing.method" not in message
-    assert "--defence restart" in message and guard.COMMIT in message
+def test_the_repaired_one_passes(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_known(monkeypatch, fake, repaired=True)
+    guard.require()
+    assert not {"tokasaurus", "pydra"} & set(sys.modules), "nothing is imported for that"
 
 
-@pytest.mark.parametrize(
-    "known",
-    [Known("some", "gone", "0"), Known("some", "Thing.gone", "0"), Known("gone", "known", "0")],
-)
-def test_a_missing_function_is_refused_with_its_name(fake: Path, known: Known) -> None:
-    with pytest.raises(guard.UnknownTokasaurus, match=f"missing  {known.path}"):
-        guard.require([FUNCTION, known])
-
-
-def test_something_without_source_is_refused(fake: Path) -> None:
-    some = importlib.import_module("tokasaurus.some")
-    some.known = len
-    with pytest.raises(guard.UnknownTokasaurus, match="missing  tokasaurus.some.known"):
-        guard.require([FUNCTION])
-
-
-def test_nothing_is_replaced_when_something_differs(
+def test_one_without_the_repairs_is_told_how_to_get_them(
     fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "KNOWN", (FUNCTION, Known("some", "Thing.method", "0" * 64)))
-    monkeypatch.setattr(install, "_replacements", lambda: {"some:known": lambda original: print})
-    with pytest.raises(guard.UnknownTokasaurus):
-        install.install()
-    assert importlib.import_module("tokasaurus.some").known(1) == 2
+    is_known(monkeypatch, fake, repaired=False)
+    with pytest.raises(guard.UnknownTokasaurus, match="lacks the repairs") as refused:
+        guard.require()
+    assert "verl_patches apply --package tokasaurus" in str(refused.value)
+    assert "--defence restart" in str(refused.value)
 
 
-def test_every_replaced_function_is_guarded() -> None:
-    guarded = {known.path for known in guard.KNOWN if known.replaced}
-    replaced = {f"tokasaurus.{path.replace(':', '.')}" for path in install._replacements()}
-    assert guarded == replaced | {"tokasaurus.model.llama.LlamaModel.forward"}
-    assert len({known.path for known in guard.KNOWN}) == len(guard.KNOWN)
-    assert all(len(known.sha256) == 64 for known in guard.KNOWN)
+@pytest.mark.parametrize("change", ["content", "another file", "a file that is gone", "a name"])
+def test_any_other_source_is_refused_with_both_hashes(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    is_known(monkeypatch, fake, repaired=True)
+    file = fake / "tokasaurus" / "work.py"
+    match change:
+        case "content":
+            file.write_text(file.read_text().replace("600", "601"))
+        case "another file":
+            (fake / "tokasaurus" / "model").mkdir()
+            (fake / "tokasaurus" / "model" / "more.py").write_text("")
+        case "a file that is gone":
+            file.unlink()
+        case "a name":
+            file.rename(file.with_name("other.py"))
+    with pytest.raises(guard.UnknownTokasaurus) as refused:
+        guard.require()
+    message = str(refused.value)
+    assert guard.REPAIRED in message and guard.COMMIT in message
+    assert guard.sources_sha256(fake / "tokasaurus") in message
+    assert "--defence restart" in message and "pip's record" not in message
+
+
+def test_what_is_no_source_does_not_count(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_known(monkeypatch, fake, repaired=True)
+    (fake / "tokasaurus" / "__pycache__").mkdir()
+    (fake / "tokasaurus" / "__pycache__" / "work.cpython-312.pyc").write_bytes(b"0")
+    guard.require()
+
+
+def test_the_commit_that_pip_recorded_is_quoted(fake: Path) -> None:
+    about = fake / "tokasaurus-0.0.4.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tokasaurus\nVersion: 0.0.4\n")
+    for record, said in (
+        ({"url": "x", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}, True),
+        ({"url": "x", "dir_info": {"editable": True}}, False),
+        ([], False),
+    ):
+        (about / "direct_url.json").write_text(json.dumps(record))
+        with pytest.raises(guard.UnknownTokasaurus) as refused:
+            guard.require()
+        assert ("pip's record names commit 0123abc" in str(refused.value)) is said
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
-def test_check_says_ok_and_ends_with_0(
+def test_check_says_what_it_is_and_ends_with_0(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(guard, "KNOWN", (FUNCTION, METHOD))
+    is_known(monkeypatch, fake, repaired=True)
     assert main(["--check"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ok       tokasaurus.some.known (replaced)")
-    assert lines[1].startswith("ok       tokasaurus.some.Thing.method (relied on)")
+    said = capsys.readouterr().out
+    assert str(fake / "tokasaurus") in said and "845f115 with the repairs" in said
 
 
 def test_check_names_what_is_wrong_and_ends_with_1(
     fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        guard, "KNOWN", (FUNCTION, Known("some", "Thing.method", "0" * 64), Known("no", "f", "0"))
-    )
     assert main(["--check"]) == 1
-    out = capsys.readouterr().out
-    assert "differs  tokasaurus.some.Thing.method" in out
-    assert "missing  tokasaurus.no.f" in out
-    assert "--defence restart" in out
+    assert "not the one that the repairs were written for" in capsys.readouterr().out
+    is_known(monkeypatch, fake, repaired=False)
+    assert main(["--check"]) == 1
+    assert "lacks the repairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["model=some"], ["--unrepaired", "model=some"]])
@@ -158,9 +157,7 @@ def test_another_tokasaurus_is_refused_before_anything_starts(
     fake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["model=some"]) == 2
-    said = capsys.readouterr().err
-    assert "not the one that the repairs were written for" in said
-    assert "tokasaurus.manager.allocator.pick_blocks_for_allocation" in said
+    assert "not the one that the repairs were written for" in capsys.readouterr().err
 
 
 def test_a_way_of_starting_that_is_not_known_is_refused(
@@ -180,9 +177,8 @@ def test_arguments_go_through_in_any_order(fake: Path, monkeypatch: pytest.Monke
     seen: list[Any] = []
     monkeypatch.setattr(launch, "run_processes", lambda *both: seen.append(both))
     assert main(["model=a/b", "--unrepaired", "port=1", "--host", "0.0.0.0"]) == 0
-    config, preparation = seen[0]
-    assert (config.model, config.port) == ("a/b", "1")
-    assert preparation == launch.Preparation(repair=False, host="0.0.0.0")
+    config, host = seen[0]
+    assert (config.model, config.port, host) == ("a/b", "1", "0.0.0.0")
 
 
 def test_only_this_machine_is_listened_to_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +186,6 @@ def test_only_this_machine_is_listened_to_unless_asked(monkeypatch: pytest.Monke
 
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.append(options))
-    launch.Preparation(repair=False, host="127.0.0.1").apply()
+    launch.listen_on("127.0.0.1")
     uvicorn.run("app", host="0.0.0.0", port=1)  # type: ignore[arg-type]
     assert seen == [{"host": "127.0.0.1", "port": 1}]

@@ -168,18 +168,3 @@ def test_a_new_download_does_not_change_what_is_in_the_cache(tmp_path: Path) -> 
     assert loading.is_loaded(server, "resident")
     assert list(server.cartridge_id_to_config) == ["resident"]
     assert len(warnings) == 1 and "New weights need a new id" in warnings[0]
-
-
-def test_the_worker_obeys_each_command_and_keeps_no_gradients() -> None:
-    seen: list[tuple[str, bool]] = []
-    manager = SimpleNamespace(loaded_cartridges=set())
-
-    def original(it: Any, name: str, indices: list[int], directory: str) -> None:
-        if name not in it.loaded_cartridges:
-            it.loaded_cartridges.add(name)
-            seen.append((name, torch.is_grad_enabled()))
-
-    for _ in range(2):
-        loading.load_as_told(original, manager, "a", [1], "somewhere")
-    assert seen == [("a", False), ("a", False)]
-    assert torch.is_grad_enabled()

@@ -6,12 +6,13 @@ Skipped unless told where it is. In an environment of its own (the branch pins o
     git -C tokasaurus checkout 845f115f5bc38aee266821a094fba1cd702dafff
     python3.11 -m venv real && real/bin/pip install torch==2.6.0 transformers==4.53.0 \\
         pydra-config accelerate art statsd fastapi tabulate uvicorn 'openai<2' loguru wandb \\
-        python-multipart psutil requests typer
+        python-multipart psutil requests typer \\
+        aiohttp httptools prometheus-client tenacity uvloop
     TOKASAURUS_SOURCE=$PWD/tokasaurus TOKASAURUS_PYTHON=$PWD/real/bin/python \\
         pytest tests/engines/tokasaurus/test_real_branch.py
 
-flashinfer is stood in for where it is not installed (``stand_ins``), and each check runs in a
-process of its own, for the repairs are for a whole process.
+flashinfer is stood in for where it is not installed (``stand_ins``). The checkout stays as it is:
+the patch goes onto a copy, and each check runs in a process of its own on one or the other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,12 +40,14 @@ import pytest
 import torch
 
 from cartridge_distill.cartridge.snapshot import Snapshot
+from cartridge_distill.engines.tokasaurus import guard
 from cartridge_distill.engines.tokasaurus.launch import CHILD_ENDED
 from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.versions import version_id
 from tests.gateway.rig import TOKEN, until
 from tests.tiny import plain_logprobs, random_cartridge, save_model, tiny_model, write_cartridge
+from verl_patches.manage import main
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[2]
@@ -51,6 +55,7 @@ SOURCE = os.environ.get("TOKASAURUS_SOURCE")
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not SOURCE,
         reason="TOKASAURUS_SOURCE is not set to a checkout of the branch; how to run it stands at "
@@ -59,10 +64,33 @@ pytestmark = [
 ]
 
 
-def environment() -> dict[str, str]:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The branch as it comes: a folder that holds ``tokasaurus/``. Not to be written to."""
+    root = tmp_path_factory.mktemp("plain")
+    without = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(str(SOURCE)) / "tokasaurus", root / "tokasaurus", ignore=without)
+    return root
+
+
+@pytest.fixture(scope="module")
+def repaired(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the patch on, by the real command. Not to be written to."""
+    root = tmp_path_factory.mktemp("repaired")
+    shutil.copytree(plain / "tokasaurus", root / "tokasaurus")
+    assert patch("apply", root) == 0
+    return root
+
+
+def patch(command: str, root: Path) -> int:
+    return main([command, "--package", "tokasaurus", "--target", str(root)])
+
+
+def environment(source: Path) -> dict[str, str]:
     stand_ins = [] if importlib.util.find_spec("flashinfer") else [str(HERE / "stand_ins")]
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(SOURCE), *stand_ins, str(PROJECT)]),
+        "PYTHONPATH": os.pathsep.join([str(source), *stand_ins, str(PROJECT)]),
+        "PYTHONDONTWRITEBYTECODE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
@@ -72,17 +100,11 @@ def python() -> str:
     return os.environ.get("TOKASAURUS_PYTHON", sys.executable)
 
 
-def check(name: str, *, repaired: bool) -> Any:
-    """The result of one of ``real_checks``, or what it raised."""
+def check(name: str, source: Path) -> Any:
+    """The result of one of ``real_checks`` on these sources, or what it raised."""
     done = subprocess.run(
-        [
-            python(),
-            "-m",
-            "tests.engines.tokasaurus.real_checks",
-            name,
-            *(["--repaired"] * repaired),
-        ],
-        env=environment(),
+        [python(), "-m", "tests.engines.tokasaurus.real_checks", name],
+        env=environment(source),
         cwd=PROJECT,
         capture_output=True,
         text=True,
@@ -93,71 +115,87 @@ def check(name: str, *, repaired: bool) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_branch_is_the_known_one() -> None:
+def sources(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.py")}
+
+
+def test_the_branch_is_the_known_one_and_the_patch_goes_on_and_off(
+    plain: Path, repaired: Path, tmp_path: Path
+) -> None:
+    assert guard.sources_sha256(plain / "tokasaurus") == guard.PLAIN
+    assert guard.sources_sha256(repaired / "tokasaurus") == guard.REPAIRED
+    shutil.copytree(repaired / "tokasaurus", tmp_path / "tokasaurus")
+    assert patch("apply", tmp_path) == patch("check", tmp_path) == 0
+    assert patch("revert", tmp_path) == 0 and patch("check", tmp_path) == 1
+    assert sources(tmp_path) == sources(plain)
+
+
+@pytest.mark.parametrize(("which", "code"), [("repaired", 0), ("plain", 1)])
+def test_the_command_tells_whether_the_repairs_are_on(
+    which: str, code: int, request: pytest.FixtureRequest
+) -> None:
     done = subprocess.run(
         [python(), "-m", "cartridge_distill.engines.tokasaurus", "--check"],
-        env=environment(),
+        env=environment(request.getfixturevalue(which)),
         cwd=PROJECT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
 
 
-def test_unrepaired_it_runs_dry_at_version_65() -> None:
-    result = check("runs_dry", repaired=False)
+def test_unrepaired_it_runs_dry_at_version_65(plain: Path) -> None:
+    result = check("runs_dry", plain)
     assert result["step"] == 65 and result["error"].startswith("Could not pick 128 blocks")
 
 
-def test_repaired_a_thousand_versions_pass() -> None:
-    assert check("runs_dry", repaired=True) == {"step": None}
-    assert check("thousand_versions", repaired=True)["versions"] == 1_000
+def test_repaired_a_thousand_versions_pass(repaired: Path) -> None:
+    assert check("runs_dry", repaired) == {"step": None}
+    assert check("thousand_versions", repaired)["versions"] == 1_000
 
 
-def test_repaired_random_interleavings_lose_nothing() -> None:
-    result = check("random_interleavings", repaired=True)
+def test_repaired_random_interleavings_lose_nothing(plain: Path, repaired: Path) -> None:
+    result = check("random_interleavings", repaired)
     assert result["started"] > 1_000 and result["refused"] > 10
-    assert "AssertionError" in check("random_interleavings", repaired=False)
+    assert "AssertionError" in check("random_interleavings", plain)
 
 
-def test_a_cartridge_in_use_needs_no_room_once_more() -> None:
-    assert check("full_cache_with_a_cartridge_in_use", repaired=False) == {"fits": False}
-    assert check("full_cache_with_a_cartridge_in_use", repaired=True) == {"fits": True}
+def test_a_cartridge_in_use_needs_no_room_once_more(plain: Path, repaired: Path) -> None:
+    assert check("full_cache_with_a_cartridge_in_use", plain) == {"fits": False}
+    assert check("full_cache_with_a_cartridge_in_use", repaired) == {"fits": True}
 
 
-def test_an_evicted_id_is_read_from_its_file_again() -> None:
+def test_an_evicted_id_is_read_from_its_file_again(plain: Path, repaired: Path) -> None:
     name = "evicted_id_of_one_block_comes_back"
-    assert check(name, repaired=False) == {"read": [[1.0], [2.0], [3.0], [-1.0]]}, "a wrong read"
-    assert check(name, repaired=True) == {"read": [[1.0], [2.0], [3.0], [1.0]]}
-    assert check("evicted_id_comes_back", repaired=True) == {"wrong": []}
+    assert check(name, plain) == {"read": [[1.0], [2.0], [3.0], [-1.0]]}, "a wrong read"
+    assert check(name, repaired) == {"read": [[1.0], [2.0], [3.0], [1.0]]}
+    assert check("evicted_id_comes_back", repaired) == {"wrong": []}
 
 
-def test_parameters_in_a_file_do_not_stay_in_memory() -> None:
-    assert check("parameters_in_a_file", repaired=False) == {"cache_hangs_on_parameters": True}
-    assert check("parameters_in_a_file", repaired=True) == {"cache_hangs_on_parameters": False}
+def test_parameters_in_a_file_do_not_stay_in_memory(plain: Path, repaired: Path) -> None:
+    assert check("parameters_in_a_file", plain) == {"cache_hangs_on_parameters": True}
+    assert check("parameters_in_a_file", repaired) == {"cache_hangs_on_parameters": False}
 
 
-def test_what_cannot_be_served_is_refused() -> None:
-    answers = check("requests_that_cannot_be_served", repaired=True)
+def test_what_cannot_be_served_is_refused(repaired: Path) -> None:
+    answers = check("requests_that_cannot_be_served", repaired)
     assert answers["fine"] == answers["before"] == "accepted"
     assert "multiple of 16" in answers["odd"]
     assert "has been deleted" in answers["deleted"] and "never uploaded" in answers["never"]
     assert "named twice" in answers["twice"]
 
 
-def test_the_debug_file_is_not_written() -> None:
-    assert check("debug_file", repaired=True) == {"written": False, "other": [1.0, 1.0]}
-
-
-def test_answered_requests_are_forgotten() -> None:
-    assert check("answers_are_forgotten", repaired=False) == {"kept": 1}
-    assert check("answers_are_forgotten", repaired=True) == {"kept": 0}
+def test_answered_requests_are_forgotten(plain: Path, repaired: Path) -> None:
+    assert check("answers_are_forgotten", plain) == {"kept": 1}
+    assert check("answers_are_forgotten", repaired) == {"kept": 0}
 
 
 # --- the whole server, on a CPU -----------------------------------------------------------------
 
 CARTRIDGE = 64
 CACHE = 1_024
+DEBUG_FILE = Path("/tmp/tokasaurus_layer_0_hidden_states.pt")
+"""Where the branch writes at each forward; no option moves it."""
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +212,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(files: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+def serving(
+    files: Path, source: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -188,7 +228,7 @@ def serving(files: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes
                 *("max_num_tokens_per_request=200", "use_cudagraphs=False", "dtype=float32"),
                 *("max_tokens_per_forward=256", "max_seqs_per_forward=32"),
             ],
-            env=environment(),
+            env=environment(source),
             cwd=PROJECT,
             stdout=written,
             stderr=subprocess.STDOUT,
@@ -196,7 +236,7 @@ def serving(files: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 400
             while True:
                 assert process.poll() is None, log.read_text()[-4000:]
                 try:
@@ -243,10 +283,13 @@ def publish(files: Path, version: int) -> str:
     return name
 
 
-def test_the_whole_server_serves_each_version_with_its_own_weights(files: Path) -> None:
+def test_the_whole_server_serves_each_version_with_its_own_weights(
+    files: Path, repaired: Path
+) -> None:
     """Sixty versions through room for sixteen; then old ones again, and what is refused."""
     long = tuple(range(40, 80))
-    with serving(files) as (process, client):
+    DEBUG_FILE.unlink(missing_ok=True)
+    with serving(files, repaired) as (process, client):
         for version in range(60):
             name = publish(files, version)
             for prompt in ((65, 66, 67), long, long):
@@ -275,13 +318,16 @@ def test_the_whole_server_serves_each_version_with_its_own_weights(files: Path) 
         process.terminate()
         assert process.wait(30) == 0
         assert not psutil.wait_procs(children, timeout=20)[1]
-    log = (files / "log").read_text()
-    repaired = re.findall(r"install: Tokasaurus is repaired in this process", log)
-    assert len(repaired) == 4, "server, manager, model worker, download worker"
+    assert not DEBUG_FILE.exists(), "hidden states are written at each forward"
 
 
-def test_unrepaired_the_whole_server_ends_with_a_reason(files: Path) -> None:
-    with serving(files, "--unrepaired") as (process, client):
+def test_without_the_patch_the_server_does_not_start(files: Path, plain: Path) -> None:
+    with pytest.raises(AssertionError, match="lacks the repairs"), serving(files, plain):
+        pass
+
+
+def test_unrepaired_the_whole_server_ends_with_a_reason(files: Path, plain: Path) -> None:
+    with serving(files, plain, "--unrepaired") as (process, client):
         with pytest.raises(httpx.RemoteProtocolError):
             for version in range(100, 130):
                 assert ask(client, publish(files, version)).status_code == 200
@@ -289,11 +335,13 @@ def test_unrepaired_the_whole_server_ends_with_a_reason(files: Path) -> None:
     log = (files / "log").read_text()
     assert re.search(r"Could not pick \d+ blocks", log)
     assert re.search(r"process manager \(pid \d+\) ended", log)
+    assert DEBUG_FILE.exists(), "or the test above shows nothing"
+    DEBUG_FILE.unlink()
 
 
 @pytest.mark.parametrize("name", ["manager", "model_worker"])
-def test_a_process_that_dies_ends_the_whole_server(files: Path, name: str) -> None:
-    with serving(files) as (process, client):
+def test_a_process_that_dies_ends_the_whole_server(files: Path, repaired: Path, name: str) -> None:
+    with serving(files, repaired) as (process, client):
         assert ask(client, publish(files, 200 + len(name))).status_code == 200
         (pid,) = re.findall(rf"process {name} has pid (\d+)", (files / "log").read_text())
         os.kill(int(pid), signal.SIGKILL)
@@ -306,7 +354,7 @@ def test_a_process_that_dies_ends_the_whole_server(files: Path, name: str) -> No
 
 
 @contextmanager
-def gateway(files: Path, *options: str) -> Iterator[HttpPublisher]:
+def gateway(files: Path, source: Path, *options: str) -> Iterator[HttpPublisher]:
     """The gateway over the real server; what it yields uploads to it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -328,7 +376,7 @@ def gateway(files: Path, *options: str) -> Iterator[HttpPublisher]:
                 *("--", "use_cudagraphs=False", "dtype=float32", "max_tokens_per_forward=256"),
                 "max_seqs_per_forward=32",
             ],
-            env=environment() | {"TOKASAURUS_API_KEY": TOKEN},
+            env=environment(source) | {"TOKASAURUS_API_KEY": TOKEN},
             cwd=PROJECT,
             stdout=written,
             stderr=subprocess.STDOUT,
@@ -343,7 +391,7 @@ def gateway(files: Path, *options: str) -> Iterator[HttpPublisher]:
             except httpx.ConnectError:
                 return False
 
-        until(up, "the gateway and the real server", timeout_s=120)
+        until(up, "the gateway and the real server", timeout_s=400)
         yield HttpPublisher([url], "tiny")
         process.terminate()
         assert process.wait(60) == 0, log.read_text()[-4000:]
@@ -373,10 +421,10 @@ def restarts(publisher: HttpPublisher, reason: str) -> float:
 
 
 def test_behind_the_gateway_versions_come_and_go(
-    files: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, repaired: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
-    with gateway(files) as publisher:
+    with gateway(files, repaired) as publisher:
         upload_and_ask(publisher, range(40))  # room for sixteen
         assert restarts(publisher, "died") == restarts(publisher, "pages") == 0
         # the manager dies, the launcher ends the server, the gateway starts it again
@@ -387,10 +435,10 @@ def test_behind_the_gateway_versions_come_and_go(
 
 
 def test_the_second_defence_lets_the_unrepaired_branch_live(
-    files: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
-    with gateway(files, "--defence", "restart") as publisher:
+    with gateway(files, plain, "--defence", "restart") as publisher:
         upload_and_ask(publisher, range(100, 130))  # unrepaired, it dies at the twentieth
         assert restarts(publisher, "died") == 0
         assert restarts(publisher, "pages") == 3  # half of the cache holds eight

@@ -54,6 +54,15 @@ def test_a_cpu_never_cuts_prompts() -> None:
     assert "--no-enable-chunked-prefill" not in command().program(is_cpu=False)
 
 
+def test_a_cpu_leaves_memory_to_others_unless_told_how_much() -> None:
+    words = command().program(is_cpu=True)
+    assert value(words, "--kv-cache-memory-bytes") == str(4 * 2**30)
+    assert "--kv-cache-memory-bytes" not in command().program(is_cpu=False)
+    for more in (("--kv-cache-memory-bytes", "8G"), ("--gpu-memory-utilization=0.5",)):
+        words = command(*more).program(is_cpu=True)
+        assert str(4 * 2**30) not in words and words[-len(more) :] == list(more)
+
+
 def test_further_arguments_come_last_and_cannot_undo_ours() -> None:
     assert command("--max-num-seqs", "8").program(is_cpu=True)[-2:] == ["--max-num-seqs", "8"]
     for argument in ("--generation-config=auto", "--kv-transfer-config"):
