@@ -12,12 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-<<<<<<< HEAD
 from cartridge_distill.util.processor import DtypeChoice
-from tests.training.conftest import ROOT, child_environment, write_rows
-=======
 from tests.training.conftest import write_rows
->>>>>>> main
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
 from verl_patches.distill import settings_of

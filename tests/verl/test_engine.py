@@ -14,13 +14,8 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.util.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
-<<<<<<< HEAD
 from tests.verl.engine_rig import SHAPES, TEMPERATURE, rollouts, step
-from verl_patches.actor.initial_state import initial_document
-=======
-from tests.verl.engine_rig import TEMPERATURE, rollouts, step
 from verl_patches.actor.initial_cartridge import initial_document
->>>>>>> main
 from verl_patches.hooks import distill_loss
 
 
