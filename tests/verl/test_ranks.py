@@ -48,6 +48,7 @@ class Scenario:
     settings: dict[str, Any] = field(default_factory=dict)
     micro_batches: int = 1
     by_teacher: tuple[int, ...] = ()
+    prompts_come_again: bool = False
 
     def data(self, engine: Any, number: int, rank: int | None) -> list[TensorDict]:
         """What a rank gets at a step, or the only one: all, uncut."""
@@ -58,7 +59,7 @@ class Scenario:
             made.append(
                 rollouts(
                     engine,
-                    number,
+                    0 if self.prompts_come_again else number,
                     ROWS,
                     take=mine,
                     micro_batch=size,
@@ -87,6 +88,8 @@ SCENARIOS = {
         {"loss": "reverse_kl_student_topk", "topk": 5, "skip_first_tokens": 2},
     ),
     "uneven, accumulated": Scenario([TWO_AND_FOUR], micro_batches=2),
+    # The teacher computes answers alone from the second step on.
+    "prompts come again": Scenario([([2, 6], [0, 1, 3])], prompts_come_again=True),
     "two steps a batch": Scenario([UNEVEN, ([5], [4])], {"max_staleness": 1}),
     "two steps, accumulated": Scenario(
         [TWO_AND_FOUR, EVEN], {"max_staleness": 1, "teacher_cache_documents": 1}, micro_batches=2
@@ -103,6 +106,9 @@ def run(model: Path, folder: Path, name: str, rank: int | None) -> list[dict[str
     for number in range(STEPS):
         out = step(engine, *SCENARIOS[name].data(engine, number, rank))
         found.append(summary(engine, out))
+    if SCENARIOS[name].prompts_come_again:
+        assert out["metrics"]["teacher_prompt_tokens/computed"] == [0.0]
+        assert out["metrics"]["teacher_prompt_tokens/kept"][0] > 0
     engine.save_checkpoint(str(folder / name / "actor"), global_step=STEPS)
     return found
 
