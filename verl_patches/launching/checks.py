@@ -208,11 +208,13 @@ async def _look(url: str, run: Run) -> None:
 def how_to_serve(run: Run) -> str:
     """Three ways to a rollout server, ready to paste."""
     model = shlex.quote(run.model)
-    gpu = " --device cuda --dtype bfloat16" if run.device == "cuda" else ""
+    dtype = " --device cuda --dtype bfloat16" if run.device == "cuda" else ""
+    if run.device == "cpu" and run.dtype == "bfloat16":
+        dtype = " --dtype bfloat16"
     return f"""\
 how to get a server (docs/serving.md has more; TOKASAURUS_API_KEY is the same here and there):
   the embedded server behind the gateway, on any machine:
-    {program()} serve --model {model} --host 0.0.0.0{gpu}
+    {program()} serve --model {model} --host 0.0.0.0{dtype}
   Tokasaurus behind the gateway, on a GPU machine:
     python -m cartridge_distill.gateway --backend tokasaurus --model {model} --host 0.0.0.0
   the same on Modal:
