@@ -36,7 +36,7 @@ from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
 from cartridge_distill.util.errors import OffPolicyError
 from verl_patches.actor.device import fetch
-from verl_patches.actor.logprob_check import RoundingCheck
+from verl_patches.actor.logprob_check import OfStudent, RoundingCheck, VersionPair
 
 TEMPERATURE, TOPK, FLOOR = 0.7, 20, 0.1
 DOCUMENT = "document"
@@ -190,25 +190,37 @@ class Experiment:
         self.seconds["extra forwards in float32"] += time.perf_counter() - start
         return found
 
-    def judge(self, name: str, check: RoundingCheck, rollouts: Rollouts, trainer: Tensor) -> None:
-        """Asks the check about one server's rollouts and keeps what it says."""
+    def judge(
+        self,
+        name: str,
+        check: RoundingCheck,
+        rollouts: Rollouts,
+        trainer: Tensor,
+        before: Prefix | None,
+    ) -> None:
+        """Asks the check about one server's rollouts and keeps what it says.
+
+        Args:
+            before: the version that the current one is told from; None where there is none.
+        """
         check.begin_batch()
         outcome = self.outcomes[name]
         difference = rollouts.server - trainer
         outcome.means.append(scaled(difference, trainer).abs().mean().item())
         outcome.largest.append(difference.abs().max().item())
         everything = torch.ones_like(trainer, dtype=torch.bool)
+        now = self.served()
+        pair = None if before is None else VersionPair(self.step, now, before, everything)
         try:
             figures = check.student_figures(
                 self.step,
-                trainer,
-                rollouts.server,
-                everything,
-                self.served(),
+                OfStudent(trainer, trainer, rollouts.server, everything),
+                lambda: pair,
+                now,
                 partial(self.behind, rollouts),
                 partial(self.exactly, rollouts),
             )
-            metrics = check.judge(self.step, fetch(figures))
+            metrics = check.judge(fetch(figures))
         except OffPolicyError as error:
             outcome.refused.append(str(error))
             if found := re.search(r"coefficient (\S+) \+-", str(error)):
@@ -221,12 +233,11 @@ class Experiment:
     def plant(self, name: str) -> None:
         """Another server answers this step's prompts, and the check is asked about it."""
         check = self.undecided.pop(name, None) or copy.deepcopy(self.check)
-        now = self.served()
+        now, before = self.served(), self.previous
         if name in (BACK, TENTH, HALF):
             if self.previous is None:
                 return
             before = between(now, self.previous, 0.1 if name == TENTH else 1.0)
-            check.remember(before)
             half = self.batch // 2 if name == HALF else self.batch
             rollouts = self.roll_out(before, rows=slice(0, half))
             if half < self.batch:
@@ -238,7 +249,7 @@ class Experiment:
         else:
             self.wrong_engine = self.wrong_engine or self._engine(other_base(self.world.model))
             rollouts = self.roll_out(now, self.wrong_engine)
-        self.judge(name, check, rollouts, self.behind(rollouts, now))
+        self.judge(name, check, rollouts, self.behind(rollouts, now), before)
         if name in (BACK, TENTH) and self.outcomes[name].refused[-1] is None:
             self.undecided[name] = check
 
@@ -274,7 +285,7 @@ class Experiment:
         logits, tokens = self.logits(self.cartridge.prefix(), rollouts)
         self.seconds["student"] += time.perf_counter() - start
         trainer = chosen_logprobs(logits.detach(), tokens, TEMPERATURE)
-        self.judge("healthy", self.check, rollouts, trainer)
+        self.judge("healthy", self.check, rollouts, trainer, self.previous)
         for name in planted:
             self.plant(name)
         if CARTRIDGE in planted:
@@ -287,7 +298,6 @@ class Experiment:
         loss = get_loss("forward_kl_topk")(logits, top, 1.0).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.cartridge.trainable_parameters(), 1.0)
-        self.check.remember(self.cartridge.prefix())
         self.previous = self.served()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -181,7 +181,7 @@ def settings_of(options: argparse.Namespace) -> Distillation:
     """
     checks.check_documents(options.documents)
     if options.questions is not None:
-        checks.check_documents(options.questions)
+        checks.check_questions(options.questions)
     names = {field.name for field in fields(Distillation)} - {"overrides", "out"}
     given = {name: getattr(options, name) for name in names}
     given["device"] = options.device or ("cuda" if _sees_a_gpu() else "cpu")

@@ -94,6 +94,16 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     at_least("teacher_cache_prompt_mib", 0, "MiB of prompts' KV that the teacher keeps (0: none)")
     if config.max_logprob_diff is not None:  # null compares with the trainer's own rounding
         above_zero("max_logprob_diff", "every step would be refused (1e-3 suits float32)")
+    at_least("async_steps", 0, "batches of rollouts asked for ahead; 0 is strictly on-policy")
+    if _is_int(config.async_steps) and config.async_steps > 0 and config.max_staleness:
+        refuse(
+            "async_steps",
+            f"with max_staleness={config.max_staleness!r} a rollout's age would have two causes "
+            "and two bounds; set one of them to 0",
+        )
+    fraction = config.async_check_fraction
+    if not _is_number(fraction) or not 0 < fraction <= 1:
+        refuse("async_check_fraction", "no rollout would be proven; set a number above 0, up to 1")
     try:
         Schedule.of(config.on_policy_fraction)
     except ConfigError as error:

@@ -174,6 +174,18 @@ def test_two_steps_on_a_batch_must_be_asked_for(base: DictConfig) -> None:
     check_run_config(changed(half, f"{CARTRIDGE}.max_staleness", 1))
 
 
+def test_rollouts_ahead_are_one_cause_of_staleness_and_steps_on_a_batch_another(
+    base: DictConfig,
+) -> None:
+    ahead = changed(base, f"{CARTRIDGE}.async_steps", 2)
+    check_run_config(ahead)
+    half = changed(ahead, f"{ACTOR}.ppo_mini_batch_size", 4)
+    with pytest.raises(ConfigError, match=f"max_staleness=1 and {CARTRIDGE}.async_steps=0"):
+        check_run_config(half)
+    with pytest.raises(ConfigError, match="async_steps=2: with max_staleness=1 .* two causes"):
+        check_run_config(changed(half, f"{CARTRIDGE}.max_staleness", 1))
+
+
 def test_samples_must_divide_over_the_ranks(base: DictConfig) -> None:
     check_run_config(changed(base, "trainer.n_gpus_per_node", 4))
     with pytest.raises(ConfigError, match="make the product a multiple of 3"):
@@ -224,6 +236,9 @@ def settings(**changes: Any) -> SimpleNamespace:
         teacher_cache_documents=8,
         teacher_cache_prompt_mib=256,
         max_logprob_diff=1e-3,
+        max_staleness=0,
+        async_steps=0,
+        async_check_fraction=0.25,
         on_policy_fraction=1.0,
         teacher_temperature=None,
         teacher_cache=None,
@@ -242,6 +257,7 @@ def test_core_accepts_good_settings() -> None:
     check_cartridge_config(settings(run_name="demo-seed_1"))
     check_cartridge_config(settings(max_logprob_diff=None))
     check_cartridge_config(settings(loss="kl_mix", loss_weight=0.3, max_token_loss=5.0))
+    check_cartridge_config(settings(async_steps=4, async_check_fraction=1))
     check_cartridge_config(settings(lr_decay_to=0.02, on_policy_fraction="cold_start:8"))
 
 
@@ -278,6 +294,12 @@ def test_core_accepts_good_settings() -> None:
         {"teacher_cache_prompt_mib": 0.5},
         {"max_logprob_diff": 0},
         {"max_logprob_diff": "auto"},
+        {"async_steps": -1},
+        {"async_steps": 0.5},
+        {"async_steps": 2, "max_staleness": 1},
+        {"async_check_fraction": 0},
+        {"async_check_fraction": 1.1},
+        {"async_check_fraction": "all"},
         {"on_policy_fraction": 1.5},
         {"on_policy_fraction": [[0, 0.0], [0, 1.0]]},
         {"teacher_temperature": -0.1},

@@ -125,6 +125,7 @@ def rollouts(
     server: PreTrainedModel | None = None,
     served: Prefix | Sequence[Prefix] | None = None,
     temperature: float = TEMPERATURE,
+    versions: Sequence[int] | None = None,
 ) -> TensorDict:
     """A batch in veRL's form; the log-probs come from plain one-by-one transformers forwards.
 
@@ -136,6 +137,7 @@ def rollouts(
         server: the model of the forwards; the tiny one in float32 by default.
         served: its cartridge, or one for each row; the engine's own by default.
         temperature: of the student's rows, as the server has it; the trainer is told another.
+        versions: that each row says it is of, the engine's own by default.
     """
     from verl.utils import tensordict_utils as tu
 
@@ -180,7 +182,9 @@ def rollouts(
     ]
     tu.assign_non_tensor_stack(data, "extra_info", information)
     labels = [
-        {"author": "teacher"} if row in by_teacher else {"global_steps": engine.version}
+        {"author": "teacher"}
+        if row in by_teacher
+        else {"global_steps": engine.version if versions is None else versions[row]}
         for row in chosen
     ]
     tu.assign_non_tensor_stack(data, "extra_fields", labels)

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.util.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
 from tests.verl.engine_rig import SHAPES, TEMPERATURE, rollouts, step
@@ -278,3 +279,22 @@ def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
     settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
     with pytest.raises(ConfigError, match="holds 2 documents; set actor.cartridge.init_document"):
         initial_document(settings, engine.teacher.documents.ids)
+
+
+def test_a_run_may_begin_with_the_cartridge_of_another(build: Any, tmp_path: Path) -> None:
+    """As `distill --rebuild` does: the same numbers, step 0, and training goes on from there."""
+    first = build()
+    step(first, rollouts(first))
+    meta = CartridgeMeta(base_model="tiny", step=1)
+    saved = save_cartridge(first.cartridge, tmp_path / "old", meta)
+    begins: dict[str, Any] = {"init": "checkpoint", "checkpoint_path": str(saved)}
+    engine = build(**begins)
+    assert (engine.step, engine.version) == (0, 0)
+    for name, tensor in first.cartridge.state_dict().items():
+        assert torch.equal(engine.cartridge.state_dict()[name], tensor), name
+    step(engine, rollouts(engine, seed=1))
+    assert engine.step == 1
+    moved = engine.cartridge.trainable_keys[0] - first.cartridge.trainable_keys[0]
+    assert moved.abs().max() > 0
+    with pytest.raises(ConfigError, match="holds 32 tokens, actor.cartridge.num_tokens is 48"):
+        build(**begins, num_tokens=48)

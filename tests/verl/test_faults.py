@@ -77,7 +77,7 @@ def test_results_of_a_dead_process_are_not_waited_for(monkeypatch: pytest.Monkey
     """veRL's own buffer looks for ever for what an agent loop that is gone will never write."""
     import transfer_queue as tq
 
-    from verl_patches.trainer.trainer import StrictReplayBuffer
+    from verl_patches.trainer.replay import StrictReplayBuffer
 
     watch = ActorWatch({}, "")
     looks = 0

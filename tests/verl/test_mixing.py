@@ -43,6 +43,7 @@ def run_config(folder: Path, **cartridge: Any) -> Any:
     settings = {
         "on_policy_fraction": 0.5,
         "skip_first_tokens": 0,
+        "async_steps": 0,
         "teacher_temperature": None,
         "teacher_cache": None,
         "documents": str(documents),
@@ -109,6 +110,21 @@ def test_another_batch_than_planned_is_refused(tmp_path: Path) -> None:
         check(student, tag(None), {"author": STUDENT})
     with pytest.raises(OffPolicyError, match=r"teacher carry cartridge steps \[6\]"):
         check(teacher, tag(6), {"author": TEACHER})
+
+
+def test_a_batch_that_was_asked_for_ahead_may_be_older(tmp_path: Path) -> None:
+    mixing = Mixing(run_config(tmp_path, async_steps=2))
+    tags, labels = came_back(mixing, 7, 4)
+    student = mixing.plan(7, 4).index(True)
+    for version in (4, 5, 6):
+        tags[student] = tag(version)
+        mixing.check(tags, labels, 7, version=6)
+    for version in (3, 7):
+        tags[student] = tag(version)
+        with pytest.raises(
+            OffPolicyError, match=rf"step \[{version}\].*async_steps=2 takes steps 4"
+        ):
+            mixing.check(tags, labels, 7, version=6)
 
 
 def test_tokens_are_counted_by_stage_and_go_on_after_a_resume(tmp_path: Path) -> None:

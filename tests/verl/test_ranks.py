@@ -19,6 +19,7 @@ from tensordict import TensorDict
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from cartridge_distill.cartridge.prefix import Prefix
 from tests.verl.engine_rig import (
     SHAPES,
     build_engine,
@@ -49,10 +50,14 @@ class Scenario:
     micro_batches: int = 1
     by_teacher: tuple[int, ...] = ()
     prompts_come_again: bool = False
+    behind: tuple[int, ...] = ()  # rows that the version before has written, once there is one
 
-    def data(self, engine: Any, number: int, rank: int | None) -> list[TensorDict]:
+    def data(
+        self, engine: Any, number: int, rank: int | None, before: Prefix | None
+    ) -> list[TensorDict]:
         """What a rank gets at a step, or the only one: all, uncut."""
         made = []
+        now, old = engine.cartridge.prefix(), self.behind if before else ()
         for rows in self.mini_batches:
             mine = sorted(sum(rows, [])) if rank is None else rows[rank]
             size = len(mine) // (self.micro_batches if rank is not None else 1)
@@ -64,6 +69,8 @@ class Scenario:
                     take=mine,
                     micro_batch=size,
                     by_teacher=self.by_teacher,
+                    served=[before if before and row in old else now for row in range(len(ROWS))],
+                    versions=[engine.version - (row in old) for row in range(len(ROWS))],
                 )
             )
         return made
@@ -87,6 +94,16 @@ SCENARIOS = {
         [([2, 6], [1, 3])],
         {"loss": "reverse_kl_student_topk", "topk": 5, "skip_first_tokens": 2},
     ),
+    # Rank 0's samples are all of the version before, and rank 1 has none of them to compare.
+    "rollouts ahead": Scenario(
+        [EVEN], {"async_steps": 1, "async_check_fraction": 0.5}, behind=(0, 1)
+    ),
+    "rollouts ahead, compared with the rounding": Scenario(
+        [DOCUMENTS_APART],
+        {"async_steps": 1, "max_logprob_diff": None},
+        by_teacher=(1, 3),
+        behind=(0,),
+    ),
     "uneven, accumulated": Scenario([TWO_AND_FOUR], micro_batches=2),
     # The teacher computes answers alone from the second step on.
     "prompts come again": Scenario([([2, 6], [0, 1, 3])], prompts_come_again=True),
@@ -103,8 +120,14 @@ def run(model: Path, folder: Path, name: str, rank: int | None) -> list[dict[str
     """Some batches of a scenario on this rank; what the last step on each was."""
     engine = build_engine(model, folder, optim=SCHEDULE, **SCENARIOS[name].settings)
     found = []
+    before = None
     for number in range(STEPS):
-        out = step(engine, *SCENARIOS[name].data(engine, number, rank))
+        now = engine.cartridge.prefix()
+        now = Prefix(
+            [k.detach().clone() for k in now.keys], [v.detach().clone() for v in now.values]
+        )
+        out = step(engine, *SCENARIOS[name].data(engine, number, rank, before))
+        before = now
         found.append(summary(engine, out))
     if SCENARIOS[name].prompts_come_again:
         assert out["metrics"]["teacher_prompt_tokens/computed"] == [0.0]

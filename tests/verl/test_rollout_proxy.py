@@ -160,7 +160,7 @@ def test_a_prompt_that_failed_for_good_is_never_padded_over(
     """veRL's own buffer would repeat other samples in its place."""
     import transfer_queue as tq
 
-    from verl_patches.trainer.trainer import StrictReplayBuffer
+    from verl_patches.trainer.replay import StrictReplayBuffer
 
     tags = {
         "a": {"is_prompt": True, "status": "finished", "global_steps": 1},
@@ -225,6 +225,55 @@ async def test_a_version_that_nobody_sends_is_not_waited_for_without_end(
     await proxy.close()
 
 
+async def test_a_rollout_that_is_asked_for_ahead_takes_the_newest_version_that_is_there(
+    proxy: Any,
+) -> None:
+    """It waits for the one on its way only where what is there is too old."""
+
+    async def step_of_answer(oldest: int) -> int:
+        params = {**SAMPLING, "oldest_step": oldest}
+        out = await proxy.generate("r", prompt_ids=[5], sampling_params=params)
+        return int(out.extra_fields["global_steps"])
+
+    with pytest.raises(SyncError, match="no cartridge version was synced yet"):
+        await step_of_answer(0)
+    await sync(proxy, version_id("run", 0))
+    with pytest.raises(SyncError, match="wants version 1 or newer; run-step-000000 is served"):
+        await step_of_answer(1)
+    await proxy.expect(version_id("run", 1))
+    assert await step_of_answer(0) == 0
+    late = asyncio.create_task(step_of_answer(1))
+    done, _ = await asyncio.wait({late}, timeout=0.3)
+    assert not done
+    await proxy.activate(version_id("run", 1))
+    assert await late == 1
+    assert await step_of_answer(0) == 1
+    await proxy.expect(version_id("run", 2))
+    await proxy.give_up(version_id("run", 2), "the disk is full")
+    assert await step_of_answer(1) == 1  # a rollout that needs no newer one goes on
+    with pytest.raises(SyncError, match="run-step-000002 did not arrive: the disk is full"):
+        await step_of_answer(2)
+
+
+def test_versions_stay_as_long_as_a_rollout_may_ask_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the versions k-S to k, one is asked for by whatever is in flight when k arrives."""
+    from verl_patches.rollout.tokasaurus_rollout import adapter as module
+
+    monkeypatch.setattr(module.ray, "get", lambda waiting: waiting)  # no cluster is started
+    for keep, ahead, left in ((2, 0, 2), (1, 0, 1), (2, 3, 4), (5, 3, 5)):
+        retired: list[int] = []
+        publisher = SimpleNamespace(
+            publish=lambda *_: None, retire=retired.append, delete_runs=lambda *_: []
+        )
+        adapter: Any = SimpleNamespace(
+            settings=SimpleNamespace(sync_keep=keep, async_steps=ahead), _started=True
+        )
+        module.ServerAdapter._publish(adapter, publisher, version_id("run", 9), None, [])  # type: ignore[arg-type]
+        assert retired == [left]
+
+
 class _Manager:
     """Stands for veRL's server manager: records the ids that leave the agent loop."""
 
@@ -237,11 +286,12 @@ class _Manager:
         return TokenOutput(token_ids=[65], log_probs=[-0.1], extra_fields={"global_steps": 0})
 
 
-def agent_loop(prompt_length: int) -> Any:
+def agent_loop(prompt_length: int, async_steps: int = 0) -> Any:
     from verl_patches.rollout.agent_loop import CartridgeAgentLoop
 
     rollout = SimpleNamespace(prompt_length=prompt_length)
-    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+    actor = SimpleNamespace(cartridge=SimpleNamespace(async_steps=async_steps))
+    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout, actor=actor))
     return CartridgeAgentLoop(SimpleNamespace(config=config), _Manager(), byte_tokenizer())
 
 
@@ -267,8 +317,8 @@ async def test_a_prompt_over_the_limit_is_refused_and_never_cut() -> None:
 ROW = {"raw_prompt": [{"role": "user", "content": "Where?"}], "index": 3, "epoch": 1}
 
 
-def seeded_loop(manager: Any, seed: int = 0) -> Any:
-    loop = agent_loop(100)
+def seeded_loop(manager: Any, seed: int = 0, async_steps: int = 0) -> Any:
+    loop = agent_loop(100, async_steps)
     loop._config.data = SimpleNamespace(seed=seed)
     loop.server_manager = manager
     return loop
@@ -288,6 +338,23 @@ async def test_each_rollout_has_a_seed_of_its_own() -> None:
     await seeded_loop(Manager(), seed=1).run(SAMPLING, **ROW, session_id=0)
     assert seen[0] == seen[4] and len(set(seen)) == 5  # the same rollout, the same seed
     assert "seed" not in SAMPLING  # which all rollouts of a batch share
+
+
+async def test_a_rollout_says_how_old_its_version_may_be() -> None:
+    """Of the step that it is trained at; in strict mode there is nothing to say."""
+    seen: list[Any] = []
+
+    class Manager(_Manager):
+        async def generate(self, *, sampling_params: Any, **given: Any) -> Any:
+            seen.append(sampling_params.get("oldest_step"))
+            return await super().generate(sampling_params=sampling_params, **given)
+
+    for ahead in (0, 2):
+        for step in (1, 7):
+            loop = seeded_loop(Manager(), async_steps=ahead)
+            await loop.run(SAMPLING, **ROW, session_id=0, global_steps=step)
+    await agent_loop(100, 2).run(SAMPLING, **{k: v for k, v in ROW.items() if k != "epoch"})
+    assert seen == [None, None, 0, 4]
 
 
 async def test_a_run_with_a_retry_draws_what_one_without_draws(

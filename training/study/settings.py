@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.distill.rates import warmed_and_decayed
@@ -47,6 +47,9 @@ class CartridgeSettings:
     sync_dtype: str = "auto"
     run_name: str | None = None
     seed: int = 0
+    # A plain loop asks for nothing ahead; the engine's checks want to read that.
+    async_steps: ClassVar[int] = 0
+    async_check_fraction: ClassVar[float] = 0.25
 
 
 @dataclass(frozen=True)

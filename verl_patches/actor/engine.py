@@ -3,8 +3,8 @@
 The base model is frozen and shared by student and teacher. veRL drives this engine as any other
 (``train_mini_batch`` -> ``forward_backward_batch`` -> ``forward_step``); what differs is that the
 batch is packed with ``seq_ids``, that only the cartridge has gradients and an optimizer, and that a
-step is refused when its rollouts were not made by the cartridge being trained, or its answers not
-by the teacher with the document.
+step is refused when its rollouts were not made by the cartridge being trained (or, where they are
+asked for ahead, by the one they name), or its answers not by the teacher with the document.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ from verl_patches.actor.device import StageSeconds
 from verl_patches.actor.forwards import score
 from verl_patches.actor.initial_cartridge import initial_cartridge
 from verl_patches.actor.initial_state import load_base, load_validation
+from verl_patches.actor.kept_versions import OwnVersionCheck
 from verl_patches.actor.memory import check_memory
 from verl_patches.actor.ranks import (
     RanksTeacher,
     all_ranks,
     average_gradients,
     copy_from_rank_0,
+    most_of_ranks,
     shard,
 )
 from verl_patches.actor.samples import Samples, later_tokens
@@ -83,7 +85,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         cartridge: the student's prefix, float32 master weights.
         teacher: the same module with a document's KV as prefix.
         step: optimizer steps done.
-        version: batches trained on; the version that the next batch's rollouts must carry.
+        version: batches trained on; the version that the next batch's rollouts must carry, or one
+            of the ``async_steps`` before it.
     """
 
     def __init__(
@@ -141,7 +144,18 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             self.settings.teacher_temperature,
             self.settings.attention,
             self._stage,
+            self.settings.async_steps,
             *([partial(all_ranks, device=self.teacher.device)] if several else []),
+        )
+        self.own_versions = OwnVersionCheck(
+            self.checks.kept,
+            self.settings.async_check_fraction,
+            (self.settings.seed, torch.distributed.get_rank()),
+            module,
+            self.teacher.device,
+            self.settings.attention,
+            self._stage,
+            *([partial(most_of_ranks, device=self.teacher.device)] if several else []),
         )
         self.optimizer = build_optimizer(
             self.cartridge.trainable_parameters(), self.optimizer_config
@@ -185,6 +199,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self._check_staleness()
         staleness = self.staleness
         self.checks.begin_batch()
+        self.own_versions.begin_batch()
         self._sums.begin()
         prompts = self._prompt_tokens()
         self._stage.take()
@@ -195,7 +210,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         seconds["student_backward"] = whole - sum(seconds.values())
         own = {
             "frozen_tokens_changed": float(self._frozen_changed()),
-            "staleness_max": float(staleness),
+            "staleness_max": float(max(staleness, self.own_versions.oldest)),
             "teacher_prefills": float(self.teacher.prefills),
             **{name: count - prompts[name] for name, count in self._prompt_tokens().items()},
             "attention_graphs": float(len(graphs())),
@@ -243,7 +258,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             DocumentError: a sample's document is missing or too long.
         """
         samples = Samples.from_micro_batch(micro_batch, self.settings.document_key)
-        check_versions(samples.authors, samples.steps, self.version)
+        ahead = self.settings.async_steps
+        check_versions(samples.authors, samples.steps, self.version, ahead)
+        # Before the student's forward, whose memory is not taken yet.
+        own = self.own_versions.run(samples, self.version) if ahead else None
         prefix = self.cartridge.prefix()
         scored = score(
             samples,
@@ -261,7 +279,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             dp_group=self.get_data_parallel_group(),
         )
         metrics: dict[str, Any] = self.checks.run(
-            samples, scored.computed(loss), self.version, self.staleness > 0, prefix
+            samples, scored.computed(loss), self.version, self.staleness > 0, prefix, own
         )
         self._sums.add(metrics)
         metrics["response_tokens"] = float(scored.token_loss.numel())
@@ -312,7 +330,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
         if not self.staleness:
-            self.checks.remember(self.cartridge.prefix())
+            self.checks.remember(self.version, self.cartridge.prefix())
         self.optimizer.step()
         self.step += 1
         return norm

@@ -92,6 +92,40 @@ class LogprobDifferences:
         )
 
 
+@dataclass(frozen=True)
+class OfStudent:
+    """The counted tokens of a micro-batch, where the student's are looked at.
+
+    Attributes:
+        trainer: ``[N]`` their log-probs by the cartridge that is trained.
+        own: ``[N]`` by the cartridge that wrote them.
+        server: ``[N]`` the log-probs that came with them.
+        counted: ``[N]`` bool, the student's that are compared.
+    """
+
+    trainer: Tensor
+    own: Tensor
+    server: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True)
+class VersionPair:
+    """Which of two versions does the server have, for tokens of one of them?
+
+    Attributes:
+        version: that the tokens should be of.
+        own: its cartridge.
+        before: the cartridge of the version before.
+        counted: ``[N]`` bool, the student's tokens of the version.
+    """
+
+    version: int
+    own: Prefix
+    before: Prefix
+    counted: Tensor
+
+
 class RoundingCheck:
     """The test where both round, of one engine: what it measured, and the evidence so far.
 
@@ -110,9 +144,9 @@ class RoundingCheck:
         self._rounding: Rounding | None = None
         self._measured_at = 0
         self._so_far = (0, 0.0, 0.0)  # tokens, and the sums over them that wait to be enough
-        self._previous: Prefix | None = None
         self._levels: dict[str, StepLevel] = {}
         self._evidence = VersionEvidence()
+        self._asked = 0  # the version that the evidence is asked about
         self._first = True
 
     def begin_batch(self) -> None:
@@ -125,26 +159,13 @@ class RoundingCheck:
 
         The first batch then asks no version question; its labels and levels are checked.
         """
-        self._previous = None
         self._evidence = VersionEvidence()
-
-    def remember(self, prefix: Prefix) -> None:
-        """Keeps the cartridge that the next version is compared with: a copy, in what is served.
-
-        Called before the optimizer moves it.
-        """
-        served = prefix.to(dtype=self._dtype)
-        self._previous = Prefix(
-            [key.detach().clone() for key in served.keys],
-            [value.detach().clone() for value in served.values],
-        )
 
     def student_figures(
         self,
         version: int,
-        trainer: Tensor,
-        server: Tensor,
-        counted: Tensor,
+        tokens: OfStudent,
+        pair: Callable[[], VersionPair | None],
         current: Prefix,
         behind: Callable[[Prefix], Tensor],
         exactly: Callable[[Prefix], Tensor],
@@ -154,10 +175,10 @@ class RoundingCheck:
         The host waits where the rounding is measured, every :data:`ROUNDING_EVERY` versions.
 
         Args:
-            version: that the tokens should be of.
-            trainer: ``[N]`` the trainer's log-probs of all counted tokens.
-            server: ``[N]`` the log-probs that came with them.
-            counted: ``[N]`` bool, those that the student wrote.
+            version: that is trained.
+            tokens: all counted tokens of the micro-batch.
+            pair: which two versions the first tokens are asked about; None where there is no
+                version before.
             current: the cartridge.
             behind: log-probs ``[n <= N]`` of the first counted tokens behind another cartridge, by
                 the trainer's own forward.
@@ -168,15 +189,18 @@ class RoundingCheck:
         """
         first, self._first = self._first, False
         if first and (self._rounding is None or version - self._measured_at >= ROUNDING_EVERY):
-            self._measure(version, trainer, behind(nudged(current, self._dtype)))
+            self._measure(version, tokens.trainer, behind(nudged(current, self._dtype)))
         figures: dict[str, Tensor] = {}
-        if first and self._previous is not None:
-            here, before = exactly(current), exactly(self._previous)
+        if first and (asked := pair()) is not None:
+            here, before = exactly(asked.own), exactly(asked.before)
             some = slice(len(before))
-            figures[_VERSION] = version_figures(here, before, server[some], counted[some])
-        figures |= self._level_figures(STUDENT, trainer, server, counted, 1.0)
+            figures[_VERSION] = version_figures(
+                here, before, tokens.server[some], asked.counted[some]
+            )
+            self._asked = asked.version
+        figures |= self._level_figures(STUDENT, tokens.own, tokens.server, tokens.counted, 1.0)
         if self._rounding is None:
-            waiting = torch.tensor(float(self._so_far[0]), device=trainer.device)
+            waiting = torch.tensor(float(self._so_far[0]), device=tokens.trainer.device)
             figures["logprob_diff/rounding_tokens"] = waiting
         return figures
 
@@ -186,16 +210,17 @@ class RoundingCheck:
         """What is to be known of a micro-batch of the teacher's tokens.
 
         Args:
-            chosen, server, counted: as for the student.
+            chosen: ``[N]`` log-probs of all counted tokens by the teacher's forward.
+            server: ``[N]`` the log-probs that came with them.
+            counted: ``[N]`` bool, those that the teacher wrote.
             temperature_ratio: the teacher's over the student's.
         """
         return self._level_figures(TEACHER, chosen, server, counted, temperature_ratio)
 
-    def judge(self, version: int, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def judge(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Checks a micro-batch before anything is trained on it.
 
         Args:
-            version: that the student's tokens should be of.
             figures: fetched; others than this check's are left alone.
 
         Returns:
@@ -207,7 +232,7 @@ class RoundingCheck:
         """
         metrics: dict[str, float] = {}
         if _VERSION in figures:  # first: it names the cause
-            metrics |= self._version(version, figures[_VERSION])
+            metrics |= self._version(figures[_VERSION])
         if _LEVEL[STUDENT] in figures:
             metrics |= self._level(STUDENT, figures[_LEVEL[STUDENT]])
         if _LEVEL[TEACHER] in figures:
@@ -261,18 +286,18 @@ class RoundingCheck:
             "logprob_diff/scaled_q95_bound": level.rounding.high_bound,
         }
 
-    def _version(self, version: int, figures: Sequence[float]) -> dict[str, float]:
+    def _version(self, figures: Sequence[float]) -> dict[str, float]:
         evidence = self._evidence
         evidence.add(figures)
         coefficient, error = evidence.coefficient
         if evidence.stale:
             self._evidence = VersionEvidence()  # a caller that goes on asks anew
             raise OffPolicyError(
-                f"rollouts labelled step {version} were made, all or some, by the version before: "
-                f"stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 the one "
-                f"before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): the "
-                "server does not serve the version it names. The rollout proxy or the sync is out "
-                "of order"
+                f"rollouts labelled step {self._asked} were made, all or some, by the version "
+                f"before: stale coefficient {coefficient:.2f} +- {error:.2g} (0 is this version, 1 "
+                f"the one before) over {evidence.tokens:.0f} tokens of {evidence.steps} step(s): "
+                "the server does not serve the version it names. The rollout proxy or the sync is "
+                "out of order"
             )
         metrics = {"logprob_diff/version_decided": float(evidence.current)}
         if error < 1.0:  # else the versions differ by too little, and a curve would show noise

@@ -54,6 +54,13 @@ def all_ranks(answer: bool, device: torch.device) -> bool:
     return bool(said)
 
 
+def most_of_ranks(number: int, device: torch.device) -> int:
+    """The largest of all ranks' numbers; all ranks call it together, and wait for each other."""
+    most = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """The loss is scaled so that the average over ranks is the mean over all response tokens.
 
@@ -75,10 +82,9 @@ class RanksTeacher(Teacher):
     def _forwarding(self, document_ids: Sequence[str | None]) -> Iterator[None]:
         """All ranks come here together, and wait for each other."""
         own = self._forwards(document_ids)
-        most = torch.tensor(own, device=self.device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        most = most_of_ranks(own, self.device)
         yield
-        for _ in range(int(most) - own):
+        for _ in range(most - own):
             batch = pack([torch.zeros(1, dtype=torch.long)]).to(self.device)
             packed_forward(self.model, None, batch, backend=self.backend)
 

@@ -87,19 +87,20 @@ class Samples:
     @property
     def by_teacher(self) -> HostMask:
         """``[N]`` bool: the counted tokens that the teacher wrote."""
-        return self._tokens_of([author == TEACHER for author in self.authors])
+        return self.tokens_of([author == TEACHER for author in self.authors])
 
     @property
     def general(self) -> HostMask:
         """``[N]`` bool: the counted tokens of samples without a document."""
-        return self._tokens_of([document_id is BARE for document_id in self.document_ids])
+        return self.tokens_of([document_id is BARE for document_id in self.document_ids])
 
     @property
     def answers(self) -> list[int]:
         """How many tokens of each sample are counted."""
         return [int(mask.sum()) for mask in self.response_masks]
 
-    def _tokens_of(self, samples: list[bool]) -> HostMask:
+    def tokens_of(self, samples: list[bool]) -> HostMask:
+        """``[N]`` bool: the counted tokens of some samples, B of them."""
         return np.repeat(samples, self.answers)
 
 

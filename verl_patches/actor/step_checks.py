@@ -22,9 +22,15 @@ from cartridge_distill.distill.teacher import not_finite
 from cartridge_distill.model.float32_forward import float32_logprobs, leading
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
-from cartridge_distill.model.packing import on_device, pack
+from cartridge_distill.model.packing import HostMask, on_device, pack
 from verl_patches.actor.device import StageSeconds, fetch
-from verl_patches.actor.logprob_check import LogprobDifferences, RoundingCheck
+from verl_patches.actor.kept_versions import KeptVersions, OwnLogprobs
+from verl_patches.actor.logprob_check import (
+    LogprobDifferences,
+    OfStudent,
+    RoundingCheck,
+    VersionPair,
+)
 from verl_patches.actor.samples import Samples
 
 
@@ -67,6 +73,7 @@ class StepChecks:
         teacher_temperature: of the teacher's answers; None is the rollout's.
         backend: attention backend of the engine.
         stage: times what the checks compute besides.
+        async_steps: how many steps earlier a sample's version may be.
         everybody: whether all ranks answer yes.
     """
 
@@ -77,14 +84,18 @@ class StepChecks:
         teacher_temperature: float | None,
         backend: str,
         stage: StageSeconds,
+        async_steps: int = 0,
         everybody: Callable[[bool], bool] = lambda answer: answer,
     ) -> None:
-        self._bound = bound
+        self._bound, self._everybody, self._async_steps = bound, everybody, async_steps
         self._teacher_temperature = teacher_temperature
         self._model, self._backend, self._stage = model, backend, stage
         self._dtype = next(model.parameters()).dtype
         # With a bound on the largest difference, nothing else is measured.
         self._rounding = RoundingCheck(self._dtype, everybody) if bound is None else None
+        # Where both round, the version before the oldest is asked about, too.
+        count = async_steps + (bound is None)
+        self.kept = KeptVersions(count, self._dtype, on_host=async_steps > 0)
 
     def begin_batch(self) -> None:
         """Before the first micro-batch of a batch."""
@@ -93,24 +104,32 @@ class StepChecks:
 
     def forget(self) -> None:
         """After a checkpoint was loaded."""
+        self.kept.forget()
         if self._rounding is not None:
             self._rounding.forget()
 
-    def remember(self, prefix: Prefix) -> None:
+    def remember(self, version: int, prefix: Prefix) -> None:
         """Before the optimizer moves the cartridge, at the first of a batch's steps."""
-        if self._rounding is not None:
-            self._rounding.remember(prefix)
+        self.kept.remember(version, prefix)
 
     def run(
-        self, samples: Samples, found: Computed, version: int, stale: bool, cartridge: Prefix
+        self,
+        samples: Samples,
+        found: Computed,
+        version: int,
+        stale: bool,
+        cartridge: Prefix,
+        own: OwnLogprobs | None = None,
     ) -> dict[str, float]:
         """Checks a micro-batch.
 
         Args:
-            version: that the student's tokens should be of.
+            version: that is trained, and that the student's tokens should be of.
             stale: optimizer steps were taken on this batch already. The trainer has moved away from
                 the server by intent; the difference is a metric of its own.
             cartridge: the student's prefix.
+            own: where samples may be of earlier versions: what those have instead of the student's
+                forward.
 
         Returns:
             Metrics, and ``loss``.
@@ -122,7 +141,9 @@ class StepChecks:
         """
         trainer = chosen_logprobs(found.logits, found.tokens, samples.temperature)
         server = on_device(samples.rollout_logprobs, trainer.device, trainer.dtype)
-        compared = _compared(samples, trainer, server, found)
+        written = trainer if own is None else own.or_else(trainer)
+        mine = ~samples.by_teacher if own is None else own.compared
+        compared = _compared(samples, mine, written, server, found)
         counted = [
             differences.absolute
             for author, differences in compared.items()
@@ -140,7 +161,10 @@ class StepChecks:
         if counted:
             values["logprob_diff/mean"] = torch.cat(counted).mean()
         if self._rounding is not None:
-            values |= self._figures(samples, trainer, server, found, version, stale, cartridge)
+            theirs = on_device(samples.by_teacher, trainer.device)
+            counted_mine = ~theirs if own is None else on_device(mine, trainer.device)
+            tokens = OfStudent(trainer, written, server, counted_mine)
+            values |= self._figures(samples, tokens, theirs, found, version, stale, cartridge)
         fetched = fetch(values)  # the one time that the host waits for student and teacher
 
         got = {name: figures[0] for name, figures in fetched.items() if len(figures) == 1}
@@ -148,7 +172,7 @@ class StepChecks:
             moved = author == STUDENT and stale
             differences.check(got[f"largest/{author}"], None if moved else self._bound)
         if self._rounding is not None:
-            got |= self._rounding.judge(version, fetched)
+            got |= self._rounding.judge(fetched)
         if not got.pop("finite"):
             raise not_finite(samples.document_ids)
         if not math.isfinite(got["loss"]):
@@ -169,8 +193,8 @@ class StepChecks:
     def _figures(
         self,
         samples: Samples,
-        trainer: Tensor,
-        server: Tensor,
+        tokens: OfStudent,
+        theirs: Tensor,
         found: Computed,
         version: int,
         stale: bool,
@@ -178,20 +202,42 @@ class StepChecks:
     ) -> dict[str, Tensor]:
         """What the test in units of the rounding wants to know of a micro-batch."""
         assert self._rounding is not None
-        theirs = on_device(samples.by_teacher, trainer.device)
         figures = {}
         if not stale:
             # Also when the teacher wrote all of it: every rank runs the model equally often.
             ways = (partial(way, samples) for way in (self._behind, self._exactly))
-            figures = self._rounding.student_figures(
-                version, trainer, server, ~theirs, cartridge, *ways
-            )
+            pair = partial(self._pair, samples, version, cartridge, theirs)
+            figures = self._rounding.student_figures(version, tokens, pair, cartridge, *ways)
         if found.teacher.chosen is not None:
             # Greedy leaves the logits alone.
             at = answer_temperature(samples, self._teacher_temperature) or 1.0
             ratio = at / (samples.temperature or 1.0)
-            figures |= self._rounding.teacher_figures(found.teacher.chosen, server, theirs, ratio)
+            chosen = found.teacher.chosen
+            figures |= self._rounding.teacher_figures(chosen, tokens.server, theirs, ratio)
         return figures
+
+    def _pair(
+        self, samples: Samples, version: int, cartridge: Prefix, theirs: Tensor
+    ) -> VersionPair | None:
+        """The version of the first sample of the student's, and the one before it."""
+        device, counted = theirs.device, ~theirs
+        own: Prefix | None = cartridge
+        if self._async_steps:
+            steps = zip(samples.authors, samples.steps, strict=True)
+            labelled = (step for author, step in steps if author != TEACHER and step is not None)
+            asked = next(labelled, version)
+            if asked != version:
+                own = self.kept.get(asked, device)
+            version = asked
+            of_it = samples.tokens_of([step == version for step in samples.steps])
+            counted = on_device(of_it, device)
+        before = self.kept.get(version - 1, device)
+        is_known = own is not None and before is not None
+        if self._async_steps:  # else it is known to all ranks or to none
+            is_known = self._everybody(is_known)
+        if not is_known or own is None or before is None:
+            return None
+        return VersionPair(version, own, before, counted)
 
     @torch.no_grad()
     def _behind(self, samples: Samples, prefix: Prefix) -> Tensor:
@@ -213,16 +259,18 @@ class StepChecks:
 
 
 def _compared(
-    samples: Samples, trainer: Tensor, server: Tensor, found: Computed
+    samples: Samples, by_student: HostMask, written: Tensor, server: Tensor, found: Computed
 ) -> dict[str, LogprobDifferences]:
     """The tokens of each author against the forward of whoever wrote them."""
     compared = {}
-    for author, numbers in ((STUDENT, trainer), (TEACHER, found.teacher.chosen)):
-        mine = samples.by_teacher == (author == TEACHER)
-        if not mine.any():
+    for author, tokens, numbers in (
+        (STUDENT, by_student, written),
+        (TEACHER, samples.by_teacher, found.teacher.chosen),
+    ):
+        if not tokens.any():
             continue
         assert numbers is not None
-        rows = on_device(np.flatnonzero(mine), trainer.device, torch.long)
+        rows = on_device(np.flatnonzero(tokens), server.device, torch.long)
         compared[author] = LogprobDifferences(
             author, numbers[rows], server[rows], found.tokens[rows]
         )

@@ -41,7 +41,8 @@ def _batch_problems(config: DictConfig) -> Iterator[str]:
     batch = _get(config, "data.train_batch_size")
     mini = _get(config, f"{ACTOR}.ppo_mini_batch_size")
     count = _get(config, f"{ROLLOUT}.n")
-    yield from _mini_batch_problems(batch, mini, _get(config, f"{KEY}.max_staleness"))
+    staleness, ahead = (_get(config, f"{KEY}.{name}") for name in ("max_staleness", "async_steps"))
+    yield from _mini_batch_problems(batch, mini, staleness, ahead)
     ranks = (_get(config, "trainer.nnodes") or 1) * (_get(config, "trainer.n_gpus_per_node") or 1)
     if not isinstance(count, int) or count < 1:
         yield f"{ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
@@ -59,22 +60,24 @@ def _batch_problems(config: DictConfig) -> Iterator[str]:
         )
 
 
-def _mini_batch_problems(batch: Any, mini: Any, staleness: Any) -> Iterator[str]:
+def _mini_batch_problems(batch: Any, mini: Any, staleness: Any, ahead: Any) -> Iterator[str]:
     if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
         yield (
-            f"{KEY}.max_staleness={staleness!r}: optimizer steps between a rollout's cartridge and "
-            "the one trained on it; set a whole number, 0 (strictly on-policy) or more"
+            f"{KEY}.max_staleness={staleness!r}: optimizer steps on one batch after the first; set "
+            "a whole number, 0 (strictly on-policy) or more"
         )
         return
     key = f"{ACTOR}.ppo_mini_batch_size"
     if not isinstance(mini, int) or not isinstance(batch, int) or mini < 1 or batch % mini:
         yield f"{key}={mini!r}: set it to data.train_batch_size={batch!r}, or a whole part of it"
     elif batch // mini > staleness + 1:
+        otherwise = f"{KEY}.max_staleness={batch // mini - 1}"
+        if ahead:
+            otherwise += f" and {KEY}.async_steps=0"
         yield (
             f"{key}={mini!r}: {batch // mini} optimizer steps on one batch of rollouts, the last "
             f"of them {batch // mini - 1} steps off-policy; set it to "
-            f"data.train_batch_size={batch!r}, or allow that with "
-            f"{KEY}.max_staleness={batch // mini - 1}"
+            f"data.train_batch_size={batch!r}, or allow that with {otherwise}"
         )
 
 

@@ -20,6 +20,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.profiler import simple_timer
 
 from cartridge_distill.distill.mixing import rollout_seed
+from cartridge_distill.distill.on_policy import OLDEST_STEP, oldest_step
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.ray_errors import kind_and_message
@@ -65,7 +66,7 @@ class CartridgeAgentLoop(AgentLoopBase):
                 output = await self.server_manager.generate(
                     request_id=uuid4().hex,
                     prompt_ids=prompt_ids,
-                    sampling_params=sampling_params | self._seed(kwargs),
+                    sampling_params=sampling_params | self._seed(kwargs) | self._oldest(kwargs),
                 )
                 tokens, logprobs = output.token_ids, output.log_probs
                 labels = output.extra_fields
@@ -92,6 +93,13 @@ class CartridgeAgentLoop(AgentLoopBase):
         row, epoch = int(sample["index"]), int(sample[EPOCH])
         choice = int(sample["session_id"])
         return {"seed": rollout_seed(self._config.data.seed, row, epoch, choice)}
+
+    def _oldest(self, sample: dict[str, Any]) -> dict[str, int]:
+        """Which version may answer a prompt that is asked for ahead; else there is only one."""
+        ahead = self._config.actor_rollout_ref.actor.cartridge.async_steps
+        if not ahead or EPOCH not in sample:
+            return {}
+        return {OLDEST_STEP: oldest_step(int(sample["global_steps"]), ahead)}
 
 
 class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):

@@ -39,6 +39,7 @@ class Mixing:
         self._seed = config.data.seed
         self._choices: int = config.actor_rollout_ref.rollout.n
         self._skipped: int = config.actor_rollout_ref.actor.cartridge.skip_first_tokens
+        self._async_steps: int = config.actor_rollout_ref.actor.cartridge.async_steps
         self.totals = TokenCounts()
         self._last: dict[str, float] = {}
 
@@ -75,7 +76,8 @@ class Mixing:
             tags: of the queue, one a sample.
             labels: ``extra_fields`` of the samples.
             step: the training step.
-            version: of the cartridge that the student's samples must have been made with.
+            version: of the cartridge that the student's samples must have been made with, or one of
+                the ``async_steps`` before it.
 
         Raises:
             RolloutError: another number of samples is the student's than planned.
@@ -89,7 +91,8 @@ class Mixing:
         if found != {author: count for author, count in planned.items() if count}:
             raise RolloutError(f"step {step}: planned {planned} samples, got {found}")
         for first_or_last in ("min_global_steps", "max_global_steps"):
-            check_versions(authors, [tag[first_or_last] for tag in tags], version)
+            steps = [tag[first_or_last] for tag in tags]
+            check_versions(authors, steps, version, self._async_steps)
 
     def count(self, tags: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> None:
         """Counts a batch that was trained on."""

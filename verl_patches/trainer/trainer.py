@@ -3,6 +3,8 @@
 No reward, no advantage, no critic, no recomputed log-probs: the update scores the rollouts itself.
 A rollout that failed for good ends the run; veRL's own buffer would pad the batch by repeating
 other samples and go on.
+
+With ``async_steps`` the agent loop writes the next batches meanwhile; each step asks for one more.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import transfer_queue as tq
 from ray.exceptions import RayActorError
@@ -25,7 +26,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from cartridge_distill.distill.mixing import STUDENT
-from cartridge_distill.distill.on_policy import the_served_version
+from cartridge_distill.distill.on_policy import (
+    ages_of,
+    the_newest_version,
+    the_served_version,
+)
 from cartridge_distill.util.best_step import note_validation
 from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
@@ -33,8 +38,11 @@ from verl_patches.actor.worker import CartridgeWorker
 from verl_patches.hooks import TRAINER_MODE
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 from verl_patches.trainer import run_folder
+from verl_patches.trainer.ahead import Ahead, staleness_metrics
 from verl_patches.trainer.history import History
 from verl_patches.trainer.mixing import Mixing
+from verl_patches.trainer.progress import length_metrics, progress_line
+from verl_patches.trainer.replay import StrictReplayBuffer
 from verl_patches.trainer.training_record import add_training_record
 from verl_patches.trainer.watch import ActorWatch, find_actor, why
 
@@ -42,34 +50,12 @@ from verl_patches.trainer.watch import ActorWatch, find_actor, why
 _POLL_SECONDS = 0.05
 
 
-class StrictReplayBuffer(ReplayBuffer):
-    """Gives a batch only when every prompt of it came back; ordered, so that runs repeat.
-
-    Attributes:
-        watch: asked at every look for results: of a dead process none would come, for ever.
-    """
-
-    watch: ActorWatch | None = None
-
-    def _sync_metadata_from_transfer_queue(self) -> None:
-        if self.watch is not None:
-            self.watch.check()
-        super()._sync_metadata_from_transfer_queue()
-        for partition, failed in self.failure_keys.items():
-            if failed:
-                raise RolloutError(f"{len(failed)} {partition} prompts failed for good")
-
-    def _materialize_batch(self, *args: Any) -> KVBatchMeta:
-        batch = super()._materialize_batch(*args)
-        # Completion order varies from run to run, and with it the order of float sums.
-        order = sorted(range(len(batch.keys)), key=lambda row: batch.keys[row])
-        batch.reorder(order)
-        return batch
-
-
 @register_trainer(TRAINER_MODE)
 class CartridgeTrainer(PPOTrainerSync):
-    """A step that starts at version k takes of the student only rollouts that version k made."""
+    """A step that starts at version k takes of the student only rollouts that version k made.
+
+    With ``async_steps=S``, of the versions k-S to k.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -77,6 +63,7 @@ class CartridgeTrainer(PPOTrainerSync):
         self.trainer_mode = "sync"
         self.use_teacher_policy = False  # the teacher lives in the engine
         self.mixing = Mixing(config)
+        self.async_steps: int = config.actor_rollout_ref.actor.cartridge.async_steps
 
     def init(self) -> None:
         """Builds everything and publishes the first version.
@@ -185,7 +172,7 @@ class CartridgeTrainer(PPOTrainerSync):
         run_folder.begin_save(folder)
         self.actor_rollout_wg.save_checkpoint(str(folder / "actor"), None, step)
         run_folder.check_shared(folder / "actor")
-        position = {"loader": self.train_dataloader.state_dict(), "tokens": self.mixing.state()}
+        position = {"loader": self._ahead.position(step), "tokens": self.mixing.state()}
         run_folder.write_data_position(folder, position, self._data_identity())
         add_training_record(folder, self.config, self._history.lines)
         self._history.write(run)
@@ -233,6 +220,11 @@ class CartridgeTrainer(PPOTrainerSync):
     def on_train_begin(self) -> None:
         """The loggers are there, the first step is not."""
         super().on_train_begin()
+        trained = self.global_steps - 1
+        last = min(
+            self.total_training_steps, self.steps_per_epoch * self.config.trainer.total_epochs
+        )
+        self._ahead = Ahead(self.async_steps, trained, last)
         for line in self._logged_before:
             self.logger.log(data=line["data"], step=line["step"], backend=["file"])
 
@@ -271,6 +263,18 @@ class CartridgeTrainer(PPOTrainerSync):
             train_batch_size=self.config.data.train_batch_size,
             gen_batch_size=self.config.data.train_batch_size,
         )
+
+    def prepare_step(self) -> dict[str, Any]:
+        """Asks for this step's batch, or for the one that is so many steps ahead."""
+        now = self.global_steps
+        try:
+            for step in self._ahead.due(now):
+                self.global_steps = step  # veRL's methods label the prompts with it
+                self._add_batch_to_generate()
+                self._ahead.asked(step, self.train_dataloader.state_dict())
+        finally:
+            self.global_steps = now
+        return {}
 
     def _fetch_one_gen_batch(self) -> Any:
         batch = super()._fetch_one_gen_batch()
@@ -311,6 +315,7 @@ class CartridgeTrainer(PPOTrainerSync):
             self.on_sample_end()
         labels = self._check_batch(batch)
         self.mixing.count(batch.tags, labels)
+        metrics.update(self._staleness(labels))
         metrics.update(self.mixing.metrics())
         batch = self._balance_batch(batch, metrics=metrics)
         with marked_timer("update", timing_raw):
@@ -338,10 +343,25 @@ class CartridgeTrainer(PPOTrainerSync):
         return labels
 
     def _version_of(self, labels: list[dict[str, Any]]) -> str:
-        """The one version id that the proxies serve, and that all the student's rollouts carry."""
-        served = ray.get([proxy.current.remote() for proxy in self._proxies()])
+        """The one version id that the proxies serve, and that all the student's rollouts carry.
+
+        With ``async_steps`` the newest one that they carry: nobody waits for one on its way.
+        """
         by_student = [label for label in labels if label["author"] == STUDENT]
-        return the_served_version([label["cartridge_version"] for label in by_student], served)
+        made_with = [label["cartridge_version"] for label in by_student]
+        if self.async_steps:
+            lists = ray.get([proxy.versions_served.remote() for proxy in self._proxies()])
+            return the_newest_version(made_with, lists)
+        served = ray.get([proxy.current.remote() for proxy in self._proxies()])
+        return the_served_version(made_with, served)
+
+    def _staleness(self, labels: list[dict[str, Any]]) -> dict[str, float]:
+        """How old the batch's samples are; in strict mode there is nothing to say."""
+        if not self.async_steps:
+            return {}
+        authors = [label["author"] for label in labels]
+        steps = [label.get("global_steps") for label in labels]
+        return staleness_metrics(ages_of(authors, steps, self.global_steps - 1), self.async_steps)
 
     def _compute_metrics(
         self,
@@ -351,39 +371,20 @@ class CartridgeTrainer(PPOTrainerSync):
         global_steps: int,
         epoch: int,
     ) -> None:
-        prompt = np.array([tag["prompt_len"] for tag in batch.tags])
-        response = np.array([tag["response_len"] for tag in batch.tags])
         metrics.update(
             {
                 "training/global_step": global_steps,
                 "training/epoch": epoch,
                 # of the last optimizer step on the batch; over the bound was refused
                 "training/staleness": int(metrics["actor/staleness_max"]),
-                "prompt_length/mean": float(prompt.mean()),
-                "prompt_length/max": int(prompt.max()),
-                "response_length/mean": float(response.mean()),
-                "response_length/max": int(response.max()),
-                "response_length/min": int(response.min()),
-                "perf/tokens": int(prompt.sum() + response.sum()),
+                **length_metrics(batch.tags),
                 **self.mixing.metrics(),
                 **{f"timing_s/{name}": seconds for name, seconds in timing_raw.items()},
             }
         )
-        self._print_progress(metrics, global_steps)
-
-    def _print_progress(self, metrics: dict[str, Any], step: int) -> None:
-        """One line a person can follow, beside veRL's own loggers."""
         mixed = self.mixing.schedule.needs_teacher
-        share = f"  by student {metrics['actor/on_policy_fraction']:.0%}" if mixed else ""
         print(
-            f"[cartridge] step {step}/{self.total_training_steps}"
-            f"  loss {metrics['actor/loss']:.4f}"
-            f"  grad {metrics['actor/grad_norm']:.3g}"
-            f"  server/trainer log-prob diff {metrics['actor/logprob_diff/max']:.1e}"
-            f"{share}"
-            f"  rollout {metrics['timing_s/rollout']:.1f}s"
-            f"  update {metrics['timing_s/update']:.1f}s"
-            f"  sync {metrics['timing_s/update_weights']:.1f}s",
+            progress_line(metrics, global_steps, self.total_training_steps, mixed=mixed),
             flush=True,
         )
 

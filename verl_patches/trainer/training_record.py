@@ -29,6 +29,8 @@ _RECIPE = {
     "trainer.total_training_steps": "trainer.total_training_steps",
     "trainer.total_epochs": "trainer.total_epochs",
 }
+# Named where it is above 0 alone: a strict run says nothing of it.
+_ASYNC = "cartridge.async_steps", "actor_rollout_ref.actor.cartridge.async_steps"
 # Name in the last step's numbers -> veRL's metric; the curve has a few of them.
 _NUMBERS = {
     "loss": "actor/loss",
@@ -52,6 +54,8 @@ def add_training_record(
     """
     found = {name: OmegaConf.select(config, key) for name, key in _RECIPE.items()}
     recipe = {name: value for name, value in found.items() if value is not None}
+    if ahead := OmegaConf.select(config, _ASYNC[1]):
+        recipe[_ASYNC[0]] = ahead
     steps = [curve.row(line["step"], **_numbers(line["data"])) for line in history]
     rows = [{name: row[name] for name in _OF_CURVE if name in row} for row in steps]
     metrics = {"curve": curve.thinned(rows), "last_step": steps[-1]} if steps else {}

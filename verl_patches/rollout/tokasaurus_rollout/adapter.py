@@ -121,9 +121,9 @@ class ServerAdapter(BaseRollout):
                 self._clear_up_after_earlier_starts(publisher)
             publisher.publish(version, snapshot)
             ray.get([proxy.activate.remote(version) for proxy in proxies])
-            # Synchronous training: between two steps no request is in flight, so none needs an
-            # older version; the few that are kept are for a person who wants to look.
-            publisher.retire(self.settings.sync_keep)
+            # Requests in flight are of batches that are trained later, so none has a version that
+            # is older than async_steps. More than those are kept for a person who wants to look.
+            publisher.retire(max(self.settings.sync_keep, self.settings.async_steps + 1))
         except BaseException as error:
             ray.get([proxy.give_up.remote(version, kind_and_message(error)) for proxy in proxies])
             raise

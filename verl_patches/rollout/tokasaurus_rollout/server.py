@@ -15,6 +15,7 @@ from typing import Any
 from verl.workers.rollout.replica import TokenOutput
 
 from cartridge_distill.distill.mixing import STUDENT, TEACHER
+from cartridge_distill.distill.on_policy import OLDEST_STEP
 from cartridge_distill.rollout.client import TokasaurusClient
 from cartridge_distill.rollout.http import ClientSettings
 from cartridge_distill.rollout.protocol import CartridgeRef
@@ -137,6 +138,25 @@ class TokasaurusHttpServer:
             )
         return self.version
 
+    async def _newest(self, oldest_step: int) -> str:
+        """The newest version that is there, without waiting for the next where it will do.
+
+        Args:
+            oldest_step: an older version than this is waited out.
+
+        Raises:
+            SyncError: none such is there, and none is on its way, or it did not arrive.
+        """
+        if self.version is not None and step_of(self.version) >= oldest_step:
+            return self.version
+        version = await self.current()
+        if step_of(version) < oldest_step:
+            raise SyncError(
+                f"a rollout wants version {oldest_step} or newer; {version} is served, and no "
+                "other is on its way"
+            )
+        return version
+
     async def versions_served(self) -> list[str]:
         """Every version activated so far, in order."""
         return list(self.served)
@@ -169,7 +189,10 @@ class TokasaurusHttpServer:
             )
         _check_sampling(sampling_params)
         by_teacher = sampling_params.get("author", STUDENT) == TEACHER
-        version = None if by_teacher else await self.current()
+        version = None
+        if not by_teacher:
+            oldest = sampling_params.get(OLDEST_STEP)
+            version = await (self.current() if oldest is None else self._newest(oldest))
         completion = (
             await self.client.complete(
                 prompt_ids,
