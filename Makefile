@@ -31,9 +31,9 @@ setup: $(VENV)/.patched
 # Each step leaves a stamp; a step runs again when what it read is newer than its stamp.
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 12))' || { \
-	  echo "This needs Python 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
-	       "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@command -v git >/dev/null || { echo "This needs git (git apply patches veRL): install it." >&2; exit 1; }
+	  echo "error: this needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	       "fix: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v git >/dev/null || { echo "error: this needs git, which patches veRL; fix: install it" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 

@@ -125,19 +125,32 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
+    """One row of a table: the median of its seconds, with the shortest and the longest."""
+
     name: str
     seconds: float
     tokens: int
     peak_gib: float | None
+    shortest: float
+    longest: float
 
 
-def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Measured]:
+def measure(
+    jobs: Sequence[Job],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Measured]:
     """Median seconds of ``repeats`` rounds; the jobs take turns, so that a machine which is busy
     for a while is busy for all of them.
 
     Every job ran once before, when it was checked; a GPU compiles its kernels anew for another
     dtype, so there one more round is not counted. A job for which its memory does not suffice is
     left out, and that is said.
+
+    Args:
+        clock: with ``time.process_time`` seconds are those of this process' threads, of which other
+            processes on the machine take none.
 
     Raises:
         ConfigError: memory suffices for none of them.
@@ -153,10 +166,10 @@ def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Mea
         for job, seconds, peak in zip(jobs, times, peaks, strict=True):
             memory.start()
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             job.work()
             synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
             peak.append(memory.stop())
             say(f"   ... {number}/{repeats} {job.name}: {seconds[-1]:.3f} s")
     return [
@@ -165,6 +178,8 @@ def measure(jobs: Sequence[Job], repeats: int, device: torch.device) -> list[Mea
             statistics.median(seconds),
             job.tokens,
             max((p for p in peak if p is not None), default=None),
+            min(seconds),
+            max(seconds),
         )
         for job, seconds, peak in zip(jobs, times, peaks, strict=True)
     ]
@@ -183,12 +198,13 @@ def _fits(job: Job) -> bool:
 def print_rows(title: str, rows: Sequence[Measured]) -> None:
     """The first row is ours; the ratio says how many times longer a row takes than it."""
     say(f"\n{title}")
-    say(f"   {'':<34}{'seconds':>9}{'tokens/s':>10}{'ratio':>8}{'peak GiB':>10}")
+    say(f"   {'':<34}{'seconds':>9}{'tokens/s':>10}{'ratio':>8}{'peak GiB':>10}{'from - to':>16}")
     for row in rows:
         peak = "-" if row.peak_gib is None else f"+{row.peak_gib:.2f}"
         say(
             f"   {row.name:<34}{row.seconds:>9.3f}{row.tokens / row.seconds:>10.0f}"
             f"{row.seconds / rows[0].seconds:>7.2f}x{peak:>10}"
+            f"{f'{row.shortest:.3f} - {row.longest:.3f}':>16}"
         )
 
 

@@ -103,8 +103,9 @@ class Batch:
         self.documents = ["document"] * options.samples
 
     def teacher(self, model: PreTrainedModel) -> Teacher:
-        """One that has read nothing yet."""
-        return Teacher(model, DocumentStore({"document": "random"}), lambda _: self.document)
+        """One that has read nothing yet, and keeps no prompts: none comes again here."""
+        store = DocumentStore({"document": "random"})
+        return Teacher(model, store, lambda _: self.document, prompt_mib=0)
 
 
 class Stages:
@@ -194,6 +195,7 @@ def predict_beyond(student: PreTrainedModel, options: argparse.Namespace) -> flo
         backend=resolve_backend("auto", torch.device(options.device)),
         gradient_checkpointing=options.gradient_checkpointing,
         micro_batches=1,
+        prompts_kept_mib=0,
         topk=TOPK,
     )
     plan = predict_step(DecoderShape.of(student.config), shape)

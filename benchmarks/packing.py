@@ -14,16 +14,21 @@
     with each sample.
 (c) with --metrics: seconds per stage of a real step, from the file that a run of veRL wrote.
 (d) peak memory of each way, where it can be measured.
+(e) with --read: reading a document of so many tokens, against transformers' SDPA attention.
+(f) on a CPU: the teacher's answers behind prompts whose KV is kept, and behind prompts that are
+    computed again.
 
 Before anything is timed, every way's log-probs and cartridge gradients are compared in float32;
 ways that disagree end the run, and a way for which memory does not suffice is left out, with a
-line. What the ways are: `ways.py`. Not measured here: generation, the sync, FSDP.
+line. What the ways are: `ways.py`, for (e) and (f) `teacher.py`. Not measured here: generation, the
+sync, FSDP.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
@@ -59,6 +64,7 @@ from benchmarks.measure import (  # noqa: E402
     measure,
     print_rows,
 )
+from benchmarks.teacher import prompts_table, reading_tables  # noqa: E402
 from benchmarks.ways import packed, stepper, ways_for  # noqa: E402
 from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.cartridge.trainable import TrainableCache  # noqa: E402
@@ -72,6 +78,8 @@ from cartridge_distill.model.prefill import (  # noqa: E402
 )
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.util.processes import say  # noqa: E402
+
+TABLES = ["student", "teacher", "reading", "prompts"]
 
 _MOST_CHECKED = 512  # tokens of the document, when the teacher's two ways are compared
 
@@ -95,6 +103,10 @@ def student_tables(
         sequences = make_sequences(vocabulary, options.sequences, options.length, ragged, device)
         say(f"\n== student, {kind}: every way once, to compare, then {options.repeats} times")
         ways = ways_for(model, cartridge.num_tokens, [len(sequence) for sequence in sequences])
+        known = [way.name for way in ways]
+        if unknown := sorted(set(options.ways) - set(known)):
+            raise ConfigError(f"--ways {unknown[0]!r} is not known here; known are {known}")
+        ways = [way for way in ways if not options.ways or way.name in options.ways]
         names = [way.name for way in ways]
         model.float()  # exactness is a float32 matter
         few = sequences[: options.check_sequences]
@@ -108,7 +120,7 @@ def student_tables(
             Job(way.name, partial(stepper(way, model, cartridge), sequences), tokens)
             for way in ways
         ]
-        rows = measure(jobs, options.repeats, device)
+        rows = measure(jobs, options.repeats, device, options.clock)
         note_rows(options, f"student, {kind}", rows)
         shortest, longest = min(map(len, sequences)), max(map(len, sequences))
         print_rows(
@@ -160,7 +172,7 @@ def teacher_table(model: PreTrainedModel, options: argparse.Namespace) -> None:
             len(document),
         ),
     ]
-    rows = measure(jobs, options.repeats, device)
+    rows = measure(jobs, options.repeats, device, options.clock)
     note_rows(options, "teacher", rows)
     print_rows(
         f"(b) teacher's forward: {len(samples)} samples, {tokens} tokens, behind a document of "
@@ -235,6 +247,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--length", type=int, default=32, help="tokens of a sequence, on average (%(default)s)")
     option("--document", type=int, default=600, help="tokens the teacher reads (%(default)s)")
     option("--samples", type=int, default=4, help="samples of the teacher (%(default)s)")
+    option("--answer", type=int, default=6, help="tokens of an answer in (f) (%(default)s)")
+    option("--read", type=int, nargs="+", default=[], metavar="N", help="adds table (e)")
+    option("--ways", nargs="+", default=[], metavar="NAME", help="of the student's table (all)")
+    option("--tables", nargs="+", choices=TABLES, default=TABLES, help="which (all)")
+    option(
+        "--cpu-seconds",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="of this process, for a machine that others use as well; with --threads 1",
+    )
     option("--threads", type=int, help="CPU threads (torch's choice)")
     option("--repeats", type=int, default=3, help="timed runs of each way (%(default)s)")
     option("--json", type=Path, help="figures as soon as they are there, a JSON object a line")
@@ -252,8 +276,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--metrics", type=Path, help="metrics.jsonl of a run: adds table (c)")
     options = parser.parse_args(arguments)
     require_at_least(
-        parser, options, prefix=2, sequences=1, length=2, document=1, samples=1, repeats=1
+        parser, options, prefix=2, sequences=1, length=2, document=1, samples=1, repeats=1, answer=1
     )
+    if any(length < 1 for length in options.read):
+        parser.error(f"--read {options.read}: a document has at least one token")
     check_base_options(parser, options)
     return options
 
@@ -270,8 +296,15 @@ def main(arguments: list[str] | None = None) -> int:
         model = make_base(options.model, options.shape, torch.float32, options.device)
         print_header(options, model)
         cartridge = make_cartridge(model, options)
-        student_tables(model, cartridge, options)
-        teacher_table(model, options)
+        say(f"load:    {os.getloadavg()[0]:.2f} over the last minute")
+        if "student" in options.tables:
+            student_tables(model, cartridge, options)
+        if "teacher" in options.tables:
+            teacher_table(model, options)
+        if "reading" in options.tables:
+            reading_tables(model, options, partial(note_rows, options))
+        if "prompts" in options.tables and options.device == "cpu":
+            prompts_table(model, options, partial(note_rows, options))
         if options.metrics:
             stage_table(options.metrics)
     except (CartridgeDistillError, OSError) as error:

@@ -22,7 +22,8 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import program
-from cartridge_distill.util.processes import ChildFailed, Supervisor
+from cartridge_distill.util.processes import ChildFailed, Supervisor, say
+from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
@@ -114,8 +115,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--device", choices=("cpu", "cuda"), help="(cuda where there is a GPU)")
     option(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        help="of the model in server and trainer (bfloat16 on cuda; float32 alone on a CPU)",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the model in server and trainer (auto: bfloat16 on cuda; on a CPU float32, or "
+        "what the processor was measured with)",
     )
     option(
         "--threads",
@@ -178,13 +181,24 @@ def settings_of(options: argparse.Namespace) -> Distillation:
     """
     checks.check_documents(options.documents)
     if options.questions is not None:
-        checks.check_documents(options.questions)
+        checks.check_questions(options.questions)
     names = {field.name for field in fields(Distillation)} - {"overrides", "out"}
     given = {name: getattr(options, name) for name in names}
     given["device"] = options.device or ("cuda" if _sees_a_gpu() else "cpu")
-    given["dtype"] = options.dtype or ("bfloat16" if given["device"] == "cuda" else "float32")
+    given["dtype"] = _dtype(options.dtype, given["device"], options.server)
     out = options.out or Path("runs") / options.name
     return Distillation(**given, out=out.expanduser().absolute(), overrides=tuple(options.override))
+
+
+def _dtype(asked: str, device: str, server: str | None) -> str:
+    """Of the model; on a CPU the processor is looked at, and one line says what came of it."""
+    if device == "cuda":
+        return "bfloat16" if asked == "auto" else asked
+    choice = choose_dtype(asked)
+    if asked == "auto" and server is not None:
+        choice = DtypeChoice("float32", "as a server on a CPU has it unless it is told otherwise")
+    say(f"== dtype: {choice.dtype} ({choice.why})")
+    return choice.dtype
 
 
 def _sees_a_gpu() -> bool:

@@ -126,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, own = parse(typed)
         if own.show_config:
             return show_config(run)
+        if not (own.only_check or own.dry_run):
+            checks.check_server_named(run)
+            checks.check_first(run)
         checks.check(run)
         if own.only_check:
             return 0

@@ -102,7 +102,7 @@ def find_tree(target: Path | None = None, package: Package = VERL) -> Tree:
         spec = importlib.util.find_spec(package.module)
         if spec is None or spec.origin is None:
             raise PatchError(
-                f"{package.name} is not installed for {sys.executable}: pip install "
+                f"{package.name} is not installed for {sys.executable}; fix: pip install "
                 f"{package.install}, or name a checkout with --target DIR"
             )
         root = Path(spec.origin).resolve().parent.parent
@@ -125,7 +125,7 @@ def _git_apply(root: Path, *arguments: str, stdin: bytes | None = None) -> tuple
     """
     git = shutil.which("git")
     if git is None:
-        raise PatchError("git is not on the PATH; `git apply` applies the patches: install git")
+        raise PatchError("git is not on the PATH; fix: install git, which applies the patches")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment |= {
         "GIT_DIR": os.devnull,

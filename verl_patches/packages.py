@@ -43,15 +43,15 @@ def _version_of_verl(folder: Path) -> str:
     version_file = folder / "version" / "version"
     if not version_file.is_file():
         raise PatchError(
-            f"no veRL in {folder.parent}: {version_file} does not exist. Name the folder that "
-            "holds verl/, a checkout or a site-packages folder"
+            f"no veRL in {folder.parent}: {version_file} does not exist; fix: name the folder "
+            "that holds verl/, a checkout or a site-packages folder"
         )
     version = version_file.read_text(encoding="utf-8").strip()
     if version != VERL_VERSION:
         raise PatchError(
             f"other veRL version: {folder.parent} holds veRL {version}, the patches are for "
-            f"{VERL_VERSION}. pip install --no-deps verl=={VERL_VERSION}, or check out its tag "
-            f"v{VERL_VERSION}"
+            f"{VERL_VERSION}; fix: pip install --no-deps verl=={VERL_VERSION}, or check out its "
+            f"tag v{VERL_VERSION}"
         )
     return version
 
@@ -60,8 +60,8 @@ def _version_of_tokasaurus(folder: Path) -> str:
     """Releases and branches of Tokasaurus all call themselves 0.0.4: its sources tell them."""
     if not folder.is_dir():
         raise PatchError(
-            f"no Tokasaurus in {folder.parent}: {folder} does not exist. Name the folder that "
-            "holds tokasaurus/, a checkout or a site-packages folder"
+            f"no Tokasaurus in {folder.parent}: {folder} does not exist; fix: name the folder "
+            "that holds tokasaurus/, a checkout or a site-packages folder"
         )
     if guard.state_of(folder) == "unknown":
         raise PatchError(guard.unknown(folder))

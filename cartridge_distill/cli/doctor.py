@@ -250,9 +250,8 @@ def _server(url: str | None) -> Finding:
     try:
         return Finding("server", True, asyncio.run(look()))
     except RolloutError as error:
-        said, _, fix = str(error).partition("Start one")
-        fix = "start one" + fix if fix else "see docs/serving.md"
-        return Finding("server", False, said.strip().rstrip("."), fix)
+        said, _, fix = str(error).partition("; fix: ")
+        return Finding("server", False, said, fix or "see docs/serving.md")
 
 
 def _cartridge(cartridge: str | None, model: str | None) -> Iterator[Finding]:

@@ -154,7 +154,7 @@ def init(
 ) -> None:
     """Make an untrained cartridge, from a document's first tokens or from noise."""
     if random == (document is not None):
-        raise ConfigError("give --document FILE, or --random; one of them")
+        raise ConfigError("nothing says how it begins; fix: give --document FILE, or --random")
     from cartridge_distill.cli.untrained import make
 
     make(out, model, document, tokens, frozen, seed, overwrite)
@@ -229,7 +229,7 @@ def report(
 
     if out is None:
         if len(runs) > 1:
-            raise ConfigError("several runs make one report: say where with --out report.html")
+            raise ConfigError("several runs make one report; fix: say where with --out report.html")
         out = runs[0] / "report.html"
     typer.echo(str(write_report(runs, out)))
 
@@ -330,13 +330,17 @@ def serve(
 
         raise typer.Exit(serve_vllm(options, engine_python, passed_on))
     if engine_python is not None:
-        raise ConfigError("--engine-python goes with --engine vllm")
+        raise ConfigError("--engine-python is vLLM's; fix: give --engine vllm, too")
     if asked:
         if passed_on:
-            raise ConfigError(f"{' '.join(passed_on)}: only a server for training takes these")
+            raise ConfigError(
+                f"{' '.join(passed_on)}: only a server for training takes these; fix: leave it out"
+            )
         run(options)
     elif document or allow_other_model:
-        raise ConfigError("--document and --allow-other-model are for cartridges: name a run, too")
+        raise ConfigError(
+            "--document and --allow-other-model are for cartridges; fix: name a run, too"
+        )
     else:
         raise typer.Exit(run_rollout_server(options, passed_on))
 

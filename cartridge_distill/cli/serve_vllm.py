@@ -49,13 +49,13 @@ def serve_vllm(options: ServeOptions, engine_python: str | None, more: list[str]
     """
     if options.device != "cpu" or options.threads is not None:
         raise ConfigError(
-            "--device and --threads are the embedded server's; vLLM takes the device that it was "
-            "built for, and threads from OMP_NUM_THREADS"
+            "--device and --threads are the embedded server's; fix: leave them out, vLLM takes the "
+            "device that it was built for, and threads from OMP_NUM_THREADS"
         )
     if options.documents:
         raise ConfigError(
-            "--document is the embedded server's, for its page; vLLM takes the document in the "
-            "conversation: leave it out"
+            "--document is the embedded server's, for its page; fix: leave it out, vLLM takes the "
+            "document in the conversation"
         )
     if options.cartridges or options.run is not None:
         return _serve_named(options, engine_python, tuple(more))

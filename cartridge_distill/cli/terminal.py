@@ -174,14 +174,7 @@ class Terminal:
         notes = ["" for _ in self._shown]
 
         def drawn() -> Table:
-            table = Table(expand=True)
-            for one in self._shown:
-                table.add_column(Text(one.heading()), ratio=1)
-            table.add_row(*(Text(text) for text in texts))
-            if any(notes):
-                table.add_section()
-                table.add_row(*(Text(note, style="dim") for note in notes))
-            return table
+            return beside(self._shown, texts, notes)
 
         with Live(drawn(), console=self._console, vertical_overflow="visible") as live:
             for number, one in enumerate(self._shown):
@@ -198,6 +191,18 @@ class Terminal:
                 live.update(drawn())
                 if self._conversation.interrupted.is_set():
                     return
+
+
+def beside(shown: Sequence[Shown], texts: Sequence[str], notes: Sequence[str]) -> Table:
+    """Answers in columns, whole: a word that is wider than its column goes on in the next line."""
+    table = Table(expand=True)
+    for one in shown:
+        table.add_column(Text(one.heading()), ratio=1, overflow="fold")
+    table.add_row(*(Text(text) for text in texts))
+    if any(notes):
+        table.add_section()
+        table.add_row(*(Text(note, style="dim") for note in notes))
+    return table
 
 
 def _write(text: str) -> None:

@@ -116,7 +116,7 @@ def evaluation_questions(sources: Sequence[Source]) -> list[Question]:
 def check_replaceable(out: Path) -> None:
     """Raises ConfigError when the folder's files were not written by :func:`write_dataset`."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
+        raise ConfigError(f"--out {out} is a file; fix: name a folder")
     there = [name for name in FILES if (out / name).exists()]
     if not there:
         return
@@ -126,8 +126,8 @@ def check_replaceable(out: Path) -> None:
         columns = []
     if columns != SCHEMA.names:
         raise ConfigError(
-            f"--out {out} holds {', '.join(there)}, which this command did not write; name another "
-            "folder, or move them away"
+            f"--out {out} holds {', '.join(there)}, which this command did not write; fix: name "
+            "another folder, or move them away"
         )
 
 

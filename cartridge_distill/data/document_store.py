@@ -26,11 +26,13 @@ class DocumentStore:
     def __init__(self, texts: Mapping[str, str], source: str = "memory") -> None:
         for document_id, text in texts.items():
             if not isinstance(text, str) or not text.strip():
-                raise DocumentError(f"{source}: document {document_id!r} is empty")
+                raise DocumentError(
+                    f"{source}: document {document_id!r} is empty; fix: write the file anew"
+                )
             if not _is_text(text):
                 raise DocumentError(
                     f"{source}: document {document_id!r} holds half a character (a lone "
-                    "surrogate), which is no text; write the file anew"
+                    "surrogate), which is no text; fix: write the file anew"
                 )
         self._texts = dict(texts)
         self.source = source
@@ -45,10 +47,10 @@ class DocumentStore:
         path = Path(path)
         if not path.is_file():
             raise DocumentError(
-                f"documents file {path} does not exist; `cartridge-distill prepare` writes it"
+                f"documents file {path} does not exist; fix: `cartridge-distill prepare` writes it"
             )
         if path.suffix not in (".parquet", ".jsonl"):
-            raise DocumentError(f"documents file {path}: expected .parquet or .jsonl")
+            raise DocumentError(f"documents file {path}; fix: name one of .parquet or .jsonl")
         try:
             rows = _rows(path)
         except (OSError, ValueError) as error:
@@ -70,8 +72,8 @@ class DocumentStore:
                 raise DocumentError(
                     f"{path}: the text of document {row['document_id']!r} is not the one that was "
                     f"written: SHA-256 {sha256_of(text)}, and sha256={written!r:.80} stands beside "
-                    "it. Take another copy of the file; if you have changed the text by hand, take "
-                    "sha256 out of its row"
+                    "it; fix: take another copy of the file, or, if you changed the text by hand, "
+                    "take sha256 out of its row"
                 )
             texts[row["document_id"]] = text
         if not texts:

@@ -24,7 +24,7 @@ from cartridge_distill.data.documents.source import Source, choose, load_sources
 from cartridge_distill.data.general_rows import count_for, read_prompts, with_general
 from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.data.prompt_recipes import make_rows
-from cartridge_distill.data.questions.reading import add_questions
+from cartridge_distill.data.questions.reading import add_questions, check_file
 from cartridge_distill.data.questions.writing import QuestionSettings, write_questions
 from cartridge_distill.data.questions.writing import made_with as questions_made_with
 from cartridge_distill.data.rebuild import data_folder, texts_before
@@ -53,7 +53,11 @@ def run(options: argparse.Namespace) -> None:
     check_options(options)
     check_replaceable(options.out)  # before anything is read or written by a model
     if options.questions is not None and not options.questions.is_file():
-        raise ConfigError(f"--questions {options.questions}: there is no such file")
+        raise ConfigError(
+            f"--questions {options.questions}: there is no such file; fix: name another"
+        )
+    if options.questions is not None:
+        check_file(options.questions)
     before = None
     if options.rebuild is not None:
         before = texts_before(data_folder(options.rebuild))
@@ -108,32 +112,34 @@ def check_options(options: argparse.Namespace) -> None:
     count_for(options.general_fraction, options.rows)
     if options.general_prompts is not None and not options.general_fraction:
         raise ConfigError(
-            f"--general-prompts {options.general_prompts} would be ignored: say how many rows are "
-            "made of them, with --general-fraction (0.05 is usual)"
+            f"--general-prompts {options.general_prompts} would be ignored; fix: say how many rows "
+            "are made of them, with --general-fraction (0.05 is usual)"
         )
     writes = options.prompt_recipe == SELF_STUDY or options.write_questions
     if writes and options.server is None:
         asked = "--write-questions" if options.write_questions else "--recipe self_study"
-        raise ConfigError(f"{asked} needs --server URL: a server of the base model. {HOW_TO_START}")
+        raise ConfigError(f"{asked} needs a server of the base model; {HOW_TO_START}")
     if options.prompt_recipe == SELF_STUDY and options.rebuild is not None:
         raise ConfigError(
-            f"--rebuild {options.rebuild} is for prompts that are cut out of the documents; take "
-            "--recipe started, open or mixed"
+            f"--rebuild {options.rebuild} is for prompts that are cut out of the documents; fix: "
+            "take --recipe started, open or mixed"
         )
     if options.prompt_recipe != SELF_STUDY:
         if options.held_out is not None:
             raise ConfigError(
-                f"--held-out belongs to --recipe self_study, not to {options.prompt_recipe}; "
-                "leave it out, or choose that prompt recipe."
+                f"--held-out belongs to --recipe self_study, not to {options.prompt_recipe}; fix: "
+                "leave it out, or choose that prompt recipe"
             )
         if options.server is not None and not writes:
             raise ConfigError(
                 "--server belongs to --recipe self_study and to --write-questions; with --recipe "
-                f"{options.prompt_recipe} alone no model writes: leave it out"
+                f"{options.prompt_recipe} alone no model writes; fix: leave it out"
             )
         return
     if options.val_rows is not None:
-        raise ConfigError("With --recipe self_study, say --held-out FRACTION, not --val-rows.")
+        raise ConfigError(
+            "--val-rows is not for --recipe self_study; fix: say --held-out FRACTION in its place"
+        )
 
 
 def split_sources(
@@ -149,7 +155,9 @@ def split_sources(
     for source in sources:
         tokens = length(source.text)
         source = source.split(limit, length)
-        said = f"{source.document_id}: {tokens} tokens, {len(source.questions)} questions"
+        said = f"{source.document_id}: {tokens} tokens"
+        if source.questions:
+            said += f", {len(source.questions)} questions"
         if len(source.parts) > 1:
             said += f"; longer than the teacher's {limit}: {len(source.parts)} parts"
             if torn := sum(part.torn for part in source.parts):
@@ -186,7 +194,7 @@ def teacher_context(options: argparse.Namespace) -> int | None:
         raise ConfigError(
             f"{limit} tokens are left for a document: the model's context less --prompt-tokens "
             f"{options.prompt_tokens} and --response-tokens {options.response_tokens}, or "
-            "--teacher-context. Make the prompts shorter, or take a model with a longer context."
+            "--teacher-context; fix: make the prompts shorter, or take a model with more context"
         )
     return int(limit)
 
@@ -248,8 +256,8 @@ async def own_questions(
         say(f"   ... all of them: {options.out / 'eval.json'}")
     if good == 0:
         raise ConfigError(
-            "no question is good enough to judge a cartridge by: use a larger model, --openings "
-            "for a small one, more --attempts, or write some yourself (--questions FILE)"
+            "no question is good enough to judge a cartridge by; fix: use a larger model, "
+            "--openings for a small one, more --attempts, or write some yourself (--questions FILE)"
         )
     return added
 
@@ -265,7 +273,7 @@ async def self_study(
     """
     held_out = 0.1 if options.held_out is None else options.held_out
     if not 0 < held_out < 1:
-        raise ConfigError(f"--held-out {held_out}: must be a fraction between 0 and 1.")
+        raise ConfigError(f"--held-out {held_out} is no part; fix: give a fraction between 0 and 1")
     settings = StudySettings(
         prompts=options.rows + max(1, round(options.rows * held_out / (1 - held_out))),
         chunk_tokens=options.chunk_tokens,

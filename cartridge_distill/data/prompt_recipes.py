@@ -194,8 +194,8 @@ def _within(
     if items and not kept:
         shortest = min(max(map(limit.count, wordings(item))) for item in items)
         raise ConfigError(
-            f"All {len(items)} {kind} prompts are over --prompt-tokens {limit.tokens}; the "
-            f"shortest has {shortest}. Allow more, and train with the same --prompt-tokens."
+            f"all {len(items)} {kind} prompts are over --prompt-tokens {limit.tokens} (the "
+            f"shortest has {shortest}); fix: allow more, and train with the same --prompt-tokens"
         )
     return kept
 

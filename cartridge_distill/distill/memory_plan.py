@@ -13,6 +13,7 @@ Held all the time:
   belongs to no layer (FSDP gathers a layer, and the next one meanwhile). Not checked on a GPU.
 - cartridge, its gradient and AdamW's two moments: ``4 * 2LHd`` bytes a token each, float32.
 - documents' KV: ``b * 2LHd`` bytes a token of each that the teacher keeps.
+- prompts' KV, ``grouped`` alone: all that the setting allows, from the teacher's first forward on.
 
 Kept by the student's forward for the backward, a layer, with frozen weights (a linear layer keeps
 no input then):
@@ -54,6 +55,7 @@ _NAMES = {
     "row_tokens": "tokens a row",
     "gradient_checkpointing": "gradient checkpointing",
     "documents_kept": "documents kept",
+    "prompts_kept_mib": "MiB of prompts kept",
     "cartridge_tokens": "cartridge tokens",
 }
 
@@ -126,6 +128,8 @@ class MemoryPlan:
             )
         if min(step.documents_kept, step.documents) > 1:
             tries.append(("documents_kept", 1, replace(step, documents_kept=1)))
+        if _prompts(self.model, step):
+            tries.append(("prompts_kept_mib", 0, replace(step, prompts_kept_mib=0)))
         if step.cartridge_tokens > 1:
             fewer = step.cartridge_tokens // 2
             tries.append(("cartridge_tokens", fewer, replace(step, cartridge_tokens=fewer)))
@@ -227,7 +231,16 @@ def _held(model: DecoderShape, step: StepShape) -> Terms:
         "cartridge in float32": cartridge,
         "AdamW's moments": 2 * cartridge,
         "documents' KV": size * model.kv_numbers * step.document_tokens * documents,
+        "prompts' KV": _prompts(model, step),
     }
+
+
+def _prompts(model: DecoderShape, step: StepShape) -> int:
+    """As many whole tokens as there is room for."""
+    if step.backend != "grouped":
+        return 0
+    token = step.dtype.itemsize * model.kv_numbers
+    return (step.prompts_kept_mib * 2**20) // token * token
 
 
 def _row(step: StepShape, tokens: int) -> int:

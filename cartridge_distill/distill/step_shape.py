@@ -20,6 +20,7 @@ class StepShape:
         document_tokens: of the longest document.
         documents: how many there are.
         documents_kept: of how many the teacher keeps the KV.
+        prompts_kept_mib: MiB that the teacher keeps of prompts' KV, with the backend "grouped".
         sequence_tokens: of the longest sequence: what a token attends to in its row at most.
         dtype: of the model.
         backend: "flex", "grouped" or "dense", see :mod:`cartridge_distill.model.attention`.
@@ -38,6 +39,7 @@ class StepShape:
     trained_tokens: int | None = None
     documents: int = 1
     documents_kept: int = 8
+    prompts_kept_mib: int = 256
     sequence_tokens: int | None = None
     dtype: torch.dtype = torch.bfloat16
     backend: str = "flex"
@@ -49,6 +51,8 @@ class StepShape:
     def __post_init__(self) -> None:
         require_counts(self, "cartridge_tokens", "row_tokens", "document_tokens", "documents")
         require_counts(self, "documents_kept", "micro_batches", "ranks", "topk")
+        if self.prompts_kept_mib < 0:
+            raise ConfigError(f"prompts_kept_mib={self.prompts_kept_mib}: must be 0 or more")
         for name in ("trained_tokens", "sequence_tokens"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.row_tokens:

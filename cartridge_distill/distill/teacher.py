@@ -1,7 +1,8 @@
 """The teacher: the student's own frozen weights, with the whole document as prefix.
 
 No second model and no second server. A document's KV is computed once, kept (bounded, least
-recently used out) and reused for every sample and every step. A sample without its document is an
+recently used out) and reused for every sample and every step; so is that of the prompts behind it,
+which come again (``cartridge_distill.model.kept_tokens``). A sample without its document is an
 error that names it; nothing is scored by the bare model instead.
 
 The one exception is asked for by name: the document id ``BARE``, None, of rows that the data label
@@ -20,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cartridge_distill.cartridge.kv_shape import text_config
+from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.general import BARE
 from cartridge_distill.distill.loss import TeacherTopK
+from cartridge_distill.model.attention import resolve_backend
 from cartridge_distill.model.forward import packed_forward
+from cartridge_distill.model.kept_tokens import KeptTokens, Row
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import HostMask, host_mask, on_device, pack
 from cartridge_distill.model.prefill import prefix_from_tokens
@@ -44,6 +47,8 @@ class Teacher:
         backend: attention backend.
         begin: what the model always begins with, for ``BARE``, normally
             ``cartridge_distill.model.prompts.begin_of_text(tokenizer)``; None where no row is so.
+        prompt_mib: MiB that the KV of prompts may take besides; 0 keeps none, and neither does a
+            backend other than "grouped".
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Teacher:
         max_cached: int = 8,
         backend: str = "auto",
         begin: Sequence[int] | None = None,
+        prompt_mib: int = 256,
     ) -> None:
         self.model = model
         self.documents = documents
@@ -64,6 +70,12 @@ class Teacher:
         self._cache: OrderedDict[str, Prefix] = OrderedDict()
         self._begin = None if begin is None else list(begin)
         self._bare: Prefix | None = None
+        self.prompts: KeptTokens | None = None
+        self.settled: list[Row] = []  # what of them a checkpoint names
+        if prompt_mib and resolve_backend(backend, self.device) == "grouped":
+            dtype = next(model.parameters()).dtype
+            shape = KvShape.of(model.config)
+            self.prompts = KeptTokens(shape, dtype, prompt_mib * 2**20)
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +132,10 @@ class Teacher:
             self._cache.popitem(last=False)
         return prefix
 
+    def prefix_of(self, document_id: str | None) -> Prefix | None:
+        """What stands before a sample with this document, or before a general one (``BARE``)."""
+        return self.bare_prefix() if document_id is BARE else self.prefix(document_id)
+
     @contextmanager
     def _forwarding(self, document_ids: Sequence[str | None]) -> Iterator[None]:
         """Stands around the forwards of one :meth:`score`; several ranks have more to do here."""
@@ -170,12 +186,13 @@ class Teacher:
         with self._forwarding(document_ids):
             for document_id in dict.fromkeys(document_ids):
                 members = [b for b, other in enumerate(document_ids) if other == document_id]
-                prefix = self.bare_prefix() if document_id is None else self.prefix(document_id)
+                prefix = self.prefix_of(document_id)
                 self._check_length(document_id, prefix, max(len(sequences[b]) for b in members))
                 batch = pack([sequences[b] for b in members]).to(self.device)
                 mask = np.concatenate([masks[b] for b in members])
+                kept = None if self.prompts is None else self.prompts.behind(document_id)
                 logits = packed_forward(
-                    self.model, prefix, batch, batch.predicts(mask), self.backend
+                    self.model, prefix, batch, batch.predicts(mask), self.backend, kept
                 )
                 others = None if asked is None else torch.cat([asked[b] for b in members])
                 told = TeacherTopK.from_logits(logits, k, temperature, others)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from cartridge_distill.cartridge.content_hash import (
     sha256_of_named,
 )
 from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
+from cartridge_distill.model.kept_tokens import Row
 from cartridge_distill.util import json_text
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.sealed import sealed
@@ -39,6 +41,7 @@ STATE_FILE = "training_state.safetensors"
 ABOUT_FILE = "training_state.json"
 FORMAT = "cartridge-distill-training-state/1"
 _COUNTS = ("step", "version", "schedule")
+_PROMPTS = "teacher_prompts"
 _GENERATORS = frozenset({"torch", "numpy", "numpy_gauss", "python", "python_gauss"})
 
 
@@ -53,6 +56,8 @@ class TrainingState:
         optimizer: parameter name -> the optimizer's tensors for it, by their names.
         rng: from :func:`rng_state`.
         settings: those that must be the same when training goes on; JSON values.
+        prompts: that the teacher keeps, see :mod:`cartridge_distill.distill.kept_prompts`; none in
+            states of older versions.
     """
 
     step: int
@@ -61,6 +66,7 @@ class TrainingState:
     optimizer: dict[str, dict[str, Tensor]]
     rng: dict[str, Tensor]
     settings: dict[str, Any]
+    prompts: list[Row] = field(default_factory=list)
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Tensor]:
@@ -117,9 +123,13 @@ def save_state(state: TrainingState, directory: str | Path) -> None:
         "version": state.version,
         "schedule": state.schedule,
         "recipe": state.settings,  # the key of files that are kept
+        _PROMPTS: state.prompts,
         TENSORS: sha256_of_named(saved),
     }
-    (Path(directory) / ABOUT_FILE).write_text(json.dumps(sealed(about), indent=2) + "\n")
+    text = json.dumps(sealed(about), indent=2)
+    # A line a prompt, not a line a token. No string of JSON has a line's end in it.
+    text = re.sub(r"\[\n\s*(\d[\d,\s]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    (Path(directory) / ABOUT_FILE).write_text(text + "\n")
 
 
 def load_state(directory: str | Path) -> TrainingState:
@@ -147,7 +157,7 @@ def load_state(directory: str | Path) -> TrainingState:
         tensors = read_safetensors(state_path)
     except CartridgeFormatError as error:
         raise _damaged(state_path, str(error)) from error
-    refuse_unknown(about, {"format", *_COUNTS, "recipe", *HASHES}, str(about_path))
+    refuse_unknown(about, {"format", *_COUNTS, "recipe", _PROMPTS, *HASHES}, str(about_path))
     check_hashes(sha256_of_named(tensors), about, state_path, about_path)
     for name in _COUNTS:
         if type(about.get(name)) is not int or about[name] < 0:
@@ -156,7 +166,32 @@ def load_state(directory: str | Path) -> TrainingState:
         raise _damaged(about_path, f"recipe is {about.get('recipe')!r:.60}, not an object")
     rng, optimizer = _sorted_out(tensors, state_path)
     counts = {name: about[name] for name in _COUNTS}
-    return TrainingState(**counts, optimizer=optimizer, rng=rng, settings=about["recipe"])
+    return TrainingState(
+        **counts,
+        optimizer=optimizer,
+        rng=rng,
+        settings=about["recipe"],
+        prompts=_prompts(about.get(_PROMPTS, []), about_path),
+    )
+
+
+def _prompts(rows: Any, file: Path) -> list[Row]:
+    """The prompts of a state, looked at."""
+
+    def is_row(row: Any) -> bool:
+        return (
+            isinstance(row, list)
+            and len(row) == 2
+            and (row[0] is None or isinstance(row[0], str))
+            and isinstance(row[1], list)
+            and bool(row[1])
+            and all(isinstance(ids, list) and ids for ids in row[1])
+            and all(type(token) is int and token >= 0 for ids in row[1] for token in ids)
+        )
+
+    if not isinstance(rows, list) or not all(map(is_row, rows)):
+        raise _damaged(file, f"{_PROMPTS} is {rows!r:.60}, not prompts by document")
+    return [(document_id, prompts) for document_id, prompts in rows]
 
 
 def _sorted_out(

@@ -11,7 +11,10 @@ tells the function which tokens belong together. Three backends give the same re
     Plain matmuls. The prefix is one large product for all tokens; a sequence's own part is computed
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
     neither keys nor values are repeated for grouped queries. Tokens with the same past (samples of
-    one prompt) are computed once, through the whole model. The default on a CPU.
+    one prompt) are computed once, through the whole model, and a teacher's prompts that were there
+    before not at all (:mod:`cartridge_distill.model.kept_tokens`). A long sequence by itself, as a
+    document is, goes through a fused kernel where it can
+    (:mod:`cartridge_distill.model.fused_causal`). The default on a CPU.
 ``dense``
     One product under a full ``[T, P + T]`` mask: the readable reference for the other two.
 
@@ -30,6 +33,7 @@ from transformers import AttentionInterface
 
 from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.flex import flex_attention_of
+from cartridge_distill.model.fused_causal import fused_causal, is_fusable
 from cartridge_distill.model.layout import PackedLayout
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import ConfigError
@@ -127,15 +131,27 @@ def _grouped(
     past: tuple[Tensor, Tensor] | None,
     scoring: Scoring,
 ) -> Tensor:
-    """query ``[Hq, U, D]``, key, value ``[H, U, D]`` of the U computed tokens -> ``[Hq, U, D]``."""
-    heads, tokens, size = key.shape
-    by_head = query.view(heads, -1, tokens, size)
+    """query ``[Hq, U, D]``, key, value ``[H, K + U, D]`` of K kept and U computed tokens
+
+    -> ``[Hq, U, D]``.
+    """
+    heads, _, size = key.shape
+    by_head = query.view(heads, -1, query.shape[1], size)
     pieces: list[Tensor] = []
     asked: list[Tensor] = []
     for group in layout.groups():
         members, queries = group.queries.shape
         longest = group.keys.shape[1]
-        row_cost = query.shape[0] * (layout.prefix_tokens + longest)
+        seen = layout.prefix_tokens + longest
+        if members == 1 and is_fusable(query, key, queries, seen, scoring):
+            known = (key[:, group.keys[0]], value[:, group.keys[0]])
+            if past is not None:
+                known = (torch.cat([past[0], known[0]], 1), torch.cat([past[1], known[1]], 1))
+            out = fused_causal(by_head[:, :, group.queries[0]], *known, scoring.scaling)
+            pieces.append(out.reshape(query.shape[0], -1, size))
+            asked.append(group.queries[0])
+            continue
+        row_cost = query.shape[0] * seen
         at_once = max(1, _SCORE_BUDGET // row_cost)  # queries
         n_at_once, q_at_once = max(1, at_once // queries), min(queries, at_once)
         for n in range(0, members, n_at_once):
@@ -190,7 +206,10 @@ def packed_attention(
     layer = cast(int, module.layer_idx)
     check_arguments(layer, attention_mask, key, value, others)
     packed_layout.note_layer(layer)
-    past = None
+    past, row = None, (key[0], value[0])
+    if packed_layout.kept is not None:
+        own = packed_layout.kv_sources[layer]
+        row = packed_layout.kept.take(own, *row, owner=own == layer)
     if packed_layout.prefix is not None:
         own = packed_layout.kv_sources[layer]
         # The cast is part of the graph: an fp32 master cartridge gets its gradient through it.
@@ -206,7 +225,7 @@ def packed_attention(
             )
     attend = _IMPLEMENTATIONS[packed_layout.backend]
     scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
-    out = attend(packed_layout, query[0], key[0], value[0], past, scoring)
+    out = attend(packed_layout, query[0], *row, past, scoring)
     return out.transpose(0, 1).contiguous()[None], None
 
 

@@ -20,8 +20,15 @@ from cartridge_distill.cartridge.kv_shape import check_fits, kv_sources, text_co
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
+from cartridge_distill.model.kept_tokens import Kept, KeptOfRow
 from cartridge_distill.model.layout import PackedLayout
-from cartridge_distill.model.packing import HostMask, PackedBatch, host_mask, on_device
+from cartridge_distill.model.packing import (
+    HostIndex,
+    HostMask,
+    PackedBatch,
+    host_mask,
+    on_device,
+)
 from cartridge_distill.util.errors import ConfigError
 
 
@@ -33,6 +40,7 @@ def run_packed(
     backend: str = "auto",
     cache: Any = None,
     starts: Sequence[int] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """As :func:`packed_forward`, with a transformers cache that collects the row's own KV.
 
@@ -42,7 +50,13 @@ def run_packed(
     Raises:
         ConfigError: as :func:`packed_forward`; or a cache is to be filled while layers are
             computed again.
+        ValueError: ``kept`` where gradients are computed, or with ``cache`` or ``starts``.
     """
+    if kept is not None and (torch.is_grad_enabled() or cache is not None or starts is not None):
+        raise ValueError(
+            "kept tokens stand behind a frozen prefix, at their usual positions: run it under "
+            "torch.no_grad(), without cache and starts"
+        )
     config = text_config(model.config)
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
@@ -76,8 +90,13 @@ def run_packed(
         batch = batch.filled_up(BLOCK, LEAST_ROW)
     # Tokens with one past are computed once; at other positions they have another.
     share = cache is None and starts is None
-    layout = PackedLayout(batch, prefix, backend, share, kv_sources(config))
+    known: KeptOfRow | None = None
+    if kept is not None and backend == "grouped" and mask.any():
+        known = kept.of_row(batch, _first_of_each(batch, mask))
+    layout = PackedLayout(batch, prefix, backend, share, kv_sources(config), known)
     rows = layout.of_token[np.flatnonzero(mask)]
+    if (rows < 0).any():
+        raise ValueError("logits of tokens that are kept and not computed; ask for later ones")
     ids = batch.input_ids
     if len(layout.computed) < batch.num_tokens:
         ids = ids[on_device(layout.computed, batch.device, torch.long)]
@@ -95,8 +114,17 @@ def run_packed(
         logits_to_keep=on_device(rows, batch.device, torch.long),
     )
     layout.check_used_by_all(config.num_hidden_layers)
+    if known is not None:
+        known.keep()
     logits: Tensor = output.logits[0]
     return logits
+
+
+def _first_of_each(batch: PackedBatch, mask: HostMask) -> HostIndex:
+    """``[B]`` the place in each sequence of its first row that a mask names; it names one."""
+    first = np.array(batch.lengths)
+    np.minimum.at(first, batch.seq_ids[mask], batch.index[mask])
+    return first
 
 
 def _checkpointing_layers(model: nn.Module) -> list[nn.Module]:
@@ -145,6 +173,7 @@ def packed_forward(
     batch: PackedBatch,
     logit_mask: Tensor | HostMask | None = None,
     backend: str = "auto",
+    kept: Kept | None = None,
 ) -> Tensor:
     """Logits of a packed batch behind a shared prefix.
 
@@ -157,6 +186,9 @@ def packed_forward(
             is fetched, for which the host waits; :meth:`PackedBatch.predicts` gives one on the
             host, from the mask of the tokens that count.
         backend: "auto", "flex", "grouped" or "dense", see :mod:`cartridge_distill.model.attention`.
+        kept: where the keys and values of the sequences' beginnings are looked up and kept, up to
+            the first row of ``logit_mask``. For a frozen prefix, without gradients; the backend
+            "grouped" alone uses it, the others compute all.
 
     Returns:
         ``[T or kept, V]`` logits in the model's dtype; row i is the distribution of token i + 1.
@@ -164,5 +196,6 @@ def packed_forward(
     Raises:
         ConfigError: wrong attention implementation, or too many positions for the model.
         CartridgeFormatError: the prefix does not fit the model.
+        ValueError: ``kept`` where gradients are computed.
     """
-    return run_packed(model, prefix, batch, logit_mask, backend)
+    return run_packed(model, prefix, batch, logit_mask, backend, kept=kept)

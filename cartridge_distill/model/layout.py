@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.cartridge.prefix import Prefix
+from cartridge_distill.model.kept_tokens import KeptOfRow
 from cartridge_distill.model.packing import HostIndex, PackedBatch, on_device
 from cartridge_distill.model.token_trie import ROOT, TokenTrie
 from cartridge_distill.util.errors import ConfigError
@@ -33,7 +34,8 @@ class Group:
         queries: ``[n, q]`` computed tokens whose attention is asked for; a shorter sequence's row
             is filled up with its last one, and the results there are never used.
         places: ``[n, q]`` place of each query in its sequence.
-        keys: ``[n, k]`` computed tokens of each sequence from its beginning, filled up likewise.
+        keys: ``[n, k]`` tokens of each sequence from its beginning, filled up likewise: kept ones
+            first, then computed ones.
     """
 
     queries: Tensor
@@ -47,12 +49,15 @@ class PackedLayout:
     Sequences of a batch often begin alike: samples of one prompt, prompts about one section. With
     ``share_beginnings`` a token whose whole past equals another's is computed once: its hidden
     states are the same. ``computed`` says which tokens of the row are, ``of_token`` where each
-    token's result is found. Only the grouped backend can do this.
+    token's result is found. Only the grouped backend can do this, and only it knows ``kept``
+    tokens, whose keys and values are there from an earlier forward.
 
     Attributes:
         kv_sources: for each decoder layer the layer of the prefix that it sees; by default its own.
         computed: ``[U]`` places in the row, on the host.
-        of_token: ``[T]`` for each token its place among the computed ones, on the host.
+        of_token: ``[T]`` for each token its place among the computed ones, on the host; below 0 for
+            a kept one, which has no result.
+        kept: what is known of the row; None knows nothing and keeps nothing.
     """
 
     def __init__(
@@ -62,8 +67,10 @@ class PackedLayout:
         backend: str,
         share_beginnings: bool = False,
         kv_sources: Sequence[int] | None = None,
+        kept: KeptOfRow | None = None,
     ) -> None:
         self.batch = batch
+        self.kept = kept
         self.prefix = prefix
         self.backend = backend
         self.prefix_tokens = prefix.num_tokens if prefix is not None else 0
@@ -73,7 +80,11 @@ class PackedLayout:
         self._masks: dict[tuple[str, int | None], Any] = {}
         self._groups: list[Group] | None = None
         self._restore: Tensor | None = None
-        if share_beginnings and backend == "grouped":
+        if kept is not None:
+            self.computed, numbers = _shared_beginnings(batch, kept.known, kept.count)
+            kept.plan(numbers, batch.offsets)
+            self.of_token = numbers - kept.count
+        elif share_beginnings and backend == "grouped":
             self.computed, self.of_token = _shared_beginnings(batch)
         else:
             self.computed = self.of_token = np.arange(batch.num_tokens)
@@ -145,7 +156,8 @@ class PackedLayout:
                 skipped = (lengths - own)[members][:, None]
                 asked = np.minimum(skipped + np.arange(own[head]), last)
                 read = np.minimum(np.arange(lengths[head]), last)
-                parts = (self.of_token[first + asked], asked, self.of_token[first + read])
+                before = 0 if self.kept is None else self.kept.count
+                parts = (self.of_token[first + asked], asked, before + self.of_token[first + read])
                 self._groups.append(
                     Group(*(on_device(part, self.batch.device, torch.long) for part in parts))
                 )
@@ -161,25 +173,33 @@ class PackedLayout:
         return self._restore
 
 
-def _shared_beginnings(batch: PackedBatch) -> tuple[HostIndex, HostIndex]:
+def _shared_beginnings(
+    batch: PackedBatch, known: Sequence[Sequence[int]] | None = None, count: int = 0
+) -> tuple[HostIndex, HostIndex]:
     """What the sequences share, see :mod:`.token_trie`.
 
+    Args:
+        known: for each sequence the numbers, below ``count``, of its first tokens, which are not
+            computed.
+
     Returns:
-        The tokens of the row that are the first with their past, and for each token of the row
-        the number of its equal among them.
+        The tokens of the row that are the first with their past, and for each token of the row the
+        number of its equal: those that are computed are numbered from ``count`` on.
     """
     trie = TokenTrie()
     computed: list[int] = []
     of_token: list[int] = []
     ids = batch.ids_on_host.tolist()
     start = 0
-    for length in batch.lengths:
-        end, count = start + length, len(computed)
-        known = trie.find(ids[start:end])
-        of_token += known
-        start += len(known)
-        trie.add(ids[start:end], count, known[-1] if known else ROOT)
-        of_token += range(count, count + end - start)
+    for number, length in enumerate(batch.lengths):
+        end = start + length
+        before = list(known[number]) if known is not None else []
+        before += trie.find(ids[start + len(before) : end], before[-1] if before else ROOT)
+        start += len(before)
+        first = count + len(computed)
+        trie.add(ids[start:end], first, before[-1] if before else ROOT)
+        of_token += before
+        of_token += range(first, first + end - start)
         computed += range(start, end)
         start = end
     return np.array(computed), np.array(of_token)

@@ -21,10 +21,9 @@ class TokenTrie:
     def __init__(self) -> None:
         self._next: dict[tuple[int, int], int] = {}
 
-    def find(self, ids: Sequence[int]) -> list[int]:
-        """The places of the longest beginning of ``ids`` that was added before."""
+    def find(self, ids: Sequence[int], last: int = ROOT) -> list[int]:
+        """The places of the longest beginning of ``ids`` that was added behind ``last``."""
         places: list[int] = []
-        last = ROOT
         for token in ids:
             place = self._next.get((last, token))
             if place is None:

@@ -100,7 +100,9 @@
     const shown = themed(layout);
     if (curve) {
       const last = lastPlace();
-      shown.xaxis.range = [0, 1.03 * last];
+      // A bar stands around its step: half of the last one would be cut off.
+      const bars = axis === "step" && data.some((trace) => trace.type === "bar");
+      shown.xaxis.range = [0, bars ? Math.max(last + 0.6, 1.03 * last) : 1.03 * last];
       if (axis === "step" && last <= 10) shown.xaxis.dtick = 1;
     }
     if (byTokens) {

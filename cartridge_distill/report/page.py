@@ -87,11 +87,11 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         ReportError: a run cannot be read, or is named twice.
     """
     if not folders:
-        raise ReportError("name at least one folder of a run")
+        raise ReportError("no run is named; fix: name the folder of one at least")
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder in folders if resolved.count(folder.resolve()) > 1]
     if twice:
-        raise ReportError(f"{twice[0]} is named twice; name each run once")
+        raise ReportError(f"{twice[0]} is named twice; fix: name each run once")
     check_replaceable(out)
     text = render([read_run(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,12 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 def check_replaceable(out: Path) -> None:
     """Raises ReportError when ``out`` is something else than a report."""
     if out.is_dir():
-        raise ReportError(f"{out} is a folder; name the HTML file")
+        raise ReportError(f"{out} is a folder; fix: name the HTML file")
     if out.exists():
         with out.open("rb") as file:
             beginning = file.read(_BEGINNING_BYTES)
         if b": cartridge report</title>" not in beginning:
-            raise ReportError(f"{out} is there and is no report; name another file with --out")
+            raise ReportError(f"{out} is there and is no report; fix: name another file with --out")
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -174,7 +174,7 @@ def read_run(folder: Path) -> Run:
         ReportError: there is no such folder, no metrics, or a file is malformed.
     """
     if not folder.is_dir():
-        raise ReportError(f"{folder} is no folder of a run; name the one with its {METRICS_FILE}")
+        raise ReportError(f"{folder} is no folder of a run; fix: name one with its {METRICS_FILE}")
     evaluated = _evaluation_folder(folder)
     return Run(
         folder,
@@ -193,7 +193,7 @@ def _evaluation_folder(run: Path) -> Path:
     if len(found) > 1:
         raise ReportError(
             f"{run} holds two evaluations, {EVALUATION_FILE} and evaluation/{EVALUATION_FILE}; "
-            "move one away"
+            "fix: move one away"
         )
     return found[0] if found else run
 
@@ -210,7 +210,7 @@ def read_metrics(path: Path) -> Metrics:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ReportError(
-            f"{path} is not there: train with trainer.logger=[console,file] and "
+            f"{path} is not there; fix: train with trainer.logger=[console,file] and "
             f"VERL_FILE_LOGGER_PATH={path}"
         ) from None
     except UnicodeDecodeError as error:
@@ -222,7 +222,7 @@ def read_metrics(path: Path) -> Metrics:
         step, data = _read_line(line, f"{path}:{number}")
         by_step.setdefault(step, {}).update(data)
     if not by_step:
-        raise ReportError(f"{path} holds no step: the run has not finished its first one")
+        raise ReportError(f"{path} holds no step; fix: wait until the run has finished its first")
     return Metrics(dict(sorted(by_step.items())))
 
 
@@ -231,7 +231,7 @@ def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ReportError(
-            f"{place}: not JSON ({error}). Delete a line that a killed run left half written"
+            f"{place}: not JSON ({error}); fix: delete a line that a killed run left half written"
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("data"), dict):
         raise ReportError(f'{place}: expected {{"step": N, "data": {{...}}}}, found {line[:80]!r}')

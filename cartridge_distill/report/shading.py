@@ -11,7 +11,7 @@ from pydantic import BaseModel, field_validator
 
 SHADING_FILE = "document_kl.json"
 LEVELS = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Nats from which on a token has the next darker ground."""
+"""Nats from which on a token has the next stronger ground."""
 
 
 class Document(BaseModel):

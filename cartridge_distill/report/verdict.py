@@ -266,7 +266,8 @@ def _room(evaluation: Evaluation) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}".replace("-0", "0") if abs(share) < 0.005 else f"{100 * share:.0f}"
+    """In whole per cent, with a minus sign as typographers set it, and none before a zero."""
+    return f"{round(100 * share)}".replace("-", "\N{MINUS SIGN}")
 
 
 def of_several(comparison: Comparison | None, axis: TokenAxis | None) -> Verdict:

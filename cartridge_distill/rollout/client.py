@@ -134,7 +134,7 @@ class TokasaurusClient:
                 if now >= deadline:
                     raise ServerUnreachable(
                         f"no inference server at {self.url} after {now - start:.0f} s "
-                        f"(last: {cause}). {HOW_TO_START}"
+                        f"(last: {cause}); {HOW_TO_START}"
                     )
                 await asyncio.sleep(min(pause, max(0.0, deadline - now)))
                 pause = min(pause * 1.5, 3.0)

@@ -42,12 +42,12 @@ from cartridge_distill.util.server_url import checked_url
 logger = logging.getLogger(__name__)
 
 HOW_TO_START = (
-    "Start one with `cartridge-distill serve --model MODEL`, or a real one (docs/serving.md), and "
-    "name its URL (--server; TOKASAURUS_URL for the run script)"
+    "fix: start one with `cartridge-distill serve --model MODEL`, or a real one (docs/serving.md), "
+    "and name its URL (--server; TOKASAURUS_URL for the run script)"
 )
 CREDENTIAL_VARIABLES = ("TOKASAURUS_API_KEY", "MODAL_PROXY_KEY", "MODAL_PROXY_SECRET")
 CREDENTIALS = (
-    "set TOKASAURUS_API_KEY to the gateway's token, and for Modal's proxy authentication "
+    "fix: set TOKASAURUS_API_KEY to the gateway's token, and for Modal's proxy authentication "
     "MODAL_PROXY_KEY and MODAL_PROXY_SECRET"
 )
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -288,8 +288,8 @@ class RetryingHttp:
                 f"{method} {self.url}{path} failed {made} times; the last time: {describe(cause)}"
             )
             if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                raise ServerUnreachable(f"{message}. {HOW_TO_START}") from cause
-            raise RolloutError(f"{message}. Look into the server's log") from cause
+                raise ServerUnreachable(f"{message}; {HOW_TO_START}") from cause
+            raise RolloutError(f"{message}; fix: look into the server's log") from cause
 
     async def _attempt(
         self,
@@ -364,12 +364,15 @@ def describe(error: BaseException | None) -> str:
 
 
 def detail(reply: Reply) -> str:
-    """The server's own words: FastAPI's ``detail``, or the beginning of the body."""
+    """The server's own words: FastAPI's ``detail``, OpenAI's ``error``, or the body's beginning."""
     try:
         body = json.loads(reply.body)
     except _NO_JSON:
         return reply.text[:300] or "no text"
     words = body.get("detail", body) if isinstance(body, dict) else body
+    error = words.get("error") if isinstance(words, dict) else None
+    if isinstance(error, dict) and isinstance(error.get("message"), str):
+        words = error["message"]
     # A lone surrogate of the server's could not be printed.
     return str(words)[:600].encode(errors="replace").decode()
 

@@ -60,8 +60,8 @@ def check_own(folder: Path, written: Sequence[str]) -> None:
     """
     if folder.is_symlink() or not (folder / OWNED).is_file():
         raise FileExistsError(
-            f"{folder} is there and holds files that this command did not write; name another "
-            "folder with --out, or move it away"
+            f"{folder} is there and holds files that this command did not write; fix: name "
+            "another folder with --out, or move it away"
         )
     strange = [
         path.relative_to(folder).as_posix()
@@ -73,7 +73,8 @@ def check_own(folder: Path, written: Sequence[str]) -> None:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise FileExistsError(
             f"{folder} is this program's and holds files that it did not write: "
-            f"{', '.join(strange[:3])}{more}; move them away, or name another folder with --out"
+            f"{', '.join(strange[:3])}{more}; fix: move them away, or name another folder with "
+            "--out"
         )
 
 
@@ -92,7 +93,10 @@ def _is_of(path: PurePath, written: Sequence[str]) -> bool:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Can a folder be made, and written to? Asked before the work; nothing is made.
+    """Can a folder be made, and written to? Asked before the work; nothing is left behind.
+
+    The rights of a folder do not tell: root has them in ``/proc`` and on a disk that is read-only,
+    where nobody can write. So a file without a name is made where the folder is, or is to be.
 
     Args:
         option: that named it, for the message.
@@ -105,10 +109,13 @@ def check_writable(folder: Path, option: str) -> None:
         there = there.parent
     if not there.is_dir():
         raise ConfigError(f"{option} {folder}: {there} is no folder; fix: give another {option}")
-    if not os.access(there, os.W_OK | os.X_OK):
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
         raise ConfigError(
-            f"{option} {folder}: {there} cannot be written to; fix: give another {option}"
-        )
+            f"{option} {folder}: {there} cannot be written to ({error.strerror}); fix: give "
+            f"another {option}"
+        ) from None
 
 
 def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bool) -> None:
@@ -119,7 +126,10 @@ def replace_directory(target: Path, write: Callable[[Path], None], overwrite: bo
         DiskFull: there is no room for it; what was there before is untouched.
     """
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is already there; a written version is never changed")
+        raise FileExistsError(
+            f"{target} is already there, and a written version is never changed; fix: name "
+            "another, or --overwrite it where the command has that option"
+        )
     with named_disk(target.parent):
         _replace_directory(target, write)
 

@@ -8,7 +8,7 @@ from cartridge_distill.util.errors import CartridgeDistillError
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 IS_ONE = (
-    "is a Git LFS pointer, not the file itself: the folder was cloned without Git LFS. Run "
+    "is a Git LFS pointer, not the file itself: the folder was cloned without Git LFS; fix: run "
     "`git lfs pull` there, or download the file again"
 )
 _LARGEST = 1024  # bytes, by the specification of Git LFS

@@ -23,23 +23,28 @@ def checked_url(url: str) -> str:
     bare = url.strip().rstrip("/")
     if not bare.startswith(("http://", "https://")):
         shown = _after_user(bare) if "@" in bare else bare
-        raise ConfigError(f"server URL {shown!r} must begin with http:// or https://")
+        raise ConfigError(
+            f"server URL {shown!r} is no address; fix: begin it with http:// or https://"
+        )
     # Before anything is read or shown of it: a password may hold whatever ends a host.
     if "@" in bare:
         raise ConfigError(
             f"the server URL to {_after_user(bare)!r} holds a user or a password, which would be "
-            "shown wherever the URL is. Leave them out; the gateway's token goes into "
+            "shown wherever the URL is; fix: leave them out, the gateway's token goes into "
             "TOKASAURUS_API_KEY, Modal's pair into MODAL_PROXY_KEY and MODAL_PROXY_SECRET"
         )
     try:
         parts = urllib.parse.urlsplit(bare)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"server URL {url!r} cannot be read: {error}") from None
+        raise ConfigError(
+            f"server URL {url!r} cannot be read: {error}; fix: write http://host:port"
+        ) from None
     if parts.query or parts.fragment or bare.endswith(("?", "#")):
         shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
         raise ConfigError(
-            f"the server URL {shown!r} has a query or a fragment behind it; give the address alone"
+            f"the server URL {shown!r} has a query or a fragment behind it; fix: give the "
+            "address alone"
         )
     if parts.path.endswith("/v1"):
         raise ConfigError(
@@ -47,7 +52,7 @@ def checked_url(url: str) -> str:
             f"{bare.removesuffix('/v1')}"
         )
     if not host or any(character.isspace() for character in bare):
-        raise ConfigError(f"server URL {bare!r} names no host")
+        raise ConfigError(f"server URL {bare!r} names no host; fix: write http://host:port")
     return bare
 
 

@@ -35,7 +35,8 @@ def test_every_table_is_printed(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = metrics_file(tmp_path)
-    status = packing.main(["--model", str(model_folder), *SMALL, "--metrics", str(path)])
+    more = ["--metrics", str(path), "--read", "9", "80"]
+    status = packing.main(["--model", str(model_folder), *SMALL, *more])
     printed = capsys.readouterr().out
     assert status == 0, printed
     lines = [line for line in printed.splitlines() if line.count("x ") == 1]
@@ -48,10 +49,23 @@ def test_every_table_is_printed(
         assert f"{kind} lengths: {len(names)} ways agree" in printed
     assert "teacher: 2 ways agree" in printed
     assert "document read with each sample" in printed
+    assert printed.count("keys and values of the largest: 3 ways agree") == 2
+    assert "(e) reading a document of 80 tokens" in printed and "plain products" in printed
+    assert "prompts: 2 ways agree" in printed and "prompts' KV kept" in printed
     assert f"torch {torch.__version__}" in printed and "threads" in printed
     [rollout] = [line for line in printed.splitlines() if line.strip().startswith("rollout")]
     assert rollout.split() == ["rollout", "5.00", "2.00", "50%"]
     assert "in update: loss" in printed
+
+
+def test_one_way_of_one_table(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["--tables", "student", "--cpu-seconds", "--threads", "1", "--ways"]
+    command = ["--model", str(model_folder), *SMALL, *one]
+    assert packing.main([*command, "packed, grouped"]) == 0
+    printed = capsys.readouterr().out
+    assert "one by one" not in printed and "teacher" not in printed and "load: " in printed
+    assert packing.main([*command, "packed, twice"]) == 1
+    assert "--ways 'packed, twice' is not known here" in capsys.readouterr().err
 
 
 def test_ways_that_disagree_are_not_timed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -17,8 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import PreTrainedModel
 
+from cartridge_distill.cli.opened import Shown
+from cartridge_distill.cli.terminal import beside
 from cartridge_distill.model.demo_model import FOLDER, cache_dir
 from tests.cli.made import QUESTIONS, made_run
 from tests.tiny import save_model, tiny_model
@@ -92,6 +96,16 @@ class InTerminal:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(30)
         os.close(self._here)
+
+
+def test_a_long_word_is_shown_whole() -> None:
+    word = "https://example.org/" + "abcdefghij" * 6
+    console = Console(width=96, file=io.StringIO())
+    console.print(beside([Shown(name, 0, 0) for name in "abc"], [word, "", word], ["", "", ""]))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [line.split("\u2502") for line in printed.splitlines() if "\u2502" in line]
+    for column in (1, 3):
+        assert "".join(row[column].strip() for row in rows) == word
 
 
 @pytest.fixture

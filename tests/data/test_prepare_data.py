@@ -62,7 +62,7 @@ def test_no_prompt_is_longer_than_the_training_takes(
         lengths = [len(render_prompt(read_tokenizer(model), prompt)) for prompt in prompts]
         assert 100 < max(lengths) <= 140
     assert prepare_data.main(command(model, tmp_path / "no", "--prompt-tokens", "9")) == 1
-    assert "over --prompt-tokens 9; the shortest has" in capsys.readouterr().err
+    assert "over --prompt-tokens 9 (the shortest has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "documents.jsonl"])
@@ -245,9 +245,9 @@ def test_records_from_a_url_and_patients_from_a_list(
         (["--data", __file__], "not a kind that is read (.py; known: .txt"),
         (["--data", "absent"], "absent cannot be read"),
         (["--held-out", "0.2"], "belongs to --recipe self_study, not to started"),
-        (["--recipe", "self_study"], "needs --server URL"),
+        (["--recipe", "self_study"], "self_study needs a server of the base model; fix: "),
         (["--recipe", "self_study"], "cartridge-distill serve --model"),
-        (["--recipe", "self_study", "--server", "http://127.0.0.1:9"], "--held-out FRACTION, not"),
+        (["--recipe", "self_study", "--server", "http://127.0.0.1:9"], "--held-out FRACTION"),
         (["--teacher-context", "0"], "0 tokens are left for a document"),
         (["--teacher-context", "3"], "too small for any text"),
         (["--response-tokens", "4000"], "-416 tokens are left for a document"),

@@ -99,13 +99,13 @@ def test_the_place_of_the_right_answer_is_drawn_by_the_seed(tmp_path: Path) -> N
     ("content", "says"),
     [
         ([], "holds no question"),
-        ({"question": "?"}, "must be a JSON list"),
-        ([["When?", "1871"]], "question 1: must be an object"),
-        ([{**BUILT, "answr": "1"}], "'answr' is unknown; did you mean 'answer'"),
+        ({"question": "?"}, "fix: write a JSON list"),
+        ([["When?", "1871"]], "question 1 is a list; fix: write an object"),
+        ([{**BUILT, "answr": "1"}], "'answr' is unknown; fix: did you mean 'answer'"),
         ([{"question": "When?"}], "'answer' is missing"),
         ([{**BUILT, "answer": None}], "'answer' is null"),
         ([{**BUILT, "answer": " "}], "'answer' is empty"),
-        ([{**BUILT, "wrong": 7}], "'wrong' must be a list"),
+        ([{**BUILT, "wrong": 7}], "'wrong' is 7; fix: write a list"),
         ([{**BUILT, "wrong": ["1871"]}], "stands there twice"),
         ([OIL], "nothing to choose from but the right answer 'rapeseed oil'"),
         ([BUILT, {**BUILT, "question": "when was it built"}], "is asked in .*question 1 already"),
@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: Any, says: s
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("question,answer\nWhen, or where?,1871\n", ":2: 3 values for 2 columns; put quotes"),
+        ("question,answer\nWhen, or where?,1871\n", ":2: 3 values for 2 columns; fix: put quotes"),
         ("question,answer,answer\na,b,c\n", "'answer' stands there twice"),
         ("question,right\na,b\n", "'right' is unknown"),
         ("question\na\n", "'answer' is missing"),
@@ -157,7 +157,7 @@ def test_a_document_is_named_by_id_name_or_title(tmp_path: Path) -> None:
     for named, says in (
         ("light.md", r"may be 'guides/light.md', 'tools/light.md'"),
         ("guides/dork.md", "did you mean 'guides/dark.md'"),
-        (None, "there are 3 documents; say with 'document'"),
+        (None, "there are 3 documents; fix: say with 'document'"),
     ):
         path = write(tmp_path, "q.json", [{**BUILT, "document": named}])
         with pytest.raises(ConfigError, match=says):
@@ -350,7 +350,7 @@ def test_prepare_keeps_the_questions_from_the_prompts(
     ("more", "says"),
     [
         (("--questions", "nowhere.csv"), "there is no such file"),
-        (("--write-questions", "8"), "--write-questions needs --server"),
+        (("--write-questions", "8"), "--write-questions needs a server of the base model"),
         (("--server", "http://127.0.0.1:9"), "--server belongs to --recipe self_study and to"),
     ],
 )

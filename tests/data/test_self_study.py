@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
         assert row.prompt[0]["content"].startswith(clean(origin["text"]))
     again = [*command(study_folder, killed, "http://127.0.0.1:9"), "--wait", "0.1"]
     assert prepare_data.main(again) == 1
-    assert "Start one with" in capsys.readouterr().err
+    assert "fix: start one with" in capsys.readouterr().err
 
 
 async def write(

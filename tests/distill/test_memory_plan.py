@@ -58,6 +58,7 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
         lambda _: [0] * step.document_tokens,
         max_cached=step.documents_kept,
         backend=step.backend,
+        prompt_mib=step.prompts_kept_mib,
     )
     shape = (*shape[:2], step.document_tokens, shape[3])
     count = step.row_tokens // step.longest
@@ -75,6 +76,11 @@ def measure(config: Any, step: StepShape, explain: bool = False) -> LiveStorages
             ]
             teacher._cache[f"kept {number}"] = Prefix(*parts)
         del parts
+        if teacher.prompts is not None:  # as it is from the first step on
+            one = torch.empty(shape[1], 1, shape[3], dtype=step.dtype, device="cuda")
+            for number in range(text.num_hidden_layers):
+                teacher.prompts._tensors(number, one, one)
+            del one
         for parameter in cartridge.trainable_parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments
@@ -170,7 +176,7 @@ def test_memory_of_the_backends_that_keep_attention_weights(
 ) -> None:
     """No two tokens have the same past here, which meta tensors could not tell."""
 
-    def all_computed(batch: Any) -> tuple[Any, Any]:
+    def all_computed(batch: Any, *_: Any) -> tuple[Any, Any]:
         return np.arange(batch.num_tokens), np.arange(batch.num_tokens)
 
     monkeypatch.setattr(layout, "_shared_beginnings", all_computed)
@@ -224,11 +230,21 @@ def test_several_ranks_share_the_weights() -> None:
     assert two.stages["loss"]["documents' KV"] == one.stages["loss"]["documents' KV"]
 
 
+def test_kept_prompts_take_what_they_may_where_they_are_kept() -> None:
+    without = plan_of_3b(backend="grouped", prompts_kept_mib=0)
+    kept = plan_of_3b(backend="grouped", prompts_kept_mib=1024)
+    token = 2 * DecoderShape.of(config_of("llama")).kv_numbers
+    assert 0 <= 1024 * 2**20 - (kept.peak - without.peak) < token
+    assert any("MiB of prompts kept 1024 -> 0: 1.00 GiB less" in line for line in kept.advice())
+    assert plan_of_3b(prompts_kept_mib=1024).peak == plan_of_3b(prompts_kept_mib=0).peak
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"row_tokens": 0}, "row_tokens=0: must be at least 1"),
         ({"trained_tokens": 9000}, "trained_tokens=9000: must be 1 to row_tokens=8192"),
+        ({"prompts_kept_mib": -1}, "prompts_kept_mib=-1: must be 0 or more"),
         ({"backend": "sdpa"}, "backend='sdpa': choose flex, grouped or dense"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.general import BARE
+from cartridge_distill.distill.kept_prompts import settle
 from cartridge_distill.distill.loss import TeacherTopK, get_loss
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.model.forward import packed_forward
@@ -102,6 +103,52 @@ def test_a_documents_kv_is_computed_once_and_kept_within_bounds() -> None:
     assert tight.prefills == 2
     tight.score(sequences[:1], response_masks[:1], ["b"], 3)
     assert tight.prefills == 3
+
+
+def test_prompts_are_computed_once_and_score_the_same() -> None:
+    """Mixed documents and a general row; the answers differ from call to call."""
+    model = prepare_model(tiny_model("qwen3"))
+    keeping, forgetful = teacher(model, begin=[1, 7]), teacher(model, begin=[1, 7], prompt_mib=0)
+    assert keeping.prompts is not None and forgetful.prompts is None
+    sequences, response_masks, _ = samples()
+    ids = ["b", BARE, "b", "a"]
+    for seed in range(3):
+        for sequence, mask in zip(sequences, response_masks, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            sequence[mask] = torch.randint(3, VOCAB, (int(mask.sum()),), generator=generator)
+        got, expected = (
+            judge.score(sequences, response_masks, ids, 7, 1.5, chosen_at=0.7)
+            for judge in (keeping, forgetful)
+        )
+        torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.chosen, expected.chosen, atol=1e-5, rtol=0)
+        assert not got.logprobs.requires_grad
+    prompts = (5 - 1) + (3 - 1) + (1 - 1) + (2 - 1)  # a prompt's last token is computed each time
+    assert (keeping.prompts.computed, keeping.prompts.found) == (prompts, 2 * prompts)
+    assert keeping.prompts.bytes <= 256 * 2**20
+
+
+def test_settled_prompts_are_those_that_were_kept() -> None:
+    """Rows by document, each prompt once; where tokens had to go, none is kept any more."""
+    keeping = teacher(begin=[1, 7])
+    sequences, response_masks, _ = samples()
+    ids = ["b", BARE, "b", "a"]
+    keeping.score(sequences, response_masks, ids, 3)
+    assert keeping.prompts is not None and keeping.settled == []
+    settle(keeping)
+    prompts = [sequences[0][:4].tolist(), sequences[1][:2].tolist(), sequences[3][:1].tolist()]
+    rows = [("b", prompts[:1]), (BARE, prompts[1:2]), ("a", prompts[2:])]
+    assert keeping.settled == rows and len(keeping.prompts) == 7
+    settle(keeping)  # nothing is new
+    keeping.score(sequences, response_masks, ids, 3)
+    assert keeping.settled == rows and keeping.prompts.found == 7
+    keeping.prompts.evicted = 1
+    settle(keeping)
+    assert (keeping.settled, len(keeping.prompts)) == ([], 0)
+
+
+def test_other_attention_keeps_no_prompts() -> None:
+    assert teacher(backend="dense").prompts is None and teacher(backend="flex").prompts is None
 
 
 def test_the_oracle_has_no_loss_and_no_gradient() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def test_the_best_validated_step_becomes_the_runs_cartridge(tmp_path: Path) -> N
     result = publish(tmp_path / "run", checkpoints, 6)
     assert read_meta(result.cartridge)["step"] == 4 and "lowest of 3" in result.line()
     assert read_meta(result.cartridge)["metrics"]["chosen"]["kl"] == 0.5
+    assert "before training" not in result.line()
+    for before, told in ((0.9, False), (0.4, True)):  # a training that made it worse says so
+        row = {"step": 0, "data": {"val/kl": before}}
+        (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        said = publish(tmp_path / "run", checkpoints, 6).line()
+        assert (f"before training it was {before:.3f}, which is no higher" in said) == told
     assert read_meta(publish(tmp_path / "run", checkpoints, 6, True).cartridge)["step"] == 6
     result = publish(tmp_path / "run", checkpoints, 6)
     assert read_best(checkpoints, 3) == BestStep(2, 0.9, 1)  # later ones: a timeline that was left

@@ -111,14 +111,14 @@ def test_the_file_and_the_flags_say_the_same_and_flags_win(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("tokns: 3\nlearning: 4", "unknown: tokns, learning. Known: batch, "),
+        ("tokns: 3\nlearning: 4", "unknown: tokns, learning; fix: give one of batch, "),
         ("tokens: many", "tokens: 'many' is not a whole number"),
         ("tokens: 1.5", "tokens: 1.5 is not a whole number"),
         ("tokens: true", "tokens: True is not a whole number"),
         ("lr: 2e-2", "YAML reads 2e-2 as a text: write 0.02"),
         ("server: [1]", "server: [1] is no list of texts"),
         ("save-every: 1\nsave_every: 2", "save_every is there twice"),
-        ("- tokens", "one setting a line"),
+        ("- tokens", "fix: write one a line"),
         ("a: [", "cannot be read"),
     ],
 )
@@ -133,10 +133,10 @@ def test_a_file_that_is_wrong_is_refused(tmp_path: Path, written: str, said: str
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--tokens", "0"], "--tokens 0: give 1 or more"),
-        (["--lr", "-1"], "--lr -1.0: give more than 0"),
+        (["--tokens", "0"], "--tokens 0 is too few; fix: give 1 or more"),
+        (["--lr", "-1"], "--lr -1.0 is too little; fix: give more than 0"),
         (["--temperature", "-0.5"], "--temperature -0.5"),
-        (["topk"], "'topk' is no override of veRL's: write name=value"),
+        (["topk"], "'topk' is no override of veRL's; fix: write name=value"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(
@@ -148,7 +148,9 @@ def test_a_value_that_cannot_be_is_refused(
 
 def test_a_file_may_not_name_a_device_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("device: tpu")
-    with pytest.raises(ConfigError, match="--device tpu: give one of cuda, cpu"):
+    with pytest.raises(
+        ConfigError, match="--device tpu: there is none; fix: give one of cuda, cpu"
+    ):
         launch.parse(["--config", str(tmp_path / "run.yaml")])
 
 
@@ -183,7 +185,7 @@ def test_a_gpu_is_asked_for_only_of_the_machine_that_trains(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(checks.NotReady, match="use --device cpu"):
+    with pytest.raises(checks.NotReady, match="fix: --device cpu"):
         checks.check_device(Run(), {})
     checks.check_device(Run(), {"RAY_ADDRESS": "head:6379"})
     checks.check_device(Run(overrides=("trainer.nnodes=2",)), {})
@@ -331,9 +333,9 @@ def test_a_run_that_saves_nothing_says_so(
         (["data.train_max_samples=4"], "4 rows, data.train_batch_size=8"),
         (["trainer.val_only=True"], "nothing would be trained"),
         (["--prompt-tokens", "20"], "16 prompts are over 20 tokens .row 0 has 58"),
-        (["data.no_such_setting=1"], "veRL's settings cannot be read.*no_such_setting"),
-        (["data.shufle=False"], "(?s)'data.shufle'.*fix: did you mean data.shuffle"),
-        (["data.bananas=1"], "(?s)'data.bananas'.*fix: .*--show-config"),
+        (["data.no_such_setting=1"], "data.no_such_setting: veRL has no setting of this name; fix"),
+        (["data.shufle=False"], "data.shufle: .*; fix: did you mean data.shuffle"),
+        (["data.bananas=1"], "data.bananas: .*; fix: .*--show-config"),
         (["--model", "no/such/folder"], "no/such/folder: there is no such folder"),
     ],
 )

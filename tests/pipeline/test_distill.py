@@ -41,14 +41,20 @@ def typed(patched: Path, tmp_path: Path) -> Typed:
     ("changes", "said"),
     [
         ({"DOCUMENTS": "handbok"}, "there is no such file or folder; fix: did you mean .*handbook"),
+        ({"DOCUMENTS": "notes"}, "notes: not a kind that is read .*; fix: save it as"),
+        ({"--questions": "none.csv"}, "--questions none.csv: there is no such file; fix: "),
+        ({"--questions": "bad.csv"}, "'anwser' is unknown; fix: did you mean 'answer'"),
         ({"--model": "./no/such"}, "--model ./no/such: there is no such folder; fix:"),
         ({"--out": "file/run"}, "is no folder; fix: give another --out"),
-        ({"--tokens": "17"}, "num_tokens=17: .*multiple"),
+        ({"--tokens": "17"}, "--tokens 17 is no multiple of 16.*fix: give 16 or 32"),
         ({"--tokens": "4096"}, "--tokens 4096: the cartridge begins .*fix: give --tokens 144"),
-        ({"--steps": "0"}, "--steps 0: give 1 or more"),
+        ({"--steps": "0"}, "--steps 0 is too few; fix: give 1 or more"),
         ({"--log-to": "excel"}, "excel is no logger here"),
-        ({"--server": "http://127.0.0.1:9", "--wait": "0.1"}, "(?s)127.0.0.1:9.*how to get a"),
-        ({"override": "data.shufle=False"}, "(?s)data.shufle.*did you mean data.shuffle"),
+        (
+            {"--server": "http://127.0.0.1:9", "--wait": "0.1"},
+            "127.0.0.1:9 .*; fix: .*or leave --server out",
+        ),
+        ({"override": "data.shufle=False"}, "data.shufle: .*; fix: did you mean data.shuffle"),
         ({"--stps": "3"}, "--stps: no such option; fix: did you mean --steps"),
     ],
 )
@@ -66,6 +72,8 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "check_verl", lambda: None)
     (tmp_path / "file").touch()
+    (tmp_path / "notes").write_text("A file without an ending.")
+    (tmp_path / "bad.csv").write_text("question,anwser\nWhen?,Now\n")
     before = sorted(tmp_path.rglob("*"))
     given = {"--model": str(model_folder), "--out": "run"}
     words = [str(changes.pop("DOCUMENTS", handbook)), *SMALL]
@@ -90,7 +98,7 @@ def test_a_dry_run_says_the_cost_and_writes_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("2 steps x 4 answers x at most 4 = 32", "GiB are free", "s a step", "disk:"):
         assert words in done.stdout
-    assert "nothing was written" in done.stdout
+    assert "nothing was written" in done.stdout and "Wrote" not in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -107,7 +115,10 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     print(done.stdout)
     run = tmp_path / "runs" / "mine"
     lines = done.stdout.splitlines()
-    assert len(lines) < 45 and sum(line.startswith("   step ") for line in lines) == 2
+    assert sum(line.startswith("   step ") for line in lines) == 2
+    # The demo has 36 steps, and says which model it gets; a slow machine says that it still waits.
+    said = [line for line in lines if not line.endswith(" s ...")]
+    assert len(said) - 2 + 36 + 1 < 60
     assert "held out: KL" in done.stdout and "before step 1: KL" in done.stdout
     assert "3 versions served (the first, and one a step)" in done.stdout
     assert "trained cartridge" in done.stdout

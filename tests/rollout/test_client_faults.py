@@ -58,6 +58,12 @@ def test_what_cannot_pass_is_not_tried_again(script: Script, code: int) -> None:
     assert len(script.requests) == 1
 
 
+def test_the_words_of_openais_errors_are_shown_without_the_rest(script: Script) -> None:
+    script.steps = [script.status(401, b'{"error": {"message": "no token", "type": "x"}}')]
+    with pytest.raises(RolloutError, match="HTTP 401: no token; fix: set TOKASAURUS_API_KEY"):
+        ask(script.url)
+
+
 def test_a_server_that_hangs(script: Script) -> None:
     script.steps = [script.hang]
     quick = replace(FAST, read_timeout_s=0.1, max_attempts=2)

@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from cartridge_distill.util.processor import DtypeChoice
 from tests.training.conftest import write_rows
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
@@ -23,6 +24,7 @@ from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 from verl_patches.pipeline.stages import environment_of
 
 OPTIM = "actor_rollout_ref.actor.optim"
+CARTRIDGE = "actor_rollout_ref.actor.cartridge"
 
 
 @pytest.fixture
@@ -91,11 +93,40 @@ def test_on_a_gpu_server_and_trainer_compute_alike(
     assert found["VERL_PLATFORM"] == ""
 
 
+def test_bfloat16_on_a_cpu_is_compared_with_the_rounding(
+    patched: Path, model_folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(["--dtype", "bfloat16"], patched, model_folder, out)
+    check_run_config(config)
+    actor = config.actor_rollout_ref.actor
+    assert (config.trainer.device, actor.fsdp_config.model_dtype) == ("cpu", "bfloat16")
+    assert actor.cartridge.max_logprob_diff is None
+    assert capsys.readouterr().out.startswith("== dtype: bfloat16 (as asked; this CPU has ")
+    own = ["--dtype", "bfloat16", f"{CARTRIDGE}.max_logprob_diff=0.7"]
+    config = configured(own, patched, model_folder, out)
+    assert config.actor_rollout_ref.actor.cartridge.max_logprob_diff == 0.7
+
+
+@pytest.mark.parametrize("server", [None, "http://127.0.0.1:9"])
+def test_the_dtype_on_a_cpu_follows_from_the_processor(
+    server: str | None,
+    model_folder: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A server that is there already has the dtype that it was started with."""
+    choice = DtypeChoice("bfloat16", "this CPU has AMX")
+    monkeypatch.setattr("verl_patches.distill.choose_dtype", lambda _: choice)
+    found = settings(["--server", server] if server else [], model_folder, out)
+    assert found.dtype == ("bfloat16" if server is None else "float32")
+    assert f"== dtype: {found.dtype} (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
         (["--device", "cuda"], "sees no GPU here"),
-        (["--device", "cpu", "--dtype", "bfloat16"], "--dtype bfloat16 needs --device cuda"),
     ],
 )
 def test_a_device_that_cannot_be_is_refused(

@@ -12,9 +12,10 @@ from tensordict import TensorDict
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
 from cartridge_distill.util.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
-from tests.verl.engine_rig import TEMPERATURE, rollouts, step
+from tests.verl.engine_rig import SHAPES, TEMPERATURE, rollouts, step
 from verl_patches.actor.initial_cartridge import initial_document
 from verl_patches.hooks import distill_loss
 
@@ -41,6 +42,10 @@ def test_steps_lower_the_loss_and_touch_the_cartridge_alone(engine: Any) -> None
     assert losses[-1] < losses[0] * 0.9
     assert engine.step == 4
     assert engine.teacher.prefills == 2  # two documents, four steps
+    # The prompts of all steps are the first one's; the last token of each is computed again.
+    prompts = sum(prompt - 1 for prompt, _, _ in SHAPES)
+    assert out["metrics"]["teacher_prompt_tokens/computed"] == [0.0]
+    assert out["metrics"]["teacher_prompt_tokens/kept"] == [float(prompts)]
 
 
 def test_micro_batches_add_up_to_one_batch(engine: Any) -> None:
@@ -145,6 +150,7 @@ def test_who_wrote_a_token_does_not_change_its_loss(engine: Any) -> None:
     gradients = []
     for by_teacher in ([], [0, 2]):
         data = rollouts(engine, by_teacher=by_teacher)
+        engine.teacher.prompts.clear()  # else the second time has other sums
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(data, distill_loss)
         gradients.append([p.grad.clone() for p in engine.cartridge.trainable_parameters()])
@@ -273,3 +279,22 @@ def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
     settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
     with pytest.raises(ConfigError, match="holds 2 documents; set actor.cartridge.init_document"):
         initial_document(settings, engine.teacher.documents.ids)
+
+
+def test_a_run_may_begin_with_the_cartridge_of_another(build: Any, tmp_path: Path) -> None:
+    """As `distill --rebuild` does: the same numbers, step 0, and training goes on from there."""
+    first = build()
+    step(first, rollouts(first))
+    meta = CartridgeMeta(base_model="tiny", step=1)
+    saved = save_cartridge(first.cartridge, tmp_path / "old", meta)
+    begins: dict[str, Any] = {"init": "checkpoint", "checkpoint_path": str(saved)}
+    engine = build(**begins)
+    assert (engine.step, engine.version) == (0, 0)
+    for name, tensor in first.cartridge.state_dict().items():
+        assert torch.equal(engine.cartridge.state_dict()[name], tensor), name
+    step(engine, rollouts(engine, seed=1))
+    assert engine.step == 1
+    moved = engine.cartridge.trainable_keys[0] - first.cartridge.trainable_keys[0]
+    assert moved.abs().max() > 0
+    with pytest.raises(ConfigError, match="holds 32 tokens, actor.cartridge.num_tokens is 48"):
+        build(**begins, num_tokens=48)

@@ -24,7 +24,7 @@ def said(engine: Any, row: int | None = 4096) -> str:
 
 @pytest.fixture
 def engine(build: Callable[..., Any]) -> Any:
-    return build(init="random")
+    return build(init="random", teacher_cache_prompt_mib=32)
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -50,8 +50,9 @@ def test_what_fits_and_what_may_not(engine: Any, monkeypatch: pytest.MonkeyPatch
     assert line.startswith("a step takes at most 0.")
     assert line.endswith("the GPU has 80.00 GiB for it")
     with_free(monkeypatch, 2**20)
-    with pytest.raises(ConfigError, match=f"{LIMIT} 4096 -> 2048"):
+    with pytest.raises(ConfigError, match=f"{LIMIT} 4096 -> 2048") as refused:
         said(engine)
+    assert "actor.cartridge.teacher_cache_prompt_mib 32 -> 0: 0.03 GiB less" in str(refused.value)
 
 
 def test_a_row_of_which_all_is_trained_may_not_fit(

@@ -49,6 +49,7 @@ class Scenario:
     settings: dict[str, Any] = field(default_factory=dict)
     micro_batches: int = 1
     by_teacher: tuple[int, ...] = ()
+    prompts_come_again: bool = False
     behind: tuple[int, ...] = ()  # rows that the version before has written, once there is one
 
     def data(
@@ -63,7 +64,7 @@ class Scenario:
             made.append(
                 rollouts(
                     engine,
-                    number,
+                    0 if self.prompts_come_again else number,
                     ROWS,
                     take=mine,
                     micro_batch=size,
@@ -104,6 +105,8 @@ SCENARIOS = {
         behind=(0,),
     ),
     "uneven, accumulated": Scenario([TWO_AND_FOUR], micro_batches=2),
+    # The teacher computes answers alone from the second step on.
+    "prompts come again": Scenario([([2, 6], [0, 1, 3])], prompts_come_again=True),
     "two steps a batch": Scenario([UNEVEN, ([5], [4])], {"max_staleness": 1}),
     "two steps, accumulated": Scenario(
         [TWO_AND_FOUR, EVEN], {"max_staleness": 1, "teacher_cache_documents": 1}, micro_batches=2
@@ -126,6 +129,9 @@ def run(model: Path, folder: Path, name: str, rank: int | None) -> list[dict[str
         out = step(engine, *SCENARIOS[name].data(engine, number, rank, before))
         before = now
         found.append(summary(engine, out))
+    if SCENARIOS[name].prompts_come_again:
+        assert out["metrics"]["teacher_prompt_tokens/computed"] == [0.0]
+        assert out["metrics"]["teacher_prompt_tokens/kept"][0] > 0
     engine.save_checkpoint(str(folder / name / "actor"), global_step=STEPS)
     return found
 

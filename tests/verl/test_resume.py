@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cartridge_distill.cartridge.checkpoint import read_meta
 from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.sync.versions import new_run_id
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
-from tests.verl.engine_rig import loss_of, rollouts, step
+from tests.verl.engine_rig import SHAPES, loss_of, rollouts, step
 from verl_patches.rollout import run_ids
 from verl_patches.trainer import run_folder
 
@@ -63,6 +64,34 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
         resumed.cartridge.state_dict().values(), engine.cartridge.state_dict().values(), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+def test_prompts_that_the_teacher_keeps_change_no_bit_of_a_resumed_run(
+    build: Any, tmp_path: Path
+) -> None:
+    """Which tokens are computed decides the order of sums: both have the same ones after a save.
+
+    Prompts of two seeds, an older one of them at the end; saved twice, resumed from the second.
+    """
+    shapes: list[Any] = [*SHAPES, (6, 4, None), (4, 2, None)]
+
+    def train_on(engine: Any, seeds: Sequence[int]) -> list[tuple[float, float]]:
+        out = [step(engine, rollouts(engine, seed, shapes)) for seed in seeds]
+        return [(loss_of(o), o["metrics"]["grad_norm"]) for o in out]
+
+    engine = build()
+    for seed in (0, 1):
+        train_on(engine, [seed, seed])
+        engine.save_checkpoint(str(tmp_path / "actor"), global_step=2 * seed + 2)
+    resumed = build()
+    resumed.load_checkpoint(str(tmp_path / "actor"))
+    kept = engine.teacher.prompts
+    assert len(kept) == len(resumed.teacher.prompts) == 2 * sum(n - 1 for n, _, _ in shapes)
+    computed = kept.computed
+    assert train_on(engine, [1, 0]) == train_on(resumed, [1, 0])
+    assert kept.computed == computed  # all were there
+    state, other = engine.cartridge.state_dict(), resumed.cartridge.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
 def test_random_numbers_go_on(build: Any, tmp_path: Path) -> None:

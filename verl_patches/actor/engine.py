@@ -122,6 +122,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             max_cached=self.settings.teacher_cache_documents,
             backend=self.settings.attention,
             begin=begin_of_text(self.model_config.tokenizer),
+            prompt_mib=self.settings.teacher_cache_prompt_mib,
         )
         check_memory(self, module, _say)
         compile_attention(module, self.settings.attention, partial(self._around, module), _say)
@@ -200,6 +201,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         self.checks.begin_batch()
         self.own_versions.begin_batch()
         self._sums.begin()
+        prompts = self._prompt_tokens()
         self._stage.take()
         start = time.perf_counter()
         output: dict[str, Any] = super().train_batch(data, loss_function)
@@ -210,6 +212,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             "frozen_tokens_changed": float(self._frozen_changed()),
             "staleness_max": float(max(staleness, self.own_versions.oldest)),
             "teacher_prefills": float(self.teacher.prefills),
+            **{name: count - prompts[name] for name, count in self._prompt_tokens().items()},
             "attention_graphs": float(len(graphs())),
             **self._sums.means(self.teacher.device),
             **{f"seconds/{stage}": value for stage, value in seconds.items()},
@@ -217,6 +220,16 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         # veRL expects a list a metric: one value a micro-batch, gathered over the ranks.
         output["metrics"].update({name: [value] for name, value in own.items()})
         return output
+
+    def _prompt_tokens(self) -> dict[str, float]:
+        """Tokens of prompts that the teacher computed and that it had kept, so far."""
+        kept = self.teacher.prompts
+        if kept is None:
+            return {}
+        return {
+            "teacher_prompt_tokens/computed": float(kept.computed),
+            "teacher_prompt_tokens/kept": float(kept.found),
+        }
 
     def _frozen_changed(self) -> bool:
         pairs = zip(self._frozen_before, self._frozen_tokens(), strict=True)
@@ -361,6 +374,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         """
         if weights_checksum(self.module) != self._base_before:
             raise RuntimeError("the frozen base model's weights changed during training")
+        engine_state.keep_on(self)
         if self.rank == 0:
             engine_state.save(self, Path(local_path))
         torch.distributed.barrier()

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from torch import Tensor
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_cartridge, save_cartridge
 from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.data.records import Document
+from cartridge_distill.distill.kept_prompts import settle, settle_again
 from cartridge_distill.distill.training_state import (
     TrainingState,
     load_state,
@@ -24,6 +26,7 @@ from cartridge_distill.distill.training_state import (
     save_state,
     set_rng_state,
 )
+from cartridge_distill.model.kept_tokens import Row
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory
 from cartridge_distill.util.same_settings import check_same_settings
@@ -84,6 +87,7 @@ def save(engine: Any, directory: Path) -> None:
         optimizer=_optimizer_tensors(engine),
         rng=rng_state(engine.cartridge.trainable_keys[0].device),
         settings=settings_of(engine),
+        prompts=engine.teacher.settled,
     )
     meta = _meta(engine)
 
@@ -110,6 +114,29 @@ def _meta(engine: Any) -> CartridgeMeta:
         recipe=_settings(engine),
         model_fingerprint=engine.model_fingerprint,
     )
+
+
+def keep_on(engine: Any) -> None:
+    """Before a save: what the teacher keeps of prompts becomes a function of the checkpoint.
+
+    Every rank has prompts of its own, and one of them writes: several keep none over a save.
+    """
+    if _several_ranks():
+        keep_again(engine, [])
+    else:
+        settle(engine.teacher)
+
+
+def keep_again(engine: Any, prompts: list[Row]) -> None:
+    """After a load: the teacher keeps the checkpoint's prompts and no others."""
+    if engine.teacher.prompts is not None:
+        engine.teacher.prompts.clear()
+    settle_again(engine.teacher, [] if _several_ranks() else prompts)
+
+
+def _several_ranks() -> bool:
+    """A plain loop (training/study) has no process group."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
@@ -148,6 +175,7 @@ def restore(engine: Any, directory: Path) -> None:
     _set_schedule(engine.lr_scheduler, state.schedule)
     set_rng_state(state.rng, engine.cartridge.trainable_keys[0].device)
     engine.step, engine.version = state.step, state.version
+    keep_again(engine, state.prompts)
 
 
 def _names(engine: Any) -> list[str]:

@@ -22,6 +22,7 @@ KEYS = {
     "row_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "gradient_checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
     "documents_kept": "actor_rollout_ref.actor.cartridge.teacher_cache_documents",
+    "prompts_kept_mib": "actor_rollout_ref.actor.cartridge.teacher_cache_prompt_mib",
     "cartridge_tokens": "actor_rollout_ref.actor.cartridge.num_tokens",
 }
 """What veRL's users call the fields of :class:`StepShape`."""
@@ -68,6 +69,7 @@ def check_memory(engine: Any, module: Any, say: Callable[[str], None]) -> None:
         document_tokens=len(teacher.document_ids(longest)),
         documents=len(documents.ids),
         documents_kept=settings.teacher_cache_documents,
+        prompts_kept_mib=settings.teacher_cache_prompt_mib,
         dtype=next(module.parameters()).dtype,
         backend=resolve_backend(settings.attention, teacher.device),
         gradient_checkpointing=engine.model_config.enable_gradient_checkpointing,

@@ -36,18 +36,29 @@ def check(run: Run) -> None:
     check_servers(run)
 
 
+def check_first(run: Run) -> None:
+    """What is known at once: before a server is waited for, and before the settings are read.
+
+    Raises:
+        ConfigError, NotReady: with the fix.
+    """
+    check_loggers(run)
+    check_folder(run)
+    check_data(run)
+    if not may_be_elsewhere(run):
+        check_model_name(run.model)
+    check_device(run)
+
+
 def check_here(run: Run) -> None:
     """The machine that trains: data, settings, device, and the run's folder.
 
     Raises:
         ConfigError, NotReady: with the fix.
     """
-    check_loggers(run)
-    check_data(run)
+    check_first(run)
     check_settings(run)
     check_prompts(run)
-    check_device(run)
-    check_folder(run)
 
 
 def check_loggers(run: Run) -> None:
@@ -106,7 +117,7 @@ def check_verl() -> None:
     try:
         found = status(find_tree())
     except PatchError as error:
-        raise NotReady(f"veRL is not ready for cartridges: {error}") from error
+        raise NotReady(f"veRL is not ready for cartridges: {error}") from error  # with its fix
     wrong = [f"  {item.name}: {item.state.value}" for item in found if item.state != State.APPLIED]
     if wrong:
         raise NotReady(
@@ -115,42 +126,66 @@ def check_verl() -> None:
         )
 
 
+def may_be_elsewhere(run: Run, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the run joins a cluster, whose machines may have what this one has not."""
+    named = ("ray_kwargs.ray_init.address=", "trainer.nnodes=")
+    return bool(environ.get("RAY_ADDRESS")) or any(o.startswith(named) for o in run.overrides)
+
+
 def check_device(run: Run, environ: Mapping[str, str] = os.environ) -> None:
     """Is there a GPU for ``--device cuda``, unless the run joins a cluster that may have one?
 
     Raises:
         NotReady: there is none.
     """
-    elsewhere = ("ray_kwargs.ray_init.address=", "trainer.nnodes=")
-    if (
-        run.device != "cuda"
-        or environ.get("RAY_ADDRESS")
-        or any(override.startswith(elsewhere) for override in run.overrides)
-    ):
+    if run.device != "cuda" or may_be_elsewhere(run, environ):
         return
     import torch  # seconds, which a run on a CPU need not wait for
 
     if not torch.cuda.is_available():
         raise NotReady(
             f"--device cuda: torch {torch.__version__} sees no GPU here (nvidia-smi shows whether "
-            "there is one); use --device cpu"
+            "there is one); fix: --device cpu"
         )
 
 
 def check_servers(run: Run) -> None:
+    """As :func:`look_at_servers`, and where something is wrong, how to get a server.
+
+    Raises:
+        NotReady: no server is named, or one that cannot be used; with the fix.
+    """
+    check_server_named(run)
+    try:
+        look_at_servers(run)
+    except NotReady as error:
+        raise NotReady(f"{error}\n{how_to_serve(run)}") from error
+
+
+def check_server_named(run: Run) -> None:
+    """Does anything say which server writes the rollouts?
+
+    Raises:
+        NotReady: nothing does.
+    """
+    if not run.server:
+        raise NotReady(
+            f"no server to write the rollouts; fix: give --server URL\n{how_to_serve(run)}"
+        )
+
+
+def look_at_servers(run: Run) -> None:
     """Does every server answer, and is there a way to it for new versions?
 
     Raises:
-        NotReady: no server is named, one does not answer, or takes no versions; with the fix.
+        NotReady: one does not answer, or takes no versions; with the fix.
     """
-    if not run.server:
-        raise NotReady(f"no server to write the rollouts: give --server URL.\n{how_to_serve(run)}")
     if run.sync_dir is not None:
         folder = run.sync_dir.expanduser().absolute()
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise NotReady(
-                f"--sync-dir {folder} is no directory that can be written to: mount the server's "
-                "cartridge directory there, or leave it out and upload to a gateway"
+                f"--sync-dir {folder} is no directory that can be written to; fix: mount the "
+                "server's cartridge directory there, or leave it out and upload to a gateway"
             )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # "waiting for the ..."
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -158,7 +193,7 @@ def check_servers(run: Run) -> None:
         try:
             asyncio.run(_look(url, run))
         except RolloutError as error:
-            raise NotReady(f"{error}\n{how_to_serve(run)}") from error
+            raise NotReady(str(error)) from error
 
 
 async def _look(url: str, run: Run) -> None:
@@ -173,11 +208,13 @@ async def _look(url: str, run: Run) -> None:
 def how_to_serve(run: Run) -> str:
     """Three ways to a rollout server, ready to paste."""
     model = shlex.quote(run.model)
-    gpu = " --device cuda --dtype bfloat16" if run.device == "cuda" else ""
+    dtype = " --device cuda --dtype bfloat16" if run.device == "cuda" else ""
+    if run.device == "cpu" and run.dtype == "bfloat16":
+        dtype = " --dtype bfloat16"
     return f"""\
 how to get a server (docs/serving.md has more; TOKASAURUS_API_KEY is the same here and there):
   the embedded server behind the gateway, on any machine:
-    {program()} serve --model {model} --host 0.0.0.0{gpu}
+    {program()} serve --model {model} --host 0.0.0.0{dtype}
   Tokasaurus behind the gateway, on a GPU machine:
     python -m cartridge_distill.gateway --backend tokasaurus --model {model} --host 0.0.0.0
   the same on Modal:
@@ -192,7 +229,9 @@ def missing_data(run: Run) -> list[Path]:
         ConfigError: no data was named.
     """
     if run.data is None:
-        raise ConfigError("no data: give --data FOLDER, which `cartridge-distill prepare` writes")
+        raise ConfigError(
+            "no data; fix: give --data FOLDER, which `cartridge-distill prepare` writes"
+        )
     names = ["train.parquet", "val.parquet", "documents.jsonl"]
     if run.test_every:
         names.append("eval.json")
@@ -209,8 +248,8 @@ def check_data(run: Run) -> None:
     if missing := missing_data(run):
         write = f"{program()} prepare --data DOCUMENTS --tokenizer {shlex.quote(run.model)}"
         raise NotReady(
-            f"the data are not whole: {', '.join(map(str, missing))} not found. Write them:\n"
-            f"    {write} --out {shlex.quote(str(missing[0].parent))}"
+            f"the data are not whole: {', '.join(map(str, missing))} not found; fix: write them "
+            f"with `{write} --out {shlex.quote(str(missing[0].parent))}`"
         )
 
 

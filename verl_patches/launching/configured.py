@@ -42,20 +42,21 @@ def configuration(run: Run) -> DictConfig:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             return compose(CONFIG_NAME, overrides=[search, *overrides(run)])
     except (HydraException, OmegaConfBaseException) as error:
-        fix = _nearest_key(str(error), run) if run.overrides else ""
-        raise ConfigError(f"veRL's settings cannot be read: {error}{fix}") from error
+        raise ConfigError(_what_is_wrong(str(error), run)) from error
     finally:
         GlobalHydra.instance().hydra = before
 
 
-def _nearest_key(said: str, run: Run) -> str:
-    """Which key was probably meant, where Hydra knows none of that name."""
-    match = _UNKNOWN.search(said)
+def _what_is_wrong(said: str, run: Run) -> str:
+    """In one line; of a key that Hydra does not know, which one was probably meant."""
+    listed = "`cartridge-distill train --show-config` lists them"
+    match = _UNKNOWN.search(said) if run.overrides else None
     if match is None:
-        return ""
+        return f"veRL's settings cannot be read: {' '.join(said.split())}; fix: {listed}"
+    key = match[1].lstrip("+~")
     known = keys_of(configuration(replace(run, overrides=())))
-    otherwise = "`cartridge-distill train --show-config` lists them"
-    return f"\n{did_you_mean(match[1].lstrip('+~'), known, otherwise)}"
+    fix = did_you_mean(key, known, f"{listed}, and +{key}=... adds one that is not there")
+    return f"{key}: veRL has no setting of this name; {fix}"
 
 
 def keys_of(config: Any, before: str = "") -> list[str]:

@@ -5,11 +5,12 @@ The best is the saved step with the lowest validation KL. Where no validation ra
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER
+from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, METRICS_FILE
 from cartridge_distill.util.best_step import BestStep, read_best
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_directory
@@ -26,12 +27,14 @@ class Result:
         step: whose it is.
         last: step of the run.
         best: what the validations said; None where none ran on a saved step.
+        untrained_kl: of the validation before the first step; None where there was none.
     """
 
     cartridge: Path
     step: int
     last: int
     best: BestStep | None
+    untrained_kl: float | None = None
 
     def line(self) -> str:
         """For a person."""
@@ -40,6 +43,11 @@ class Result:
         else:
             count = self.best.validations
             why = f"the lowest of {count} validations, KL {self.best.kl:.3f}"
+            if self.untrained_kl is not None and self.untrained_kl <= self.best.kl:
+                why += (
+                    f"; before training it was {self.untrained_kl:.3f}, which is no higher: try "
+                    "more --steps, or another --lr"
+                )
         return f"{shorter(self.cartridge)} (step {self.step} of {self.last}: {why})"
 
 
@@ -98,4 +106,15 @@ def publish(run: Path, checkpoints: Path, last: int, choose_last: bool = False) 
 
     target = run / CARTRIDGE_FOLDER
     replace_directory(target, write, overwrite=True)
-    return Result(target, step, last, best)
+    return Result(target, step, last, best, _untrained_kl(run))
+
+
+def _untrained_kl(run: Path) -> float | None:
+    """Validation KL before the first step, as the run's log has it."""
+    try:
+        lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    rows = [json.loads(line) for line in lines if line.strip()]
+    found = [row["data"].get("val/kl") for row in rows if row["step"] == 0]
+    return float(found[0]) if found and found[0] is not None else None

@@ -43,7 +43,9 @@ def check_saved(run: Run) -> None:
     try:
         saved = dict(json_text.load(file)["recipe"])
     except (json_text.JsonError, KeyError, TypeError, ValueError) as error:
-        raise CartridgeFormatError(f"{file} is damaged: {error}") from error
+        raise CartridgeFormatError(
+            f"{file} is damaged: {error}; fix: name another --out, or delete the checkpoint"
+        ) from error
     now = {name: found for name in saved if (found := _value(config, name)) is not _UNKNOWN}
     check_same_settings(
         {name: saved[name] for name in now},

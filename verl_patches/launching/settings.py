@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.secrecy import named_secrets
 from cartridge_distill.util.server_url import checked_url
@@ -130,15 +131,27 @@ class Run:
         for name in ("tokens", "batch", "steps", "prompt_tokens", "response_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} {value}: give 1 or more")
+                raise ConfigError(f"{flag(name)} {value} is too few; fix: give 1 or more")
+        if self.tokens % PAGE_TOKENS:
+            less = self.tokens // PAGE_TOKENS * PAGE_TOKENS
+            near = [str(count) for count in (less, less + PAGE_TOKENS) if count]
+            raise ConfigError(
+                f"--tokens {self.tokens} is no multiple of {PAGE_TOKENS}, the page size of the "
+                f"real server; fix: give {' or '.join(near)}"
+            )
         if not self.lr > 0:
-            raise ConfigError(f"--lr {self.lr}: give more than 0")
+            raise ConfigError(f"--lr {self.lr} is too little; fix: give more than 0")
         if self.temperature < 0:
-            raise ConfigError(f"--temperature {self.temperature}: give 0 (greedy) or more")
+            raise ConfigError(
+                f"--temperature {self.temperature} is too little; fix: give 0 (greedy) or more"
+            )
         for about in fields(self):
             value, choices = getattr(self, about.name), about.metadata["choices"]
             if choices and value is not None and value not in choices:
-                raise ConfigError(f"{flag(about.name)} {value}: give one of {', '.join(choices)}")
+                raise ConfigError(
+                    f"{flag(about.name)} {value}: there is none; fix: give one of "
+                    f"{', '.join(choices)}"
+                )
         unknown = [name for name in self.loggers if name not in LOGGERS]
         if self.log_to is not None and (unknown or not self.loggers):
             raise ConfigError(
@@ -148,7 +161,7 @@ class Run:
         for override in self.overrides:
             if not _OVERRIDE.fullmatch(override) or not ("=" in override or override[0] == "~"):
                 raise ConfigError(
-                    f"{override!r} is no override of veRL's: write name=value, e.g. "
+                    f"{override!r} is no override of veRL's; fix: write name=value, e.g. "
                     f"{_ACTOR}.cartridge.topk=50"
                 )
         for url in self.server:
@@ -184,7 +197,7 @@ def _check_no_secrets(texts: Sequence[str]) -> None:
             what = "a URL with a user or a password" if "URL" in names else names[0]
             raise ConfigError(
                 f"{name}: {what} is a credential, and would stand in the list of processes, in "
-                "veRL's log and in Ray's. Export it in the environment instead "
+                "veRL's log and in Ray's; fix: export it in the environment "
                 "(TOKASAURUS_API_KEY, MODAL_PROXY_KEY, MODAL_PROXY_SECRET, HF_TOKEN, WANDB_API_KEY)"
             )
 
@@ -244,9 +257,13 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
+        raise ConfigError(
+            f"--config {path} cannot be read: {error}; fix: name a file of YAML in UTF-8"
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: write one setting a line, such as `tokens: 2048`")
+        raise ConfigError(
+            f"--config {path} holds no settings; fix: write one a line, such as `tokens: 2048`"
+        )
     known = {about.name for about in fields(Run)}
     settings: dict[str, Any] = {}
     strange = []
@@ -255,14 +272,14 @@ def read_file(path: Path) -> dict[str, Any]:
         if name not in known:
             strange.append(str(key))
         elif name in settings:
-            raise ConfigError(f"--config {path}: {key} is there twice")
+            raise ConfigError(f"--config {path}: {key} is there twice; fix: keep one")
         elif value is not None:
             settings[name] = _checked(path, name, value)
     if strange:
         names = ", ".join(sorted(name.replace("_", "-") for name in known))
         raise ConfigError(
-            f"--config {path}: unknown: {', '.join(strange)}. Known: {names}; veRL's own settings "
-            "stand in the list `overrides`"
+            f"--config {path}: unknown: {', '.join(strange)}; fix: give one of {names}; veRL's own "
+            "settings stand in the list `overrides`"
         )
     return settings
 
@@ -285,7 +302,9 @@ def _checked(path: Path, name: str, value: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(item, str) for item in values):
             return tuple(values)
-        raise ConfigError(f"--config {path}: {shown}: {value!r} is no list of texts")
+        raise ConfigError(
+            f"--config {path}: {shown}: {value!r} is no list of texts; fix: write [one, two]"
+        )
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -293,5 +312,5 @@ def _checked(path: Path, name: str, value: Any) -> Any:
     if isinstance(value, kind) and not isinstance(value, bool):
         return value
     wanted = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}[kind]
-    hint = "; YAML reads 2e-2 as a text: write 0.02" if kind is float else ""
-    raise ConfigError(f"--config {path}: {shown}: {value!r} is not {wanted}{hint}")
+    hint = " (YAML reads 2e-2 as a text: write 0.02)" if kind is float else ""
+    raise ConfigError(f"--config {path}: {shown}: {value!r} is not {wanted}; fix: give one{hint}")

@@ -29,21 +29,44 @@ _CARTRIDGES_ON_DISK = 3 * 5 + 5
 
 
 def check_documents(documents: str) -> None:
-    """Is there anything of that name? What is in it, reading tells.
+    """Is there anything of that name, of a kind that is read? What is in it, reading tells.
 
     Raises:
         ConfigError: there is not.
+        DocumentError: it is of another kind.
     """
     if documents == "longhealth" or documents.startswith(("http://", "https://")):
         return
     path = Path(documents).expanduser()
     if path.exists():
+        if path.suffix.lower() != ".json":  # records
+            from cartridge_distill.data.documents.reading import check_kind  # --help needs none
+
+            check_kind(path)
         return
     near = checks.near_names(path)
     raise ConfigError(
         f"{documents}: there is no such file or folder; fix: "
         + (f"did you mean {' or '.join(near)}?" if near else "name a file or folder of documents")
     )
+
+
+def check_questions(questions: str) -> None:
+    """Is there a file of questions, and is each entry what it must be?
+
+    Raises:
+        ConfigError: it is not; its document is looked for when the documents are read.
+    """
+    path = Path(questions).expanduser()
+    if not path.is_file():
+        near = checks.near_names(path)
+        raise ConfigError(
+            f"--questions {questions}: there is no such file; fix: "
+            + (f"did you mean {' or '.join(near)}?" if near else "name another, or none")
+        )
+    from cartridge_distill.data.questions.reading import check_file  # --help needs no reader
+
+    check_file(path)
 
 
 def check_first(settings: Distillation) -> None:
@@ -60,7 +83,12 @@ def check_first(settings: Distillation) -> None:
     checks.check_verl()
     configuration(run)  # a mistyped setting of veRL's
     if settings.server is not None:
-        checks.check_servers(run)
+        try:
+            checks.look_at_servers(run)
+        except checks.NotReady as error:
+            raise checks.NotReady(
+                f"{error}; or leave --server out, and one is started here"
+            ) from None
 
 
 def check_model(settings: Distillation) -> Any:

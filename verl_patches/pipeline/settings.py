@@ -106,10 +106,6 @@ class Distillation:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype == "bfloat16" and self.device == "cpu":
-            raise ConfigError(
-                "--dtype bfloat16 needs --device cuda; fix: leave it out, a CPU trains in float32"
-            )
         if (self.engine == "vllm") != (self.engine_python is not None):
             raise ConfigError(
                 "--engine vllm and --engine-python PATH go together; fix: give both "

@@ -38,6 +38,7 @@ _SPARE_TOKENS = 64  # of vLLM's context: a validation asks for longer answers
 _SHOWN_LINES = 6
 _MOST_ERROR_LINES = 20
 _FOR_TRAIN = "name one behind the train command"
+_WROTE = re.compile(r"^Wrote (.* prompts) to .*")
 _ERROR = re.compile(r"(?:\w*Error|error|refused): ")
 
 
@@ -95,6 +96,8 @@ def prepare_data(
     # The last is for who trains with another command.
     lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
     lines = [line for line in lines if " dropped: " not in line or " 0 dropped" not in line]
+    # They lie in ``scratch`` so far, and after a dry run nowhere.
+    lines = [_WROTE.sub(r"\1", line) for line in lines]
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]

@@ -102,7 +102,7 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
         FileExistsError: it is there and ``overwrite`` is false.
     """
     if path.suffix != ".pt":
-        raise CartridgeFormatError(f"{path}: the name of a file that ends in .pt is wanted")
+        raise CartridgeFormatError(f"{path} is no name for a .pt file; fix: end it in .pt")
     data = {
         name: [tensor.detach() for tensor in tensors]
         for name, tensors in cartridge.snapshot.parts.items()

@@ -85,7 +85,9 @@ def marked_blocks(text: str, form: Form) -> list[Block]:
         DocumentError: an unknown form.
     """
     if form not in get_args(Form):
-        raise DocumentError(f"The form {form!r} is unknown; one of {', '.join(get_args(Form))}.")
+        raise DocumentError(
+            f"the form {form!r} is unknown; fix: one of {', '.join(get_args(Form))}"
+        )
     return list((_markdown if form == "markdown" else _plain)(text))
 
 

@@ -65,7 +65,9 @@ def chunk_text(text: str, budget: int, length: Callable[[str], int], form: Form)
         DocumentError: the text is empty, or not even one character fits the budget.
     """
     if not text.strip():
-        raise DocumentError("The text is empty: there is nothing to cut into pieces.")
+        raise DocumentError(
+            "the text is empty, and cannot be cut into pieces; fix: give one with words"
+        )
     places = [*boundaries(text, form), Boundary(len(text), Strength.CHAPTER)]
     offsets = [place.offset for place in places]
     fitting = Fitting(lambda start, end: length(text[start:end].strip()), budget)
@@ -105,8 +107,8 @@ def _inside_sentence(text: str, start: int, end: int, budget: int, fitting: Fitt
         if reach is not None:
             return offsets[reach]
     raise DocumentError(
-        f"A budget of {budget} tokens is too small for any text: the tokens around a document "
-        "alone are as many. Allow more."
+        f"a budget of {budget} tokens is too small for any text, for the tokens around a document "
+        "alone are as many; fix: allow more"
     )
 
 

@@ -78,8 +78,8 @@ def _marked(data: bytes, name: str) -> Decoded | None:
                 return Decoded(data.decode(encoding), encoding)
             except UnicodeDecodeError as error:
                 raise DocumentError(
-                    f"{name} begins as {encoding} text, but not all of it is ({error}). "
-                    "Save it as UTF-8 with an editor, or take it out."
+                    f"{name} begins as {encoding} text, but not all of it is ({error}); "
+                    "fix: save it as UTF-8 with an editor, or take it out"
                 ) from error
     return None
 

@@ -26,6 +26,6 @@ def one_document(path: Path, say: Callable[[str], None] = lambda line: None) -> 
         names = ", ".join(source.document_id for source in sources[:_SHOWN])
         more = ", ..." if len(sources) > _SHOWN else ""
         raise DocumentError(
-            f"{path} holds {len(sources)} documents ({names}{more}); name a file with one"
+            f"{path} holds {len(sources)} documents ({names}{more}); fix: name a file with one"
         )
     return sources[0]

@@ -82,12 +82,12 @@ def read_page(data: bytes, name: str) -> Page:
             notes.append(f"{_percent(kept, visible)} of the visible text kept")
     except RecursionError as error:
         raise DocumentError(
-            f"{name} nests its tags too deeply to be read. Save the page as text."
+            f"{name} nests its tags too deeply to be read; fix: save the page as text"
         ) from error
     if not text.strip():
         raise DocumentError(
-            f"{name} is a page without text. If a script fills it, save it from a browser once it "
-            "is shown, or as PDF."
+            f"{name} is a page without text; fix: if a script fills it, save it from a browser "
+            "once it is shown, or as PDF"
         )
     return Page(title, text, tuple(notes))
 

@@ -66,13 +66,13 @@ def read_pdf(data: bytes, name: str) -> Pdf:
     empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
     if len(empty) == len(pages):
         raise DocumentError(
-            f"{name} has no text on any of its {len(pages)} pages: a scan. Run OCR over it first "
-            "(ocrmypdf in.pdf out.pdf)."
+            f"{name} has no text on any of its {len(pages)} pages: a scan; fix: run OCR over it "
+            "first (ocrmypdf in.pdf out.pdf)"
         )
     if quality.faults and quality.badness > _HOPELESS:
         raise DocumentError(
-            f"{name} gives no readable text ({'; '.join(quality.faults)}). Run OCR over it "
-            "(ocrmypdf --force-ocr in.pdf out.pdf), or save it as text from a viewer."
+            f"{name} gives no readable text ({'; '.join(quality.faults)}); fix: run OCR over "
+            "it (ocrmypdf --force-ocr in.pdf out.pdf), or save it as text from a viewer"
         )
     if empty:
         more = ", ..." if len(empty) > _PAGES_NAMED else ""
@@ -94,8 +94,8 @@ def _opened(data: bytes, name: str) -> PdfReader:
         reader = PdfReader(BytesIO(data))
         if reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED:
             raise DocumentError(
-                f"{name} is encrypted, and opens with a password only. Save it without one "
-                "(qpdf --decrypt --password=... in.pdf out.pdf)."
+                f"{name} is encrypted, and opens with a password only; fix: save it without "
+                "one (qpdf --decrypt --password=... in.pdf out.pdf)"
             )
         return reader
 
@@ -109,8 +109,8 @@ def _attempt(action: Callable[[], T], name: str) -> T:
         raise
     except Exception as e:  # The parser fails in as many ways as files are broken; all end here.
         raise DocumentError(
-            f"{name} is no PDF that can be read ({type(e).__name__}: {e}). Open it in a viewer and "
-            "print it to a new PDF, or take it out."
+            f"{name} is no PDF that can be read ({type(e).__name__}: {e}); fix: open it in a "
+            "viewer and print it to a new PDF, or take it out"
         ) from e
 
 

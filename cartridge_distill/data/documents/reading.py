@@ -79,11 +79,8 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
             `skip_unreadable`, some file of a known kind cannot be; every such file is named.
     """
     if not path.exists():
-        raise DocumentError(f"{path} does not exist. Name a file or a folder of documents.")
-    if path.is_file() and path.suffix.lower() not in KINDS:
-        raise DocumentError(f"{path}: {_unknown_kind(path)}; records are read from .json files.")
-    if not path.is_file() and not path.is_dir():
-        raise DocumentError(f"{path} is no file (a pipe, a socket or a device). Save it as one.")
+        raise DocumentError(f"{path} does not exist; fix: name a file or a folder of documents")
+    check_kind(path)
     files = [path] if path.is_file() else _files_below(path)
     root = path.parent if path.is_file() else path
     documents: dict[str, ReadFile] = {}
@@ -109,8 +106,8 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
         raise DocumentError(
             "\n- ".join(
                 [
-                    f"{len(refused)} of {len(files)} files cannot be read (--skip-unreadable "
-                    "leaves such files out):",
+                    f"{len(refused)} of {len(files)} files cannot be read; fix: what each "
+                    "line says, or --skip-unreadable, which leaves such files out:",
                     *refused,
                 ]
             )
@@ -118,9 +115,24 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
     if not documents:
         reasons = "".join(f"\n- {line}" for line in skipped)
         raise DocumentError(
-            f"{path} has no document in it: no readable {', '.join(KINDS)} file.{reasons}"
+            f"{path} has no document in it; fix: name one with a readable {', '.join(KINDS)} file"
+            f"{reasons}"
         )
     return Reading(tuple(documents.values()), tuple(skipped))
+
+
+def check_kind(path: Path) -> None:
+    """Is it a folder, or a file of a kind that is read? Its name alone is looked at.
+
+    Raises:
+        DocumentError: it is neither.
+    """
+    if path.is_file() and path.suffix.lower() not in KINDS:
+        raise DocumentError(f"{path}: {_refused_kind(path)} (records with questions: .json)")
+    if not path.is_file() and not path.is_dir():
+        raise DocumentError(
+            f"{path} is no file (a pipe, a socket or a device); fix: save it as one"
+        )
 
 
 def read_file(path: Path, document_id: str | None = None) -> ReadFile:
@@ -131,18 +143,20 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
     """
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise DocumentError(f"{path}: {_unknown_kind(path)}.")
+        raise DocumentError(f"{path}: {_refused_kind(path)}")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DocumentError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DocumentError(
+            f"{path} cannot be read: {error.strerror}; fix: make it readable, or take it out"
+        ) from error
     if not data.strip():
-        raise DocumentError(f"{path} is empty. Put text in, or take it out.")
+        raise DocumentError(f"{path} is empty; fix: put text in, or take it out")
     if is_pointer(data):
         raise DocumentError(about(path))
     title, text, notes, form = kind(data, str(path))
     if not text.strip():
-        raise DocumentError(f"{path} holds no text. Put some in, or take it out.")
+        raise DocumentError(f"{path} holds no text; fix: put some in, or take it out")
     text = text.strip("\n").rstrip()
     text = text if form == "plain" else text.strip()
     return ReadFile(document_id or path.name, title or path.stem, text, form, tuple(notes))
@@ -187,6 +201,11 @@ def _unknown_kind(path: Path) -> str:
     if ending in _CONVERTED:
         said += f"; convert it first: pandoc FILE{ending} -o FILE.md, or save it as PDF or HTML"
     return said
+
+
+def _refused_kind(path: Path) -> str:
+    said, convert, how = _unknown_kind(path).partition("; convert it first: ")
+    return f"{said}; fix: {how if convert else 'save it as one of them'}"
 
 
 # --- one function a kind: bytes and name to (title or None, text, notes, form) --------------------

@@ -160,7 +160,7 @@ def load_sources(data: str, say: Say, skip_unreadable: bool = False) -> list[Sou
     """
     if not data.strip():
         raise ConfigError(
-            "--data is empty, and would mean this folder. Name the data; . is this folder."
+            "--data is empty, and would mean this folder; fix: name the data (. is this folder)"
         )
     path = Path(data)
     remote = data == "longhealth" or data.startswith(("http://", "https://"))
@@ -210,9 +210,9 @@ def _records_text(data: str, say: Say) -> str:
         return json_text.decode(Path(data).read_bytes())
     except (OSError, json_text.JsonError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"{data} cannot be read: {error}. Give with --data a JSON file of records or its URL, "
-            f"a folder of documents, or one document ({', '.join(KINDS)}). Without a network, copy "
-            "LongHealth's data/benchmark_v5.json to this machine."
+            f"{data} cannot be read: {error}; fix: give with --data a JSON file of records or its "
+            f"URL, a folder of documents, or one document ({', '.join(KINDS)}). Without a network, "
+            "copy LongHealth's data/benchmark_v5.json to this machine"
         ) from error
 
 
@@ -229,8 +229,8 @@ def _download(url: str) -> bytes:
         if asked.userinfo and _origin(request.url) != _origin(asked):
             raise ConfigError(
                 f"{asked.host} redirects to {request.url.host}, and the URL of the data holds a "
-                "user or a password, which is not for that host, port or scheme: give the other "
-                "one's URL"
+                "user or a password, which is not for that host, port or scheme; fix: give the "
+                "other one's URL"
             )
 
     with httpx.Client(follow_redirects=True, timeout=60, event_hooks={"request": [stay]}) as http:
@@ -252,7 +252,7 @@ def choose(sources: Sequence[Source], wanted: Sequence[str] | None) -> list[Sour
     by_id = {source.document_id: source for source in sources}
     for name in wanted:
         if name not in by_id:
-            raise ConfigError(f"There is no patient {name!r}; there are: {', '.join(by_id)}.")
+            raise ConfigError(f"there is no patient {name!r}; fix: name one of {', '.join(by_id)}")
         if wanted.count(name) > 1:
-            raise ConfigError(f"--patients names {name!r} twice.")
+            raise ConfigError(f"--patients names {name!r} twice; fix: name it once")
     return [by_id[name] for name in wanted]

@@ -81,7 +81,7 @@ def add_questions(sources: Sequence[Source], path: Path, seed: int) -> list[Sour
             if key in before:
                 raise ConfigError(
                     f"{asked.where}: {asked.question!r} is asked in {before[key]} already, about "
-                    "the same document; keep one of the two"
+                    "the same document; fix: keep one of the two"
                 )
             before[key] = asked.where
     return [
@@ -96,19 +96,30 @@ def add_questions(sources: Sequence[Source], path: Path, seed: int) -> list[Sour
     ]
 
 
+def check_file(path: Path) -> None:
+    """All that can be known of a file of questions before the documents are read.
+
+    Raises:
+        ConfigError: it cannot be read, or an entry is not what it must be.
+    """
+    _entries(path)
+
+
 def _entries(path: Path) -> list[_Entry]:
     kind = path.suffix.lower()
     if kind not in KINDS:
-        raise ConfigError(f"--questions {path}: give a file of {', '.join(KINDS)}")
+        raise ConfigError(f"--questions {path}; fix: give a file of {', '.join(KINDS)}")
     try:
         refuse_pointers(path)
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--questions {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"--questions {path} cannot be read: {error.strerror}; fix: name another file"
+        ) from error
     readers = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _json_lines}
     found = [_checked(where, row) for where, row in readers[kind](data, path)]
     if not found:
-        raise ConfigError(f"--questions {path} holds no question")
+        raise ConfigError(f"--questions {path} holds no question; fix: write one, or name none")
     return found
 
 
@@ -125,7 +136,7 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
         names = [name.strip().lower() for name in next(reader, [])]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"{path}: the column {name!r} stands there twice")
+                raise ConfigError(f"{path}: the column {name!r} stands there twice; fix: keep one")
         _check_names([_base(name) for name in names], f"{path}, first line")
         for values in reader:
             where = f"{path}:{reader.line_num}"
@@ -133,8 +144,8 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
                 continue
             if len(values) != len(names):
                 raise ConfigError(
-                    f"{where}: {len(values)} values for {len(names)} columns; put quotes around a "
-                    f"text that holds {delimiter!r}"
+                    f"{where}: {len(values)} values for {len(names)} columns; fix: put quotes "
+                    f"around a text that holds {delimiter!r}"
                 )
             row: dict[str, Any] = {name: [] for name in _LISTS}
             for name, value in zip(names, values, strict=True):
@@ -144,7 +155,9 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
                     row[name] = value
             yield where, row
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+        raise ConfigError(
+            f"{path}:{reader.line_num}: not CSV: {error}; fix: save it as CSV"
+        ) from error
 
 
 def _base(name: str) -> str:
@@ -160,8 +173,8 @@ def _json_rows(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"--questions {path} {error}") from error
     if not isinstance(rows, list):
         raise ConfigError(
-            f"--questions {path} must be a JSON list of objects with {_listed(_NEEDED)}; it holds "
-            f"a {type(rows).__name__}. Records in LongHealth's schema go to --data"
+            f"--questions {path} holds a {type(rows).__name__}; fix: write a JSON list of objects "
+            f"with {_listed(_NEEDED)}. Records in LongHealth's schema are documents, not questions"
         )
     for number, row in enumerate(rows, 1):
         yield f"{path}, question {number}", row
@@ -179,7 +192,7 @@ def _json_lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
 def _checked(where: str, row: Any) -> _Entry:
     """Raises ConfigError for a name that is unknown or missing, and a value that is no text."""
     if not isinstance(row, Mapping):
-        raise ConfigError(f"{where}: must be an object, not a {type(row).__name__}")
+        raise ConfigError(f"{where} is a {type(row).__name__}; fix: write an object")
     _check_names(list(row), where)
     return _Entry(
         where,
@@ -199,7 +212,7 @@ def _texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list):
         raise ConfigError(
-            f"{where}: {name!r} must be a list of texts, not {json.dumps(value)[:60]}"
+            f"{where}: {name!r} is {json.dumps(value)[:60]}; fix: write a list of texts"
         )
     return tuple(_text(text, name, where) for text in values)
 
@@ -208,10 +221,10 @@ def _check_names(names: Sequence[Any], where: str) -> None:
     for name in names:
         if name not in _NAMES:
             near = difflib.get_close_matches(str(name), _NAMES, 1)
-            meant = f"did you mean {near[0]!r}?" if near else f"known: {_listed(_NAMES)}"
-            raise ConfigError(f"{where}: {name!r} is unknown; {meant}")
+            meant = f"did you mean {near[0]!r}?" if near else f"one of {_listed(_NAMES)}"
+            raise ConfigError(f"{where}: {name!r} is unknown; fix: {meant}")
     if missing := [name for name in _NEEDED if name not in names]:
-        raise ConfigError(f"{where}: {_listed(missing)} is missing")
+        raise ConfigError(f"{where}: {_listed(missing)} is missing; fix: add it")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -222,9 +235,9 @@ def _text(value: Any, name: str, where: str) -> str:
     """A text; a number may be one."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         shown = "null" if value is None else f"a {type(value).__name__}"
-        raise ConfigError(f"{where}: {name!r} is {shown}, not a text; fill it")
+        raise ConfigError(f"{where}: {name!r} is {shown}, not a text; fix: fill it")
     if not str(value).strip():
-        raise ConfigError(f"{where}: {name!r} is empty; fill it")
+        raise ConfigError(f"{where}: {name!r} is empty; fix: fill it")
     return " ".join(str(value).split())
 
 
@@ -242,8 +255,8 @@ def _source_of(entry: _Entry, sources: Sequence[Source]) -> Source:
         if len(sources) == 1:
             return sources[0]
         raise ConfigError(
-            f"{entry.where}: there are {len(sources)} documents; say with 'document' which one "
-            f"answers it ({_some(sources)})"
+            f"{entry.where}: there are {len(sources)} documents; fix: say with 'document' which "
+            f"one answers it ({_some(sources)})"
         )
     wanted = entry.document
     exact = [source for source in sources if wanted in (source.document_id, *_part_ids(source))]
@@ -256,11 +269,11 @@ def _source_of(entry: _Entry, sources: Sequence[Source]) -> Source:
         return found[0]
     if found:
         raise ConfigError(
-            f"{entry.where}: document {wanted!r} may be {_some(found)}; write one of these"
+            f"{entry.where}: document {wanted!r} may be {_some(found)}; fix: write one of these"
         )
     near = difflib.get_close_matches(wanted, [source.document_id for source in sources], 1)
-    meant = f"did you mean {near[0]!r}?" if near else f"there are {_some(sources)}"
-    raise ConfigError(f"{entry.where}: there is no document {wanted!r}; {meant}")
+    meant = f"did you mean {near[0]!r}?" if near else f"name one of {_some(sources)}"
+    raise ConfigError(f"{entry.where}: there is no document {wanted!r}; fix: {meant}")
 
 
 def _part_ids(source: Source) -> list[str]:
@@ -282,7 +295,7 @@ def _document_id(entry: _Entry, source: Source) -> str:
     raise ConfigError(
         f"{entry.where}: {source.document_id!r} was cut into {len(source.parts)} parts, for the "
         f"teacher does not read it whole, and {len(found)} of them hold the answer "
-        f"{entry.answer!r}; say with 'document' which one: {', '.join(_part_ids(source)[:20])}"
+        f"{entry.answer!r}; fix: say with 'document' which one: {', '.join(_part_ids(source)[:20])}"
     )
 
 

@@ -115,7 +115,7 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CartridgeFormatError, match="20 tokens are not a multiple of 16.*dies"):
         convert(odd, tmp_path / "b", "tokasaurus")
     assert read_cartridge(convert(odd, tmp_path / "p", "peft")).snapshot.num_tokens == 20
-    with pytest.raises(CartridgeFormatError, match="ends in .pt"):
+    with pytest.raises(CartridgeFormatError, match="end it in .pt"):
         convert(odd, tmp_path / "b", "hazyresearch")
     with pytest.raises(CartridgeFormatError, match="no format 'gguf'; there are native, "):
         convert(odd, tmp_path / "b", "gguf")  # type: ignore[arg-type]

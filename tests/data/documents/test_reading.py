@@ -128,11 +128,11 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "half.txt").write_bytes("Text".encode("utf-16") + b"\x00")
     (folder / "deep.html").write_text("<div>" * 5000 + "x" + "</div>" * 5000)
     return {
-        "scan.pdf": "no text on any of its 3 pages: a scan. Run OCR",
+        "scan.pdf": "no text on any of its 3 pages: a scan; fix: run OCR",
         "locked.pdf": "is encrypted, and opens with a password only",
         "cut.pdf": "is no PDF that can be read",
-        "empty.txt": "is empty. Put text in",
-        "blank.md": "is empty. Put text in",
+        "empty.txt": "is empty; fix: put text in",
+        "blank.md": "is empty; fix: put text in",
         "binary.txt": "is a binary file",
         "photo.pdf": "is no PDF that can be read",
         "script.html": "is a page without text",
@@ -216,7 +216,9 @@ def test_no_name_is_not_this_folder() -> None:
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="no document in it: no readable .txt"):
+    with pytest.raises(
+        DocumentError, match="no document in it; fix: name one with a readable .txt"
+    ):
         read_documents(tmp_path)
     (tmp_path / "sheet.xlsx").write_bytes(b"PK")
     with pytest.raises(DocumentError, match="sheet.xlsx: not a kind that is read"):

@@ -77,7 +77,7 @@ def test_fences_and_indented_code_in_markdown() -> None:
 
 
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises(DocumentError, match="'rst' is unknown; one of markdown, plain"):
+    with pytest.raises(DocumentError, match="'rst' is unknown; fix: one of markdown, plain"):
         blocks("Text.", "rst")  # type: ignore[arg-type]
 
 
