@@ -270,6 +270,7 @@ class PlainLoop:
         if weights_checksum(self.module) != self._base_before:
             raise RuntimeError("the frozen base model's weights changed during training")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        engine_state.keep_on(self)
         engine_state.save(self, folder)
 
     def restore(self, folder: Path, totals: Mapping[str, int]) -> None:

@@ -198,4 +198,5 @@ def rendered_teacher(model: Any, tokenizer: Any, documents: Any, settings: RunSe
         max_cached=settings.cartridge.teacher_cache_documents,
         backend=settings.cartridge.attention,
         begin=begin_of_text(tokenizer),
+        prompt_mib=settings.cartridge.teacher_cache_prompt_mib,
     )

@@ -37,6 +37,7 @@ class CartridgeSettings:
     kl_temperature: float = 1.0
     attention: str = "auto"
     teacher_cache_documents: int = 8
+    teacher_cache_prompt_mib: int = 256
     max_logprob_diff: float | None = 1e-3
     max_staleness: int = 0
     on_policy_fraction: Any = 1.0

@@ -121,7 +121,7 @@ def keep_on(engine: Any) -> None:
 
     Every rank has prompts of its own, and one of them writes: several keep none over a save.
     """
-    if torch.distributed.get_world_size() > 1:
+    if _several_ranks():
         keep_again(engine, [])
     else:
         settle(engine.teacher)
@@ -131,7 +131,12 @@ def keep_again(engine: Any, prompts: list[Row]) -> None:
     """After a load: the teacher keeps the checkpoint's prompts and no others."""
     if engine.teacher.prompts is not None:
         engine.teacher.prompts.clear()
-    settle_again(engine.teacher, [] if torch.distributed.get_world_size() > 1 else prompts)
+    settle_again(engine.teacher, [] if _several_ranks() else prompts)
+
+
+def _several_ranks() -> bool:
+    """A loop without process groups has one."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
