@@ -54,6 +54,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "one": write_report([demo], folder / "one.html"),
         "several": write_report(made.write_recipes(folder, seeds=2), folder / "several.html"),
+        "short": write_report(
+            [made.write_run(folder / "short", lines=made.metrics(4))], folder / "short.html"
+        ),
         "attacked": write_report([attacked(folder / "run")], folder / "attacked.html"),
     }
 
@@ -108,6 +111,15 @@ def test_steps_become_tokens(opened: Open, reports: dict[str, Path]) -> None:
     page.get_by_text("tokens", exact=True).click()
     expect(title).to_have_text("trained tokens")
     assert page.evaluate("Math.max(...document.getElementById('val-kl').data[0].x)") > 6000
+
+
+def test_the_last_step_has_its_whole_bar(opened: Open, reports: dict[str, Path]) -> None:
+    page = opened(reports["short"])
+    end, last = page.evaluate(
+        "(div => [div.layout.xaxis.range[1], Math.max(...div.data[0].x)])"
+        "(document.getElementById('stages'))"
+    )
+    assert end >= last + 0.5
 
 
 def test_several_runs_lie_on_the_same_axes(opened: Open, reports: dict[str, Path]) -> None:

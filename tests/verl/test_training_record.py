@@ -52,3 +52,17 @@ def test_it_is_in_the_cartridge(tmp_path: Path) -> None:
         ],
         "last_step": {"step": 2, "loss": 0.5, "grad_norm": 0.5, "lr": 0.02},
     }
+
+
+@pytest.mark.parametrize(("ahead", "told"), [(0, None), (2, 2)])
+def test_rollouts_ahead_are_told_of_where_there_were_any(
+    tmp_path: Path, ahead: int, told: int | None
+) -> None:
+    folder = tmp_path / "actor" / "cartridge"
+    save_cartridge(random_cartridge(tiny_model()), folder, CartridgeMeta("tiny", step=1))
+    config = OmegaConf.merge(
+        CONFIG, {"actor_rollout_ref": {"actor": {"cartridge": {"async_steps": ahead}}}}
+    )
+    add_training_record(tmp_path, config, [])  # type: ignore[arg-type]
+    recipe = read_cartridge(folder).meta.recipe
+    assert recipe is not None and recipe.get("cartridge.async_steps") == told
