@@ -248,7 +248,7 @@ def start(
 
             running.run(settings, state, supervisor, record, options.verbose)
     except KeyboardInterrupt:
-        hint = running.how_to_go_on(settings, state) if settings and state else "nothing was begun"
+        hint = running.how_to_go_on(settings, state)
         print(f"\nstopped: {hint}: {program()} {shlex.join(typed)}", flush=True)
         return 130
     except launch.TrainingFailed as error:

@@ -140,9 +140,9 @@ def print_end(settings: Distillation, state: State, took: str | None = None) -> 
     )
 
 
-def how_to_go_on(settings: Distillation, state: State) -> str:
-    """What the same command does after this one was stopped."""
-    if state.is_new:
+def how_to_go_on(settings: Distillation | None, state: State | None) -> str:
+    """What the same command does after this one was stopped; None: it had not come so far."""
+    if settings is None or state is None or state.is_new:
         return "nothing was written; the same command starts from the beginning"
     if DATA in state.done and TRAINING not in state.done:
         wanted = as_run(settings, data=Prepared(**state.facts["data"]))
