@@ -185,19 +185,22 @@ def settings_of(options: argparse.Namespace) -> Distillation:
     names = {field.name for field in fields(Distillation)} - {"overrides", "out"}
     given = {name: getattr(options, name) for name in names}
     given["device"] = options.device or ("cuda" if _sees_a_gpu() else "cpu")
-    given["dtype"] = _dtype(options.dtype, given["device"], options.server)
+    given["dtype"] = _dtype(options, given["device"])
     out = options.out or Path("runs") / options.name
     return Distillation(**given, out=out.expanduser().absolute(), overrides=tuple(options.override))
 
 
-def _dtype(asked: str, device: str, server: str | None) -> str:
-    """Of the model; on a CPU the processor is looked at, and one line says what came of it."""
+def _dtype(options: argparse.Namespace, device: str) -> str:
+    """Of the model; on a CPU the processor is looked at. What came of it is said where it is not
+    what it always was, and to whom asks for more words."""
+    asked: str = options.dtype
     if device == "cuda":
         return "bfloat16" if asked == "auto" else asked
     choice = choose_dtype(asked)
-    if asked == "auto" and server is not None:
+    if asked == "auto" and options.server is not None:
         choice = DtypeChoice("float32", "as a server on a CPU has it unless it is told otherwise")
-    say(f"== dtype: {choice.dtype} ({choice.why})")
+    if choice.dtype != "float32" or options.dry_run or options.verbose:
+        say(f"== dtype: {choice.dtype} ({choice.why})")
     return choice.dtype
 
 

@@ -270,7 +270,9 @@ def test_bad_requests_are_refused(
 def test_patients_are_chosen_by_name(clinic: list[Source]) -> None:
     assert [source.document_id for source in choose(clinic, ["clinic_02"])] == ["clinic_02"]
     assert len(choose(clinic, None)) == 2
-    with pytest.raises(ConfigError, match="no patient 'p9'; there are: clinic_01, clinic_02"):
+    with pytest.raises(
+        ConfigError, match="there is no patient 'p9'; fix: name one of clinic_01, clinic_02"
+    ):
         choose(clinic, ["p9"])
     with pytest.raises(ConfigError, match="twice"):
         choose(clinic, ["clinic_01", "clinic_01"])

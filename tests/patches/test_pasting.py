@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,8 @@ def test_the_command_that_writes_missing_data_can_be_pasted(tmp_path: Path) -> N
     folder = tmp_path / "no [such], #1"
     with pytest.raises(launch.checks.NotReady) as refused:
         launch.checks.check_data(Run(model="my model", data=folder))
-    line = next(line for line in str(refused.value).splitlines() if " prepare " in line)
-    words = pasted(line.strip())
+    found = re.search("`(.* prepare .*)`", str(refused.value))
+    assert found is not None
+    words = pasted(found[1])
     options = prepare.parse(words[words.index("prepare") + 1 :])
     assert (options.tokenizer, options.out) == ("my model", folder)

@@ -118,7 +118,7 @@ def test_the_dtype_on_a_cpu_follows_from_the_processor(
     """A server that is there already has the dtype that it was started with."""
     choice = DtypeChoice("bfloat16", "this CPU has AMX")
     monkeypatch.setattr("verl_patches.distill.choose_dtype", lambda _: choice)
-    found = settings(["--server", server] if server else [], model_folder, out)
+    found = settings(["-v", *(["--server", server] if server else [])], model_folder, out)
     assert found.dtype == ("bfloat16" if server is None else "float32")
     assert f"== dtype: {found.dtype} (" in capsys.readouterr().out
 
