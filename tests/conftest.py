@@ -7,6 +7,7 @@ test, and lets the others begin when it has.
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
     from cartridge_distill.server.running import BackgroundServer
     from tests.gateway.rig import Rig
+
+
+# Behind `nohup ... &` Ctrl-C is ignored, and whatever is started from there ignores it as well: no
+# test could stop what it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` has left some out

@@ -52,7 +52,8 @@ def child_environment(verl: Path | None = None, **extra: str) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("TOKASAURUS_", "MODAL_", "RAY_", "VERL_"))
+        # A make that is started from a test is no part of the make that runs the tests.
+        if not name.startswith(("TOKASAURUS_", "MODAL_", "RAY_", "VERL_", "MAKE", "MFLAGS"))
     }
     path = [str(verl)] if verl is not None else []
     return {
