@@ -30,7 +30,7 @@ def test_the_demo(installed: Installed, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "demo"
     for name in ("report.html", "recipe.json", "cartridge", "evaluation/evaluation.json"):
         assert (out / name).exists()
-    assert "chat --model" in done.stdout.split("next:")[1]
+    assert "cartridge-distill chat runs/demo" in done.stdout.split("next:")[1]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
