@@ -68,11 +68,16 @@ def test_prepare_serve_and_train_and_go_on(installed: Installed, tmp_path: Path)
         server.send_signal(signal.SIGINT)
         server.wait(timeout=60)
     assert "resumed from" in done.stdout and "step 1/3" not in done.stdout
-    told = done.stdout.split("next:")[1]
-    cartridge = tmp_path / "runs/mine/checkpoints/global_step_3/actor/cartridge"
-    assert f"--cartridge {cartridge}" in told and cartridge.is_dir()
+    told = [
+        line.split("cartridge-distill ")[1]
+        for line in done.stdout.split("next:")[1].split("\n")[1:-1]
+    ]
+    assert told == ["eval runs/mine", "chat runs/mine", "report runs/mine"]
+    assert (tmp_path / "runs/mine/checkpoints/global_step_3/actor/cartridge").is_dir()
     lines = (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "runs/mine/train.1.log").is_file()
+    asked = work.run("chat", "runs/mine", "--prompt", "Who?", "--max-new-tokens", 4)
+    assert asked.returncode == 0, asked.stderr
     reported = work.run("report", "runs/mine")
     assert reported.returncode == 0 and (tmp_path / "runs/mine/report.html").is_file()
