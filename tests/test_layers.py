@@ -177,7 +177,7 @@ def _tables_of_modules() -> dict[Path, set[str]]:
     tables = {}
     for init in sorted((PROJECT / "cartridge_distill").rglob("__init__.py")):
         said = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
-        if re.search(r"^=+  =+\n``", said, re.M):
+        if re.search(r"^=+  =+$", said, re.M):
             tables[init.parent] = set(re.findall(r"^``(\w+)``", said, re.M))
     return tables
 

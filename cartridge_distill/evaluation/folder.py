@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import cartridge_distill
 from cartridge_distill.cartridge.checkpoint import read_cartridge, record
 from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta
 from cartridge_distill.cartridge.trainable import TrainableCache
@@ -31,6 +27,7 @@ from cartridge_distill.evaluation.conditions import (
 )
 from cartridge_distill.evaluation.data import AboutADocument, EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
+from cartridge_distill.evaluation.identity import digest, versions
 from cartridge_distill.evaluation.journal import JOURNAL_FILE, Journal
 from cartridge_distill.evaluation.measures import BAND_SCORES
 from cartridge_distill.evaluation.names import (
@@ -117,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             "model": options.model,
             "model_revision": getattr(loaded.model.config, "_commit_hash", None),
             "cartridge": str(options.cartridge),
-            "versions": _versions(),
+            "versions": versions(),
             **({"answers_read_by": options.read_answers} if options.generate else {}),
             **_measure_settings(options, loaded),
         }
@@ -268,32 +265,20 @@ def _settings(
     data = loaded.data
     return {
         "model": options.model,
-        "model weights": _digest(weights_checksum(loaded.model)),
+        "model weights": digest(weights_checksum(loaded.model)),
         "dtype": options.dtype,
-        "cartridge": _digest(weights_checksum(loaded.trained)),
+        "cartridge": digest(weights_checksum(loaded.trained)),
         "untrained": options.untrained,
         "conditions": sorted(options.conditions),
-        "documents": _digest({name: data.documents.text(name) for name in data.documents.ids}),
-        "questions": _digest([asdict(question) for question in data.questions]),
-        "prompts": _digest([asdict(prompt) for prompt in data.prompts]),
+        "documents": digest({name: data.documents.text(name) for name in data.documents.ids}),
+        "questions": digest([asdict(question) for question in data.questions]),
+        "prompts": digest([asdict(prompt) for prompt in data.prompts]),
         "answer tokens": options.answer_tokens,
         "generated": sampling
         and [asdict(sampling), options.server, options.served, options.read_answers],
         "seed": options.seed,
-        "versions": _versions(),
+        "versions": versions(),
         **_measure_settings(options, loaded),
-    }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cartridge_distill": cartridge_distill.__version__,
     }
 
 

@@ -8,8 +8,6 @@ and ``cartridge-distill report`` reads it. Evaluations go on where they were sto
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import cartridge_distill
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.distill.integrity import weights_checksum
@@ -34,6 +30,7 @@ from cartridge_distill.evaluation.conditions import (
 )
 from cartridge_distill.evaluation.data import EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
+from cartridge_distill.evaluation.identity import digest, versions
 from cartridge_distill.evaluation.journal import Journal
 from cartridge_distill.evaluation.names import OFF_CONTEXT, OWN_TEXT, TRAINED, UNTRAINED
 from cartridge_distill.evaluation.off_context import OffContextPrompts
@@ -72,7 +69,7 @@ class DocumentEvaluation:
         )
         self._baseline_folder = baseline
         self._document = FullDocument(self.teacher)
-        self._weights = _digest(weights_checksum(model))
+        self._weights = digest(weights_checksum(model))
         self._baseline: Results | None = None
 
     @property
@@ -142,7 +139,7 @@ class DocumentEvaluation:
             "model": self._name,
             "model_revision": None,
             "cartridge": None,
-            "versions": _versions(),
+            "versions": versions(),
             "measures": {
                 "groups": sorted(grid.measures),
                 "temperature": grid.temperature,
@@ -160,23 +157,11 @@ class DocumentEvaluation:
         documents = self.data.documents
         return {
             "model weights": self._weights,
-            "cartridge": _digest(weights_checksum(cartridge)),
-            "documents": _digest({name: documents.text(name) for name in documents.ids}),
-            "questions": _digest([asdict(question) for question in self.data.questions]),
+            "cartridge": digest(weights_checksum(cartridge)),
+            "documents": digest({name: documents.text(name) for name in documents.ids}),
+            "questions": digest([asdict(question) for question in self.data.questions]),
             "measures": [*sorted(self._grid.measures), self._grid.measure_tokens],
             "temperature": self._grid.temperature,
             "seed": EVALUATION_SEED,
-            "versions": _versions(),
+            "versions": versions(),
         }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cartridge_distill": cartridge_distill.__version__,
-    }
