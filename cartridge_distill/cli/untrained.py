@@ -53,13 +53,14 @@ def make(
             something else than an untrained cartridge.
         FileExistsError: ``out`` is there and ``overwrite`` is false.
     """
+    if document is not None:
+        require("init --document")
     _check_target(out, overwrite)  # before the model is loaded
     meta = CartridgeMeta(base_model=model, model_fingerprint=weights_fingerprint(model))
     if document is None:
         cartridge = TrainableCache.from_random(read_model_config(model), tokens, frozen, seed)
         meta.recipe["init"] = {"from": "random", "seed": seed}
     else:
-        require("init --document")
         from cartridge_distill.data.documents.one import one_document  # an extra reads documents
         from cartridge_distill.data.records import sha256_of
 

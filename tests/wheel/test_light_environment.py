@@ -25,7 +25,7 @@ TYPED = {
     "report": ("runs/none",),
     "serve": ("--model", "m"),
     "doctor --data": ("somewhere",),
-    "init --document": ("file.txt", "--model", "m", "--out", "o"),
+    "init --document": ("file.txt", "--model", "m", "o"),
     "chat --document": ("file.txt",),
 }
 
