@@ -12,8 +12,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from cartridge_distill.cartridge.formats.peft import VERSIONS
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 
@@ -64,13 +62,19 @@ def is_written_here(text: str) -> bool:
 
 
 def _front_matter(base: str, formats: Sequence[str]) -> str:
-    data: dict[str, Any] = {"tags": ["cartridge", "kv-cache", "distillation"]}
-    if not base.startswith(("/", ".", "~")):  # the Hub takes ids alone
-        data |= {"base_model": base, "base_model_relation": "adapter"}
-    if "peft" in formats:
-        data["library_name"] = "peft"
-    data["pipeline_tag"] = "text-generation"
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    from huggingface_hub import ModelCardData  # `info` reads this module, and needs no Hub
+
+    relation: dict[str, Any] = (
+        {} if base.startswith(("/", ".", "~")) else {"base_model_relation": "adapter"}
+    )
+    data = ModelCardData(
+        tags=["cartridge", "kv-cache", "distillation"],
+        base_model=base if relation else None,  # the Hub takes ids alone
+        library_name="peft" if "peft" in formats else None,
+        pipeline_tag="text-generation",
+        **relation,
+    )
+    return f"{data}\n"
 
 
 def _facts(cartridge: StoredCartridge) -> list[list[object]]:
