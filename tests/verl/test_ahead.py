@@ -144,7 +144,7 @@ def test_a_batch_waits_for_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None
         return {"train": {**prompts, "b_0_0": {"seq_len": 3}, "a_0_0": {"seq_len": 2}}}
 
     monkeypatch.setattr(tq, "kv_list", queue)
-    monkeypatch.setattr(tq, "kv_clear", lambda **_: None)
+    monkeypatch.setattr(tq, "kv_clear", lambda keys, partition_id: None)
     buffer = StrictReplayBuffer("sync", {}, 1, "drop", {}, poll_interval=0.0)
     first, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=1)
     second, _ = buffer.sample(global_steps=2, partition_id="train", batch_size=1)

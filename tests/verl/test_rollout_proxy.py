@@ -169,7 +169,7 @@ def test_a_prompt_that_failed_for_good_is_never_padded_over(
         "a_0_0": {"seq_len": 2},
     }
     monkeypatch.setattr(tq, "kv_list", lambda *_: {"train": tags})
-    monkeypatch.setattr(tq, "kv_clear", lambda **_: None)
+    monkeypatch.setattr(tq, "kv_clear", lambda keys, partition_id: None)
     buffer = StrictReplayBuffer("sync", {}, 1, "drop", {}, poll_interval=0.0)  # type: ignore[arg-type]
     if status == "failure":
         with pytest.raises(RolloutError, match="1 train prompts failed for good"):

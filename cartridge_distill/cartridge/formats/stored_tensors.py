@@ -58,6 +58,7 @@ def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path)
             while record.CRC and stream.read(_PIECE_BYTES):
                 pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        # What zipfile makes of a changed byte: an unknown method, a password that is asked for.
         raise CartridgeFormatError(
             f"{path}: {record.filename!r:.60} is not as it was written: {error}. Take another copy "
             "of the file"
