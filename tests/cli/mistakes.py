@@ -22,7 +22,8 @@ from pathlib import Path
 from tests.cli.made import DOCUMENT, made_run
 from tests.gateway.rig import TOKEN, Rig
 from tests.tiny import save_model, tiny_model
-from tests.training.conftest import ROOT, child_environment, write_rows
+from tests.training.conftest import ROOT, child_environment
+from tests.training.rows import write_rows
 from verl_patches.pipeline.settings import Distillation
 from verl_patches.pipeline.state import DATA, TRAINING, begin, check_folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.rows import write_rows
 from verl_patches import manage
 
 
@@ -42,3 +43,11 @@ def patched(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(pristine / "verl", root / "verl")
     manage.apply(manage.find_tree(root))
     return root
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "my data, v2"
+    folder.mkdir()
+    write_rows(folder)
+    return folder

@@ -12,7 +12,7 @@ from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_meta, sav
 from cartridge_distill.util.best_step import BestStep, note_validation, read_best
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.processes import Supervisor
-from tests.patches.test_launch import _failing, _saving, data  # noqa: F401  (a fixture)
+from tests.patches.failing import failing, saving
 from tests.tiny import random_cartridge, tiny_model
 from verl_patches import launch
 from verl_patches.launching.command import environment, overrides
@@ -54,18 +54,18 @@ def test_one_line_a_step_with_the_time_left_and_the_rest_once() -> None:
 
 
 def test_a_start_that_is_refused_leaves_the_recipe_alone(
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The engine refuses other settings a minute after the start: the report must not show them."""
     run = Run(device="cpu", data=data, out=tmp_path / "run", steps=4)
-    _saving(monkeypatch, run.folder, 4)
+    saving(monkeypatch, run.folder, 4)
     with Supervisor() as supervisor:
         launch.train(run, supervisor, started=lambda: launch.record(run, ["--lr", "0.02"]))
     before = (run.folder / "recipe.json").read_bytes()
     refusal = "cartridge_distill.util.errors.OtherSettings: cartridge.lr: 0.02 there, 0.5 now"
-    _failing(run, monkeypatch, f"echo '{refusal}'; exit 1")
+    failing(run, monkeypatch, f"echo '{refusal}'; exit 1")
     other = replace(run, lr=0.5)
     with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed) as failed:
         launch.train(other, supervisor, started=lambda: launch.record(other, ["--lr", "0.5"]))

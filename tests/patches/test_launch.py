@@ -14,10 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.errors import ConfigError
 from tests.patches.failing import failing
-from tests.training.conftest import (
-    server,  # noqa: F401  (a fixture)
-    write_rows,
-)
+from tests.training.conftest import server  # noqa: F401  (a fixture)
+from tests.training.rows import write_rows
 from verl_patches import launch
 from verl_patches.config.checks import check_run_config
 from verl_patches.launching import checks
@@ -25,14 +23,6 @@ from verl_patches.launching.command import environment, overrides, python_path
 from verl_patches.launching.settings import CONFIG_FOLDER, Run, read_file
 
 ACTOR = "actor_rollout_ref.actor"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "my data, v2"
-    folder.mkdir()
-    write_rows(folder)
-    return folder
 
 
 def configured(run: Run, verl: Path) -> Any:

@@ -7,31 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_meta, save_cartridge
+from cartridge_distill.cartridge.checkpoint import read_meta
 from cartridge_distill.cartridge.run_folder import data_of, model_of, resolve_cartridge
 from cartridge_distill.report.recipe import Recipe
 from cartridge_distill.server.running import BackgroundServer
 from cartridge_distill.util.processes import Supervisor
-from cartridge_distill.util.tracker import TRACKER
-from tests.patches.failing import failing
-from tests.tiny import random_cartridge, tiny_model
-from tests.training.conftest import (
-    server,  # noqa: F401  (a fixture)
-    write_rows,
-)
+from tests.patches.failing import failing, saving
+from tests.training.conftest import server  # noqa: F401  (a fixture)
 from verl_patches import launch
 from verl_patches.launching.following import causes, log_file
 from verl_patches.launching.settings import Run
 
 ACTOR = "actor_rollout_ref.actor"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "my data, v2"
-    folder.mkdir()
-    write_rows(folder)
-    return folder
 
 
 def test_the_causes_of_a_failure_are_named_and_logs_are_kept(
@@ -74,19 +61,6 @@ def test_a_cause_has_what_it_lists(tmp_path: Path) -> None:
     ]
 
 
-def _saving(monkeypatch: pytest.MonkeyPatch, out: Path, step: int, without: str = "") -> None:
-    """In veRL's place, a shell that saves the cartridge of a step, whole or not, and ends well."""
-    made = out.parent / "made"
-    save_cartridge(random_cartridge(tiny_model()), made, CartridgeMeta("someone/tiny", step=step))
-    if without:
-        (made / without).unlink()
-    saved = f"{shlex.quote(str(out))}/checkpoints"
-    folder = f"{saved}/global_step_{step}/actor"
-    script = f"mkdir -p {folder}; cp -r {shlex.quote(str(made))} {folder}/cartridge; "
-    script += f"echo {step} > {saved}/{TRACKER}; echo '[cartridge] step {step}/{step}  loss 1'"
-    failing(Run(), monkeypatch, script if step else "exit 0")
-
-
 def test_a_run_ends_with_the_next_commands(
     server: BackgroundServer,  # noqa: F811
     model_folder: Path,
@@ -96,7 +70,7 @@ def test_a_run_ends_with_the_next_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, model = tmp_path / "a run", str(model_folder)
-    _saving(monkeypatch, out, 4)
+    saving(monkeypatch, out, 4)
     typed = ["--device", "cpu", "--server", server.url, "--model", model, "--data", str(data)]
     typed += ["--out", str(out), "--sync-dir", str(tmp_path / "cartridges"), "data.seed=5"]
     typed += ["--steps", "4", "--tokens", "16", "--response-tokens", "8", "--prompt-tokens", "128"]
@@ -129,7 +103,7 @@ def test_a_run_that_ended_early_is_no_success(
 ) -> None:
     """veRL ends with 0 in each of them."""
     run = Run(device="cpu", data=data, out=tmp_path / "run", steps=4)
-    _saving(monkeypatch, run.folder, saved, without)
+    saving(monkeypatch, run.folder, saved, without)
     with Supervisor() as supervisor, pytest.raises(launch.TrainingFailed, match=said) as failed:
         launch.train(run, supervisor)
     assert failed.value.status == 1
@@ -139,7 +113,7 @@ def test_a_run_that_saves_nothing_says_so(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(device="cpu", data=data, out=tmp_path / "run", steps=2, save_every=-1)
-    _saving(monkeypatch, run.folder, 0)
+    saving(monkeypatch, run.folder, 0)
     with Supervisor() as supervisor:
         assert launch.train(run, supervisor) is None
     launch.print_next(run, None)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pandas
 import pytest
 
 from cartridge_distill.model.loading import load_model
@@ -18,16 +17,6 @@ from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
 from tests.tiny import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_rows(folder: Path, train: int = 64, val: int = 4, words: int = 1) -> None:
-    """A data folder with so many prompts, each of so many words; what else it holds is empty."""
-    for name, count in (("train", train), ("val", val)):
-        message = [{"role": "user", "content": "why " * words}]
-        rows = {"prompt": [message] * count, "extra_info": [{"document_id": "d"}] * count}
-        pandas.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
-    for name in ("documents.jsonl", "eval.json"):
-        (folder / name).write_bytes(b"")
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

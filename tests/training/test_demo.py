@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from cartridge_distill.util.processor import DtypeChoice
-from tests.training.conftest import write_rows
+from tests.training.rows import write_rows
 from verl_patches import demo
 from verl_patches.config.checks import check_run_config
 from verl_patches.distill import settings_of

@@ -15,7 +15,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from cartridge_distill.server.running import BackgroundServer
 from tests.gateway.rig import TOKEN, Rig
-from tests.training.conftest import ROOT, child_environment, write_rows
+from tests.training.conftest import ROOT, child_environment
+from tests.training.rows import write_rows
 from verl_patches.config.checks import check_run_config
 from verl_patches.trainer.run_folder import TRACKER
 
