@@ -2,13 +2,20 @@
 
 The format has a CRC-32 for each page, which is written and compared only when one asks for it.
 Tables of other programs have none, and are read without.
+
+What a file says of its own size may be a lie. A few kilobytes can stand for terabytes: a value that
+is repeated is written once, and its count; a page is compressed. So rows and bytes are counted as
+they come, and the kernel bounds the memory that one page, one row and their Python objects take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cartridge_distill.util.bounded_memory import bounded_memory
 from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import ConfigError
 
@@ -18,8 +25,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 10_000_000
 MAX_BYTES = 2 * 2**30
-"""Of a table in memory. A few kilobytes of a file can stand for terabytes: a value that is repeated
-is written once, and its count."""
+"""Of a table in memory, as Arrow holds it."""
+MEMORY, MEMORY_PER_BYTE = 2**30, 128
+"""What reading may take: so much, and so much more for each byte of the file."""
 _BATCH_ROWS = 256  # decoded between two looks at the size
 
 
@@ -35,8 +43,11 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, path, write_page_checksum=True)
 
 
-def read_rows(path: Path) -> pd.DataFrame:
-    """Reads a table.
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Reads a table, in memory that is bounded by the size of its file (on Linux).
+
+    Args:
+        columns: only these; one that is not there is left out.
 
     Raises:
         ConfigError: it is no table, is not as it was written, or is too large.
@@ -44,13 +55,28 @@ def read_rows(path: Path) -> pd.DataFrame:
     """
     with path.open("rb"):
         pass  # what the system says of a file that is not there is clearer than what follows
+    # Before there is a bound: what they load stays, and is not the file's.
+    import pandas  # noqa: F401
+    import pyarrow as pa
+    import pyarrow.parquet  # noqa: F401
+
+    pa.allocate_buffer(1)  # with its first byte Arrow's own allocator takes a gigabyte, unused
+
+    memory = MEMORY + MEMORY_PER_BYTE * path.stat().st_size
     try:
-        rows = _read_bounded(path).to_pandas()
+        with bounded_memory(memory), _system_allocator():
+            rows = _read_bounded(path, columns).to_pandas(use_threads=False)
         # The checksums are of the pages, and what says that bytes are text stands elsewhere.
         for name, column in rows.items():
             if len(column) and isinstance(column.iloc[0], bytes):
                 raise ValueError(f"column {name!r} holds bytes, not text")
         return rows
+    except MemoryError as error:  # Arrow's is one
+        raise ConfigError(
+            f"{path} cannot be read as a Parquet table: its {path.stat().st_size} bytes need more "
+            f"than {memory / 1e9:.1f} GB of memory, which no table that was written here does. If "
+            "it is right, write it anew in several files"
+        ) from error
     except Exception as error:  # a damaged file can fail in any way there is
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ConfigError(
@@ -59,7 +85,20 @@ def read_rows(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _read_bounded(path: Path) -> pa.Table:
+@contextmanager
+def _system_allocator() -> Iterator[None]:
+    """Arrow's own one has memory in reserve, which no bound of the system would count."""
+    import pyarrow as pa
+
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
+def _read_bounded(path: Path, columns: Sequence[str] | None) -> pa.Table:
     """Reads a table piece by piece, and stops where it grows too large.
 
     Raises:
@@ -78,10 +117,14 @@ def _read_bounded(path: Path) -> pa.Table:
                 f"{MAX_BYTES} bytes are read"
             )
         num_bytes, batches = 0, []
-        for batch in file.iter_batches(_BATCH_ROWS):
+        schema = file.schema_arrow
+        if columns is not None:
+            columns = [name for name in columns if name in schema.names]
+            schema = pa.schema([schema.field(name) for name in columns], schema.metadata)
+        for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
             num_bytes += batch.nbytes
             if num_bytes > MAX_BYTES:
                 raise ValueError(f"its rows take more than {MAX_BYTES} bytes in memory")
             batches.append(batch)
         # The schema has what pandas wrote beside it: the index, and columns that are one.
-        return pa.Table.from_batches(batches, file.schema_arrow)
+        return pa.Table.from_batches(batches, schema)
