@@ -10,6 +10,7 @@ CPU-seconds of one thread, user and system, of one process a way; the median of 
 the shortest and the longest. The base is SmolLM2-135M-Instruct in float32. The ways:
 
 ours         a step of the plain loop of training/study: no veRL, Ray or HTTP
+torch-linear ours with torch's own linear layers, on a CPU where this project's are faster
 peft-kept    a plain loop around PEFT's CARTRIDGE; the teacher's document KV is kept
 peft-reread  the same, and the document is read again for each sample
 trl          TRL's SDFTTrainer with PEFT's CARTRIDGE
@@ -47,12 +48,19 @@ from benchmarks.side_by_side.cases import Case, Sizes  # noqa: E402
 from benchmarks.side_by_side.ours import Ours  # noqa: E402
 from benchmarks.side_by_side.plain import Outcome  # noqa: E402
 from benchmarks.side_by_side.table import Row  # noqa: E402
+from cartridge_distill.model.frozen_linear import (  # noqa: E402
+    onednn_is_faster,
+    use_frozen_linear,
+    use_torch_linear,
+)
 from cartridge_distill.model.loading import load_model  # noqa: E402
 from cartridge_distill.model.reading import read_tokenizer  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError  # noqa: E402
 from cartridge_distill.util.processes import say  # noqa: E402
 
+TORCH_LINEAR = "torch-linear"
 WAYS = {
+    TORCH_LINEAR: "ours, with torch's own linear layers",
     "peft-kept": "PEFT CARTRIDGE, plain loop, document KV kept",
     "peft-reread": "the same, document read again for each sample",
     "trl": "TRL SDFTTrainer with PEFT CARTRIDGE",
@@ -77,24 +85,34 @@ class Run:
         self.demo = cases.demo_data(options.model, scratch / "demo")
         self.sizes = Sizes(options.rollouts, options.repeats, min(options.reread, options.rollouts))
 
-    def case(self, case: Case, number: int) -> None:
-        """One case: ours, the others, the tables."""
+    def case(self, case: Case, number: int) -> list[Row]:
+        """One case: ours, the others, the tables; its rows."""
         say(f"\n== {case}; {self.sizes.rollouts} rollouts, load {os.getloadavg()[0]:.1f}")
         folder = self.scratch / f"case{number}"
         folder.mkdir()
         data = cases.data_of(case, self.demo, self.tokenizer, folder / "data")
         model: Any = load_model(self.options.model)
-        found = ours.run(model, self.tokenizer, self.options.model, data, case, self.sizes)
+        given = self.tokenizer, self.options.model, data, case, self.sizes
+        found = ours.run(model, *given)
         self._say_notes(found.notes)
         say(f"   ours: rollout against the student's forward {found.own:.1e} in log-probs")
         work_folder.save(found.work, folder)
         say(f"   the document has {len(found.work.document):,} tokens")
-        outcomes = {name: self._other(name, folder, found) for name in self._asked()}
-        self._report(found, {name: one for name, one in outcomes.items() if one is not None})
+        rows = [Row(OURS, found.steps)]
+        if onednn_is_faster() and TORCH_LINEAR in self.options.only:
+            use_torch_linear(model)
+            rows.append(Row(WAYS[TORCH_LINEAR], ours.run(model, *given).steps))
+            use_frozen_linear(model)
+        asked = {name: self._other(name, folder, found) for name in self._asked()}
+        outcomes = {name: outcome for name, outcome in asked.items() if outcome is not None}
+        rows += rows_of(outcomes)
+        self._report(found, rows, outcomes)
         self._say_floor(model, found)
+        return rows
 
     def _asked(self) -> list[str]:
-        return [name for name in WAYS if name in self.options.only]
+        """Ways that run in a child."""
+        return [name for name in WAYS if name in self.options.only and name != TORCH_LINEAR]
 
     def _other(self, name: str, folder: Path, found: Ours) -> Outcome | None:
         """A child's result; None for a way that cannot run, which is said."""
@@ -104,6 +122,7 @@ class Run:
             say(f"   {name} cannot run: {outcome.failed}")
             return None
         if name == "trl":
+            say(f"   trl: {table.of_padding(outcome, found.work)}")
             say(f"   trl: {table.differences(outcome, found.work)}")
         else:
             say(f"   {name} agrees: {table.agreement(name, outcome, found.work)}")
@@ -116,18 +135,8 @@ class Run:
         for note in notes:
             say(f"   note: {note}")
 
-    def _report(self, found: Ours, outcomes: dict[str, Outcome]) -> None:
-        rows = [Row(OURS, found.steps)]
-        losses = {}
-        for name, outcome in outcomes.items():
-            if name == "peft-reread" and "peft-kept" in outcomes:
-                kept = Row("", outcomes["peft-kept"].steps)
-                rows.append(table.with_reading(kept, WAYS[name], outcome.steps))
-            else:
-                partial = name in ("generate", "peft-reread")
-                rows.append(Row(WAYS[name], outcome.steps, partial))
-            if outcome.losses:
-                losses[name] = outcome.losses
+    def _report(self, found: Ours, rows: list[Row], outcomes: dict[str, Outcome]) -> None:
+        losses = {name: outcome.losses for name, outcome in outcomes.items() if outcome.losses}
         say("\n" + table.markdown(rows))
         reading = {OURS: found.reading}
         reading |= {name: o.reading for name, o in outcomes.items() if o.reading is not None}
@@ -143,6 +152,19 @@ class Run:
             each = [floor.flops(shape, found.work, batch, shared) for batch in batches]
             means.append({stage: sum(one[stage] for one in each) / len(each) for stage in each[0]})
         say("\n" + table.floor_table(Row(OURS, found.steps), *means, rate))
+
+
+def rows_of(outcomes: dict[str, Outcome]) -> list[Row]:
+    """The others' rows. What reads the document again has its rest from the loop that does not."""
+    rows = []
+    for name, outcome in outcomes.items():
+        if name == "peft-reread" and "peft-kept" in outcomes:
+            kept = Row("", outcomes["peft-kept"].steps)
+            rows.append(table.with_reading(kept, WAYS[name], outcome.steps))
+        else:
+            partial = name in ("generate", "peft-reread")
+            rows.append(Row(WAYS[name], outcome.steps, partial))
+    return rows
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,7 +184,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=12,
         metavar="N",
-        help="samples that peft-reread reads the document for; the rest is calculated (%(default)s)",
+        help="samples that peft-reread reads the document for; multiplied (%(default)s)",
     )
     option("--alternatives-python", type=Path, metavar="PATH", help="of their environment (this)")
     option("--make-environment", type=Path, metavar="DIR", help="makes it there, and ends")
@@ -191,8 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = cases.cases_of(options.documents, options.answers, options.cartridges)
         with tempfile.TemporaryDirectory(prefix="alternatives-") as scratch:
             run = Run(options, Path(scratch))
-            for number, case in enumerate(wanted):
-                run.case(case, number)
+            done = [(str(case), run.case(case, number)) for number, case in enumerate(wanted)]
+        if len(done) > 1:
+            say("\n" + table.growth(done))
     except (CartridgeDistillError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ PINNED = (
     "transformers==5.10.4",
     "peft==0.21.2",
     "accelerate==1.15.0",
-    "trl==TRL",
+    "trl==1.16.0",
     "datasets==5.2.0",
 )
 # By itself and first: another package would let pip take the build for CUDA.

@@ -107,7 +107,8 @@ def run(model: Any, tokenizer: Any, name: str, data: Path, case: Case, sizes: Si
     """A step that is compared, then those that are timed.
 
     Args:
-        model: from ``load_model``; its context is widened where the document needs it.
+        model: from ``load_model``, with its own or with torch's linear layers; its context is
+            widened where the document needs it.
         name: the model's folder.
         data: of the case.
 

@@ -70,6 +70,37 @@ def apart(outcome: Outcome, work: Work) -> dict[str, tuple[float, float]]:
     return found
 
 
+def of_padding(outcome: Outcome, work: Work) -> str:
+    """For a way that padding on the left puts wrong: the samples without padding are right.
+
+    Returns:
+        How far both kinds of samples are from ours, in words.
+
+    Raises:
+        ConfigError: a sample without padding, or the rollout itself, is wrong, so it is not the
+            padding.
+    """
+    assert outcome.logprobs is not None
+    prompts = work.batches[0].prompts
+    longest = max(map(len, prompts))
+    is_longest = torch.tensor([len(prompt) == longest for prompt in prompts])
+    unpadded = is_longest.repeat_interleave(work.answer_tokens)
+    off = (torch.tensor(outcome.logprobs) - work.logprobs).abs()
+    most = off[unpadded].max().item()
+    first, _ = apart(outcome, work)["first token's log-probs in the rollout"]
+    if not max(most, first) <= TOLERANCE:
+        raise ConfigError(
+            f"its log-probs are {most:.1e} off where nothing is padded, and {first:.1e} in its "
+            f"rollouts, over {TOLERANCE:g}: it computes something else; nothing of it is reported"
+        )
+    others = off[~unpadded]
+    padded = f"{others.max().item():.2g}" if len(others) else "none"
+    return (
+        f"its log-probs are off by {padded} nats at most (mean {off.mean().item():.2g}) where "
+        f"prompts are padded, by {most:.1e} in the {int(is_longest.sum())} samples that are not"
+    )
+
+
 def differences(outcome: Outcome, work: Work) -> str:
     """All of :func:`apart` in words."""
     found = apart(outcome, work)
@@ -119,6 +150,22 @@ def markdown(rows: Sequence[Row]) -> str:
             ratios = [a / b for a, b in zip(row.whole, ours.whole, strict=True)]
             cells.append("1" if row is ours else _cell(ratios))
         lines.append("| " + " | ".join([row.name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def growth(cases: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """The whole step of each way and case, with the ratio to ours."""
+    names = list(dict.fromkeys(row.name for _, rows in cases for row in rows if not row.partial))
+    lines = ["| one step, CPU-seconds | " + " | ".join(names) + " |"]
+    lines.append("|---" + "|--:" * len(names) + "|")
+    for case, rows in cases:
+        base = statistics.median(rows[0].whole)
+        found = {row.name: statistics.median(row.whole) for row in rows if not row.partial}
+        cells = [
+            f"{found[name]:.1f} ({found[name] / base:.1f})" if name in found else "-"
+            for name in names
+        ]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
     return "\n".join(lines)
 
 
