@@ -147,11 +147,13 @@ class Run:
     def _say_floor(self, model: Any, found: Ours) -> None:
         shape, rate = floor.Shape.of(model), floor.product_rate()
         batches = found.work.batches[1:]
-        means = []
-        for shared in (False, True):
-            each = [floor.flops(shape, found.work, batch, shared) for batch in batches]
-            means.append({stage: sum(one[stage] for one in each) / len(each) for stage in each[0]})
-        say("\n" + table.floor_table(Row(OURS, found.steps), *means, rate))
+
+        def mean(once: bool) -> dict[str, float]:
+            each = [floor.flops(shape, found.work, batch, once) for batch in batches]
+            return {stage: sum(one[stage] for one in each) / len(each) for stage in each[0]}
+
+        alone, shared = mean(False), mean(True)
+        say("\n" + table.floor_table(Row(OURS, found.steps), alone, shared, rate))
 
 
 def rows_of(outcomes: dict[str, Outcome]) -> list[Row]:

@@ -22,9 +22,10 @@ PINNED = (
     "trl==1.16.0",
     "datasets==5.2.0",
 )
-# By itself and first: another package would let pip take the build for CUDA.
-TORCH = "torch==2.13.0"
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# By itself and first: for another package's sake pip would take the build for CUDA. With its local
+# version, an index that has no CPU build has none that fits.
+TORCH = "torch==2.13.0+cpu"
+CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 
 
 def make(folder: Path) -> Path:
@@ -41,13 +42,12 @@ def make(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    for packages in (["--extra-index-url", CPU_INDEX, f"{TORCH}+cpu"], list(PINNED)):
+    for packages in ([TORCH], PINNED):
         done = subprocess.run([*pip, *packages])
         if done.returncode:
             raise ConfigError(
-                f"--make-environment {folder}: pip ended with status {done.returncode}, see above; "
-                "fix: remove the folder and try again with a package index that has "
-                + ", ".join((TORCH, *PINNED))
+                f"--make-environment {folder}: pip could not install {', '.join(packages)}, see "
+                f"above; fix: remove the folder and try again with {CPU_INDEX}"
             )
     return python
 

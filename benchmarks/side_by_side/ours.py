@@ -49,7 +49,7 @@ class _Endless(Rollouts):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._ends = ()
+        self._ends = frozenset()
 
 
 class TimedLoop(PlainLoop):

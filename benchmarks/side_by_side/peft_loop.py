@@ -45,7 +45,7 @@ class PeftLoop:
             num_frozen_tokens=work.num_frozen,
         )
         self.peft: Any = get_peft_model(self.base, config)
-        encoder = self.peft.prompt_encoder["default"]
+        encoder: Any = self.peft.prompt_encoder["default"]
         encoder.load_prompt_embeddings(work.table_PE)
         self.trained: Tensor = encoder.trainable_embedding
         self.optimizer = torch.optim.AdamW([self.trained], lr=work.lr, weight_decay=0.0)

@@ -52,7 +52,7 @@ def trainer_class() -> tuple[Any, Any]:
 def timed_class(base: Any) -> Any:
     """TRL's trainer with the work's ids, the work's answers, and CPU-seconds by stage."""
 
-    class Timed(base):  # type: ignore[misc]
+    class Timed(base):
         """See the module. ``begin`` before ``train``."""
 
         def begin(self, work: Work, outcome: Outcome) -> None:
@@ -119,7 +119,7 @@ def timed_class(base: Any) -> Any:
     return Timed
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """A step from its begin to its end: rollout, forwards, backward, optimizer."""
 
     def __init__(self, stage: StageCpu, outcome: Outcome) -> None:
