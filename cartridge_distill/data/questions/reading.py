@@ -21,6 +21,7 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,6 +237,8 @@ def _text(value: Any, name: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         shown = "null" if value is None else f"a {type(value).__name__}"
         raise ConfigError(f"{where}: {name!r} is {shown}, not a text; fix: fill it")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name!r} is {value}, no number; fix: write it as a text")
     if not str(value).strip():
         raise ConfigError(f"{where}: {name!r} is empty; fix: fill it")
     return " ".join(str(value).split())
