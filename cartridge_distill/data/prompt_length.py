@@ -44,7 +44,7 @@ def prompts_of(file: Path, column: str = "prompt") -> list[list[Message]]:
         raise ConfigError(f"{file} cannot be read: {error}") from error
     if column not in rows.columns:
         raise ConfigError(f"{file} has no column {column!r}; it is not of veRL's schema")
-    return [list(messages or ()) for messages in rows[column]]
+    return [[] if messages is None else list(messages) for messages in rows[column]]
 
 
 class PromptLimit:

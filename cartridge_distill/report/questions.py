@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cartridge_distill.evaluation.results import PromptResult, QuestionResult
 from cartridge_distill.util.errors import ReportError
 from cartridge_distill.util.parquet import read_rows
 
-QUESTIONS_FILE = "evaluation.parquet"
-PROMPTS_FILE = "evaluation_prompts.parquet"
 # metric -> (summed over the questions, divided by the sum of); None counts the questions
 _RATIOS: dict[str, tuple[str, str | None]] = {
     "log_loss": ("log_loss", None),
@@ -79,17 +78,21 @@ def read_questions(path: Path) -> Questions | None:
     """Reads the questions of an evaluation; None where the file is not there.
 
     Raises:
-        ReportError: it is no parquet file, lacks columns, or its conditions differ in questions.
+        ReportError: it is no parquet file, lacks columns, has others, or its conditions differ in
+            questions.
     """
-    return _read(path, "question", ["log_loss", "kl_sum", "kl_tokens"], _TOLD)
+    known = QuestionResult.SCHEMA.names
+    return _read(path, "question", known, ["log_loss", "kl_sum", "kl_tokens"], _TOLD)
 
 
 def read_prompts(path: Path) -> Questions | None:
     """Reads the held-out prompts of an evaluation; as :func:`read_questions`."""
-    return _read(path, "prompt", ["kl_sum", "kl_tokens"], [])
+    return _read(path, "prompt", PromptResult.SCHEMA.names, ["kl_sum", "kl_tokens"], [])
 
 
-def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questions | None:
+def _read(
+    path: Path, asked: str, known: list[str], columns: list[str], told: list[str]
+) -> Questions | None:
     """``told`` are columns that may be absent, all together."""
     if not path.exists():
         return None
@@ -102,6 +105,10 @@ def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questi
     if absent := [name for name in wanted if name not in rows.columns]:
         raise ReportError(
             f"{path}: no table with the columns {wanted}: {', '.join(absent)} is missing"
+        )
+    if unknown := [str(name) for name in rows.columns if name not in known]:
+        raise ReportError(
+            f"{path}: unknown columns: {', '.join(unknown)}; fix: evaluate again with this version"
         )
     has_texts = bool(told) and set(told) <= set(rows.columns)
     if rows.empty:

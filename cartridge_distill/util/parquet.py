@@ -1,7 +1,9 @@
 """Parquet tables with checksums: what was changed on the disk is not read.
 
-The format has a CRC-32 for each page, which is written and compared only when one asks for it.
-Tables of other programs have none, and are read without.
+The format has a CRC-32 for each page, which is written and compared only when one asks for it. What
+says how many rows there are, what the columns are called and where their pages lie has none: so the
+table's metadata have a SHA-256 of each column's values. Tables of other programs have neither, and
+are read without.
 
 What a file says of its own size may be a lie. A few kilobytes can stand for terabytes: a value that
 is repeated is written once, and its count; a page is compressed. So rows and bytes are counted as
@@ -10,7 +12,9 @@ they come, and the kernel bounds the memory that one page, one row and their Pyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,19 +32,23 @@ MAX_BYTES = 2 * 2**30
 """Of a table in memory, as Arrow holds it."""
 MEMORY, MEMORY_PER_BYTE = 2**30, 128
 """What reading may take: so much, and so much more for each byte of the file."""
+HASHES = b"cartridge_distill.sha256"
+"""Of the schema's metadata: the columns' names with their hashes, as JSON."""
 _BATCH_ROWS = 256  # decoded between two looks at the size
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a table with a checksum for each page.
+    """Writes a table with a checksum for each page and a hash for each column.
 
     Raises:
         DiskFull, DiskFailed: it cannot be written.
     """
     import pyarrow.parquet as pq
 
+    hashes = {name: _hash(table.column(name)) for name in table.column_names}
+    told = {**(table.schema.metadata or {}), HASHES: json.dumps(hashes).encode()}
     with named_disk(path.parent):
-        pq.write_table(table, path, write_page_checksum=True)
+        pq.write_table(table.replace_schema_metadata(told), path, write_page_checksum=True)
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -127,4 +135,31 @@ def _read_bounded(path: Path, columns: Sequence[str] | None) -> pa.Table:
                 raise ValueError(f"its rows take more than {MAX_BYTES} bytes in memory")
             batches.append(batch)
         # The schema has what pandas wrote beside it: the index, and columns that are one.
-        return pa.Table.from_batches(batches, schema)
+        table = pa.Table.from_batches(batches, schema)
+        hashes = json.loads((schema.metadata or {}).get(HASHES, b"{}"))
+        if hashes:
+            _check_hashes(table, hashes, whole=columns is None)
+        return table
+
+
+def _check_hashes(table: pa.Table, hashes: Mapping[str, str], whole: bool) -> None:
+    """Each column is as it was written, and where all were read, all are there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if absent := sorted(hashes.keys() - set(table.column_names)) if whole else []:
+        raise ValueError(f"its columns {', '.join(absent)} are not there")
+    for name in table.column_names:
+        if _hash(table.column(name)) != hashes.get(name):
+            raise ValueError(f"its column {name!r} is not as it was written")
+
+
+def _hash(column: pa.ChunkedArray) -> str:
+    """Of its values, however they are cut. (The type of a list is read under another name.)"""
+    found = hashlib.sha256()
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), _BATCH_ROWS):
+            for value in chunk.slice(start, _BATCH_ROWS).to_pylist():
+                found.update(json.dumps(value, default=str).encode() + b"\n")
+    return found.hexdigest()

@@ -38,6 +38,24 @@ def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "rows.parquet").columns) == ["prompt"]
 
 
+@pytest.mark.parametrize("what", ["a row less", "another value", "another name", "a column less"])
+def test_what_no_page_holds_is_compared_too(what: str, tmp_path: Path) -> None:
+    """Page checksums are right in each of these files; the hashes are of the table before."""
+    path, table = tmp_path / "rows.parquet", pa.table({"a": [1, 2, 3], "b": ["x", None, "z"]})
+    write_table(table, path)
+    assert read_rows(path, ["b"])["b"].dropna().tolist() == ["x", "z"]
+    hashes = pq.read_schema(path).metadata
+    changed = {
+        "a row less": table.slice(0, 2),
+        "another value": table.set_column(0, "a", pa.array([1, 2, 4])),
+        "another name": table.rename_columns(["a", "c"]),
+        "a column less": table.drop_columns(["b"]),
+    }[what]
+    pq.write_table(changed.replace_schema_metadata(hashes), path, write_page_checksum=True)
+    with pytest.raises(ConfigError, match=r"is not as it was written|are not there"):
+        read_rows(path)
+
+
 def test_a_small_file_that_stands_for_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
