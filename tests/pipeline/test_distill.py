@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cartridge_distill.cartridge.run_folder import model_of, resolve_cartridge
-from tests.training.conftest import child_environment
+from tests.pipeline.conftest import SMALL, Typed
 from verl_patches import distill
 from verl_patches.launching import checks
-
-SMALL = ["--tokens", "32", "--steps", "2", "--batch", "4", "--response-tokens", "4"]
-SMALL += ["--threads", "1", "--device", "cpu"]
-Typed = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def typed(patched: Path, tmp_path: Path) -> Typed:
-    """Types a command of ``cartridge-distill`` in ``tmp_path``; returns its end."""
-
-    def run(*words: object, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cartridge_distill.cli.main", *map(str, words)],
-            env=child_environment(patched, **extra),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -19,27 +19,9 @@ from cartridge_distill.report.reading import read_run
 from cartridge_distill.util.errors import ReportError
 from tests.report import made
 
-ATTACK = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
-
-
-def attacked(folder: Path) -> Path:
-    """A run whose every text from outside is an attack."""
-    sample = {
-        "question": ATTACK,
-        "right_answer": ATTACK,
-        "answers": {"trained cartridge": ATTACK, ATTACK: ATTACK},
-    }
-    conditions = [*made.evaluation()["conditions"], made.condition(ATTACK, 3, 1, 1, 0.5)]
-    return made.write_run(
-        folder,
-        name=ATTACK,
-        overrides=(ATTACK,),
-        evaluated=made.evaluation(samples=[sample], conditions=conditions, model=ATTACK),
-    )
-
 
 def test_texts_from_outside_stay_text(tmp_path: Path) -> None:
-    page = write_report([attacked(tmp_path / "run")], tmp_path / "r.html").read_text()
+    page = write_report([made.attacked(tmp_path / "run")], tmp_path / "r.html").read_text()
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;document.title") >= 5
 
