@@ -52,7 +52,9 @@ class Validation:
         self, tokenizer: Any, questions: Sequence[Question], teacher: Teacher, chunk: int = 8
     ) -> None:
         if not questions:
-            raise ConfigError("there are no questions to validate on")
+            raise ConfigError(
+                "there are no questions to validate on; fix: prepare the data with --questions"
+            )
         check_documents(questions, teacher.documents)
         self._model, self._ends = teacher.model, end_ids(teacher.model, tokenizer)
         self._chunks = [

@@ -54,8 +54,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     except Exception as error:  # a damaged file can fail in any way there is
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ConfigError(
-            f"{path} cannot be read as a Parquet table: {reason:.300}. It is damaged, or of "
-            "another kind; write it anew, or take another copy"
+            f"{path} cannot be read as a Parquet table: {reason:.300}: it is damaged, or of "
+            "another kind; fix: write it anew, or take another copy"
         ) from error
 
 
