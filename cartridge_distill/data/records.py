@@ -171,9 +171,7 @@ def _record(document_id: str, entry: Any, source: str) -> Record:
     _need(entry, ("name", "birthday", "diagnosis", "texts", "questions"), where)
     for key, kind, name in (("texts", dict, "object"), ("questions", list, "list")):
         if not isinstance(entry[key], kind):
-            raise ConfigError(
-                f"{where}: {key!r} is a {type(entry[key]).__name__}; fix: make it a JSON {name}"
-            )
+            raise ConfigError(f"{where}: {key!r} is no JSON {name}; fix: write one")
     if not entry["texts"]:
         raise DocumentError(f"{where} has no texts; fix: give it at least one")
     for key, text in entry["texts"].items():
@@ -229,7 +227,7 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
 
 def _need(entry: Any, keys: Iterable[str], where: str) -> None:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} is a {type(entry).__name__}; fix: make it a JSON object")
+        raise ConfigError(f"{where} is no JSON object; fix: write one")
     missing = [key for key in keys if key not in entry]
     if missing:
         names = ", ".join(repr(key) for key in missing)
