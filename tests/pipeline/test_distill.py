@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cartridge_distill.cartridge.run_folder import model_of, resolve_cartridge
 from tests.pipeline.conftest import SMALL, Typed
+from tests.training.conftest import child_environment
 from verl_patches import distill
 from verl_patches.launching import checks
 
@@ -24,6 +27,7 @@ from verl_patches.launching import checks
         ({"--out": "file/run"}, "is no folder; fix: give another --out"),
         ({"--tokens": "17"}, "--tokens 17 is no multiple of 16.*fix: give 16 or 32"),
         ({"--tokens": "4096"}, "--tokens 4096: the cartridge begins .*fix: give --tokens 144"),
+        ({"--tokens": "160"}, "--tokens 160: the cartridge begins .*fix: give --tokens 144"),
         ({"--steps": "0"}, "--steps 0 is too few; fix: give 1 or more"),
         ({"--log-to": "excel"}, "excel is no logger here"),
         (
@@ -64,6 +68,24 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(
     assert status in (1, 2) and re.search(said, shown), shown
     assert "error: " in shown and "Traceback" not in shown
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cartridge_far_longer_than_the_documents_is_refused_without_torch(
+    handbook: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """torch and transformers take seconds to import; here they cannot be."""
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from verl_patches.distill import main; sys.exit(main())"
+    )
+    words = [str(handbook), "--model", str(model_folder), *SMALL, "--tokens", "4096"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--out", str(tmp_path / "run")],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "the longest has 149; fix: give --tokens 144" in done.stderr
 
 
 def test_a_dry_run_says_the_cost_and_writes_nothing(
