@@ -122,8 +122,9 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     assert "trained cartridge" in done.stdout
     following = lines[lines.index("next:") + 1 :]
     assert [
-        next(w for w in line.split() if w in ("chat", "serve", "push")) for line in following
-    ] == ["chat", "serve", "push"]
+        next(w for w in line.split() if w in ("chat", "serve", "distill", "push"))
+        for line in following
+    ] == ["chat", "serve", "distill", "push"]
     assert all("runs/mine" in line for line in following)
     assert (run / "report.html").is_file() and (run / "evaluation" / "evaluation.json").is_file()
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
