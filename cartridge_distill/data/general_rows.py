@@ -98,8 +98,8 @@ def count_for(fraction: float, documents: int) -> int:
     """
     if not 0 <= fraction < 1:
         raise ConfigError(
-            f"--general-fraction {fraction} is none; fix: set a number from 0 (none) to below 1 "
-            "(0.05 is usual)"
+            f"--general-fraction {fraction} is out of range; fix: set a number from 0 (none) to "
+            "below 1 (0.05 is usual)"
         )
     count = round(documents * fraction / (1 - fraction))
     if fraction and not count:

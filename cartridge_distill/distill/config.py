@@ -125,7 +125,7 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     ):
         refuse(
             "teacher_temperature",
-            "is none; fix: set a number, 0 (greedy) or more, or null (the rollout's)",
+            "is no temperature; fix: set a number, 0 (greedy) or more, or null (the rollout's)",
         )
     if config.teacher_cache is not None and Path(str(config.teacher_cache)).expanduser().is_file():
         refuse("teacher_cache", "is a file; fix: name a directory, or null to keep no answers")

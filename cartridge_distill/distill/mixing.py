@@ -71,7 +71,7 @@ class Schedule:
                 raise ConfigError(f"{point!r} is no pair; fix: write [step, fraction]")
             step, fraction = point
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-                raise ConfigError(f"step {step!r} is none; fix: set whole numbers, 0 or more")
+                raise ConfigError(f"step {step!r} is no step; fix: set whole numbers, 0 or more")
             if points and step <= points[-1][0]:
                 raise ConfigError(
                     f"step {step} after step {points[-1][0]}; fix: let the steps increase"
@@ -87,7 +87,7 @@ class Schedule:
         steps = COLD_STEPS if found["steps"] is None else int(found["steps"])
         if steps < 1:
             raise ConfigError(
-                f"{COLD_START} of {steps} steps is none; fix: give 1 or more, or leave it out"
+                f"{COLD_START} of {steps} steps is too short; fix: give 1 or more, or leave it out"
             )
         return cls(((steps, 0.0), (2 * steps, 1.0)))
 
@@ -114,7 +114,7 @@ def _is_number(value: Any) -> bool:
 
 def _fraction(value: Any) -> float:
     if not _is_number(value) or math.isnan(value) or not 0 <= value <= 1:
-        raise ConfigError(f"fraction {value!r} is none; fix: set a number from 0 to 1")
+        raise ConfigError(f"fraction {value!r} is out of range; fix: set a number from 0 to 1")
     return float(value)
 
 

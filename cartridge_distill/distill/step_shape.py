@@ -59,7 +59,7 @@ class StepShape:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.row_tokens:
                 raise ConfigError(
-                    f"{name}={value} is too few or too many; fix: give 1 to "
+                    f"{name}={value} is out of range; fix: give 1 to "
                     f"row_tokens={self.row_tokens}, or leave it out"
                 )
         if self.backend not in ("flex", "grouped", "dense"):

@@ -67,10 +67,11 @@ class ServerSettings:
             )
         if self.cartridge_memory_gb <= 0:
             raise ConfigError(
-                f"cartridge_memory_gb={self.cartridge_memory_gb} holds none; fix: give more than 0"
+                f"cartridge_memory_gb={self.cartridge_memory_gb} holds no cartridge; fix: give "
+                "more than 0"
             )
         if not 0 < self.idle_s <= MAX_IDLE_SECONDS:
             raise ConfigError(
-                f"idle_s={self.idle_s} is none; fix: give more than 0, at most "
+                f"idle_s={self.idle_s} is out of range; fix: give more than 0, at most "
                 f"{MAX_IDLE_SECONDS:.0f}"
             )

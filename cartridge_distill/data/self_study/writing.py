@@ -210,7 +210,9 @@ def study_rows(
         ConfigError: a fraction that makes no sense, or fewer than two prompts.
     """
     if not 0 < held_out < 1:
-        raise ConfigError(f"--held-out {held_out} is none; fix: give a fraction between 0 and 1")
+        raise ConfigError(
+            f"--held-out {held_out} is out of range; fix: give a part between 0 and 1"
+        )
     if len(written) < 2:
         raise ConfigError(
             f"{len(written)} good prompts are not enough, one is trained on and one kept aside; "
