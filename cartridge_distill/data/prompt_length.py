@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyarrow import ArrowException, parquet
 from transformers import PreTrainedTokenizerBase
 
 from cartridge_distill.model.prompts import Message, render_prompt
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
+from cartridge_distill.util.parquet import read_rows
 
 _PREPARE = "write it with `cartridge-distill prepare`"
 _SHOWN = 3
@@ -40,12 +40,12 @@ def prompts_of(file: Path, column: str = "prompt") -> list[list[Message]]:
     if pointer_in(file) is not None:
         raise ConfigError(about(file))
     try:
-        rows = parquet.read_table(file, columns=[column])
-    except (ArrowException, OSError, KeyError) as error:
+        rows = read_rows(file, [column])
+    except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error}; fix: {_PREPARE}") from error
-    if column not in rows.column_names:
+    if column not in rows.columns:
         raise ConfigError(f"{file} has no column {column!r}; fix: {_PREPARE}")
-    return [list(messages or ()) for messages in rows[column].to_pylist()]
+    return [[] if messages is None else list(messages) for messages in rows[column]]
 
 
 class PromptLimit:

@@ -138,7 +138,7 @@ class Gateway:
         self.lock = DirectoryLock(settings.cartridge_dir)
         try:
             self.store.open()
-        except DiskFailed as error:
+        except (DiskFailed, DiskFull) as error:
             self.lock.release()
             raise ConfigError(
                 with_fix(f"cartridge_dir: {error}", "name a folder that can be written to")
@@ -224,7 +224,7 @@ def create_app(
     async def one_model(model: str) -> ModelCard:
         return gateway.chat.card(model)
 
-    passed: dict[str, Any] = {"responses": _problems(404, 422, 429, 503)}
+    passed: dict[str, Any] = {"responses": _problems(404, 422, 429, 503, 507)}
 
     @app.post("/v1/completions", **passed)
     async def completions(request: CompletionRequest, http: Request) -> Response:
@@ -261,11 +261,11 @@ def create_app(
     async def list_cartridges() -> VersionList:
         return VersionList(cartridges=store.infos)
 
-    @app.get("/cartridges/{version_id}", responses=_problems(404, 422))
+    @app.get("/cartridges/{version_id}", responses=_problems(404, 422, 507))
     async def get_cartridge(version_id: VersionId) -> VersionInfo:
         return store.info(version_id)
 
-    @app.delete("/cartridges/{version_id}", responses=_problems(404, 409, 422))
+    @app.delete("/cartridges/{version_id}", responses=_problems(404, 409, 422, 507))
     async def delete_cartridge(version_id: VersionId) -> VersionInfo:
         return store.delete(version_id)
 

@@ -27,12 +27,14 @@ from pathlib import Path
 
 from cartridge_distill.cartridge.formats.tokasaurus import write_config
 from cartridge_distill.gateway.metrics import Metrics
+from cartridge_distill.gateway.refusals import Refusals
 from cartridge_distill.gateway.verifying import (
     Signature,
     problems,
     signature,
 )
 from cartridge_distill.gateway.version_info import (
+    VERSION_FILE,
     Conflict,
     NoRoom,
     Unknown,
@@ -43,7 +45,7 @@ from cartridge_distill.gateway.version_info import (
 from cartridge_distill.rollout.protocol import sanitise_cartridge_id
 from cartridge_distill.sync.upload import UploadHeader
 from cartridge_distill.sync.versions import run_of
-from cartridge_distill.util.disk import named_disk
+from cartridge_distill.util.disk import DiskFailed, named_disk, reading_disk
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import move_into_place
 
@@ -83,8 +85,7 @@ class VersionStore:
         # What each id stands for while this gateway lives, also when it is gone, or never worked:
         # the server may hold it still.
         self._content: dict[str, str] = {}
-        # By the names of their folders: what is not served, and why.
-        self._refused: dict[str, str] = {}
+        self._refused = Refusals()
 
     def open(self) -> None:
         """Reads what an earlier gateway left; what it left half-written goes.
@@ -112,11 +113,14 @@ class VersionStore:
                 shutil.rmtree(folder)
                 continue
             try:
-                info = read_info(folder)
+                with reading_disk(folder / VERSION_FILE):
+                    info = read_info(folder)
             except FileNotFoundError:
                 logger.warning("%s was not put there by a gateway and is not served", folder)
-            except (OSError, CartridgeFormatError) as error:
-                self._refuse(folder, str(error))
+            except (CartridgeFormatError, DiskFailed) as error:
+                self._refused.add(folder, error)
+            except OSError as error:
+                self._refused.add(folder, CartridgeFormatError(str(error)))
             else:
                 found.append(info)
         return found
@@ -146,7 +150,7 @@ class VersionStore:
                 continue  # deleted meanwhile
             if version_id in found:
                 del self._versions[version_id]
-                self._refuse(self.folder(version_id), found[version_id])
+                self._refused.add(self.folder(version_id), found[version_id])
             else:
                 version.signature = looked[version_id]
         self._count()
@@ -156,21 +160,13 @@ class VersionStore:
 
         Raises:
             Unknown: with the reason.
+            DiskFailed: the disk did not give it.
         """
         try:
             folder = self.folder(version_id)
         except ValueError:
             return  # nothing can lie under such an id
-        reason = self._refused.get(folder.name)
-        if reason is not None:
-            raise Unknown(
-                f"cartridge {version_id!r} is on the disk and is not served: {reason}. Upload it "
-                "under a new id; whoever runs the gateway may look at its folder, and delete it"
-            )
-
-    def _refuse(self, folder: Path, reason: str) -> None:
-        self._refused[folder.name] = reason
-        logger.error("%s is not served, and left as it is: %s", folder, reason)
+        self._refused.check_served(version_id, folder)
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -188,6 +184,7 @@ class VersionStore:
 
         Raises:
             Unknown: with the ids that are there.
+            DiskFailed: it is there, and the disk did not give it.
         """
         version = self._versions.get(version_id)
         if version is None:
@@ -254,6 +251,7 @@ class VersionStore:
         Raises:
             Conflict: the id stands, or stood, for another content; or another id has the same
                 directory.
+            DiskFailed: the id's version is there, and the disk did not give it.
         """
         stood_for = self._content.get(version_id)
         if stood_for is not None and stood_for != header.model_dump_json():
@@ -263,10 +261,7 @@ class VersionStore:
             )
         if version_id in self._versions:
             return False
-        if (reason := self._refused.get(self.folder(version_id).name)) is not None:
-            raise Conflict(
-                f"cartridge {version_id!r} is on the disk and is not served: {reason}. Use a new id"
-            )
+        self._refused.check_free(version_id, self.folder(version_id))
         if self.folder(version_id).exists():
             raise Conflict(
                 f"the directory {self.folder(version_id).name!r} of cartridge {version_id!r} is "
@@ -335,7 +330,12 @@ class VersionStore:
         with named_disk(self.directory, whatever=True):
             write_config(folder, header.num_tokens, header.base_model)
             write_info(info, folder)
-            move_into_place(folder, self.folder(version_id))
+            try:
+                move_into_place(folder, self.folder(version_id))
+            except BaseException:
+                # Renamed, and not certain to outlive a crash: nobody was told of it.
+                self.discard(version_id)
+                raise
         return info
 
     def add(self, info: VersionInfo) -> None:
@@ -347,7 +347,10 @@ class VersionStore:
             for version_id in of_run[: -self._keep]:
                 version = self._versions[version_id]
                 if not version.in_use and time.monotonic() >= version.asked_again_until:
-                    self._delete(version_id, "kept_enough")
+                    try:
+                        self._delete(version_id, "kept_enough")
+                    except DiskFailed as error:  # the new one works all the same
+                        logger.error("%s stays: %s", version_id, error)
         self._count()
 
     # --- what goes ----------------------------------------------------------------------------
@@ -390,7 +393,7 @@ class VersionStore:
             os.replace(self.folder(version_id), gone)
         del self._versions[version_id]
         # To free a quarter of a gigabyte takes a tenth of a second; nobody need wait for that.
-        threading.Thread(target=shutil.rmtree, args=(gone,), name="delete").start()
+        threading.Thread(target=_remove, args=(gone,), name="delete").start()
         self._metrics.deleted.labels(reason).inc()
         self._count()
 
@@ -398,3 +401,10 @@ class VersionStore:
         self._metrics.versions.set(len(self._versions))
         self._metrics.refused.set(len(self._refused))
         self._metrics.disk_bytes.set(self.num_bytes)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.error("%s takes room until it is deleted: %s", folder, error)

@@ -6,6 +6,7 @@ The answer is given when the server has generated a token with the new cartridge
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import shutil
 import time
@@ -28,6 +29,7 @@ from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.gateway.version_info import VersionInfo
 from cartridge_distill.rollout.protocol import CartridgeCompletionRequest, CartridgeRef
 from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.util.disk import DiskFailed
 from cartridge_distill.util.errors import CartridgeFormatError
 
 logger = logging.getLogger(__name__)
@@ -145,7 +147,7 @@ class Uploads:
         try:
             with self._stage("activated"):
                 await self._activate(info)
-        except CartridgeFormatError:
+        except (CartridgeFormatError, DiskFailed):
             self._store.discard(version_id)
             if await self._server_has_nothing_of(version_id):
                 self._store.unbind(version_id)
@@ -174,6 +176,7 @@ class Uploads:
 
         Raises:
             CartridgeFormatError: the server refuses it, in its own words.
+            DiskFailed: its disk does not give it back.
             ServerDown: it died over it again and again, or does not come up.
         """
         request = CartridgeCompletionRequest(
@@ -184,6 +187,7 @@ class Uploads:
             cartridges=[CartridgeRef(id=info.id, source="local")],
         )
         body = request.model_dump_json(exclude_unset=True).encode()
+        why = ""
         for attempt in range(1, _ACTIVATIONS + 1):
             await self._pages.admit({info.id: info.header.num_tokens})
             await self._process.wait_up(self._settings.hold_s)
@@ -193,16 +197,32 @@ class Uploads:
                         refuse_redirect(response)
                         answer = await response.text()
             except aiohttp.ClientError as error:
+                why = f"it broke off ({type(error).__name__})"
                 logger.warning("attempt %d to load %s: %r", attempt, info.id, error)
                 # The connection breaks a moment before the process is known to be dead.
                 await asyncio.sleep(0.2)
                 continue
             if response.status == 200:
                 return
+            if response.status == 507:
+                raise DiskFailed(f"the server could not read it: {_words(answer)}")
             if response.status < 500:
                 raise CartridgeFormatError(
-                    f"the server refuses the cartridge (HTTP {response.status}): {answer[:600]}"
+                    f"the server refuses the cartridge (HTTP {response.status}): {_words(answer)}"
                 )
-            logger.warning("attempt %d to load %s: %s", attempt, info.id, answer[:300])
+            why = _words(answer)
+            logger.warning("attempt %d to load %s: %s", attempt, info.id, why)
             await asyncio.sleep(0.2)
-        raise ServerDown(f"the server process failed {_ACTIVATIONS} times to load {info.id!r}")
+        raise ServerDown(
+            f"the server process failed {_ACTIVATIONS} times to load {info.id!r}; the last time: "
+            f"{why}"
+        )
+
+
+def _words(answer: str) -> str:
+    """What a server's refusal says."""
+    try:
+        said = json.loads(answer)["detail"]
+    except (ValueError, LookupError, TypeError):
+        said = answer
+    return str(said)[:600]

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from cartridge_distill.cartridge.content_hash import sha256_of
 from cartridge_distill.cartridge.formats import tokasaurus
+from cartridge_distill.gateway.refusals import Problem
 from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.util.disk import DiskFailed, reading_disk
 from cartridge_distill.util.errors import CartridgeFormatError
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,13 @@ def check_files(folder: Path, header: UploadHeader) -> None:
 
     Raises:
         CartridgeFormatError: they are others; with the first difference.
+        DiskFailed: the disk does not give them.
     """
     try:
-        stored = tokasaurus.read(folder)
+        with reading_disk(folder):
+            stored = tokasaurus.read(folder)
+    except DiskFailed:
+        raise
     except OSError as error:
         raise CartridgeFormatError(f"it cannot be read: {error}") from error
     found = {**stored.shape(), "dtype": stored.dtype_name(), "base_model": stored.meta.base_model}
@@ -46,19 +52,19 @@ def check_files(folder: Path, header: UploadHeader) -> None:
         )
 
 
-def problem_of(folder: Path, header: UploadHeader) -> str | None:
+def problem_of(folder: Path, header: UploadHeader) -> Problem | None:
     """What is wrong with a version; None where it is as it was uploaded."""
     try:
         check_files(folder, header)
-    except CartridgeFormatError as error:
-        return str(error)
+    except (CartridgeFormatError, DiskFailed) as error:
+        return error
     except Exception as error:  # a damaged file can fail in any way there is
         logger.exception("%s cannot be checked", folder)
-        return f"it cannot be checked: {type(error).__name__}: {error}"
+        return CartridgeFormatError(f"it cannot be checked: {type(error).__name__}: {error}")
     return None
 
 
-def problems(versions: Iterable[tuple[str, Path, UploadHeader]]) -> dict[str, str]:
+def problems(versions: Iterable[tuple[str, Path, UploadHeader]]) -> dict[str, Problem]:
     """Looks at many versions, and says how far it is.
 
     Args:

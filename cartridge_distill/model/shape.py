@@ -72,8 +72,12 @@ class DecoderShape:
         linear = [m for m in layer.modules() if isinstance(m, nn.Linear)]
         attention = _attention_of(layer)
         inside = set(attention.modules()) if attention is not None else set()
-        wide = [m for m in linear if m not in inside and m.in_features == text.hidden_size]
-        back = [m for m in linear if m not in inside and m.out_features == text.hidden_size]
+        mlp_layers = [m for m in linear if m not in inside]
+        ends = [m for m in mlp_layers if m.out_features == text.hidden_size]
+        # An MLP as wide as the model has several that could be its last; then any is as good.
+        square = len({_features(m) for m in mlp_layers}) == 1
+        back = ends[-1:] if square else ends
+        wide = [m for m in mlp_layers if m not in back and m.in_features == text.hidden_size]
         if attention is None or len(back) != 1 or not 1 <= len(wide) <= 2:
             raise _unknown(text, f"its MLP has linear layers {[_features(m) for m in linear]}")
         mlp = sum(m.out_features for m in wide)

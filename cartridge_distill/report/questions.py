@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cartridge_distill.evaluation.results import PromptResult, QuestionResult
 from cartridge_distill.util.errors import ReportError, with_fix
 from cartridge_distill.util.parquet import read_rows
 
-QUESTIONS_FILE = "evaluation.parquet"
-PROMPTS_FILE = "evaluation_prompts.parquet"
 EVALUATE_AGAIN = "evaluate again, with `cartridge-distill eval RUN`"
 # metric -> (summed over the questions, divided by the sum of); None counts the questions
 _RATIOS: dict[str, tuple[str, str | None]] = {
@@ -80,17 +79,21 @@ def read_questions(path: Path) -> Questions | None:
     """Reads the questions of an evaluation; None where the file is not there.
 
     Raises:
-        ReportError: it is no parquet file, lacks columns, or its conditions differ in questions.
+        ReportError: it is no parquet file, lacks columns, has others, or its conditions differ in
+            questions.
     """
-    return _read(path, "question", ["log_loss", "kl_sum", "kl_tokens"], _TOLD)
+    known = QuestionResult.SCHEMA.names
+    return _read(path, "question", known, ["log_loss", "kl_sum", "kl_tokens"], _TOLD)
 
 
 def read_prompts(path: Path) -> Questions | None:
     """Reads the held-out prompts of an evaluation; as :func:`read_questions`."""
-    return _read(path, "prompt", ["kl_sum", "kl_tokens"], [])
+    return _read(path, "prompt", PromptResult.SCHEMA.names, ["kl_sum", "kl_tokens"], [])
 
 
-def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questions | None:
+def _read(
+    path: Path, asked: str, known: list[str], columns: list[str], told: list[str]
+) -> Questions | None:
     """``told`` are columns that may be absent, all together."""
     if not path.exists():
         return None
@@ -106,6 +109,10 @@ def _read(path: Path, asked: str, columns: list[str], told: list[str]) -> Questi
         raise ReportError(
             f"{path}: no table with the columns {wanted}: {', '.join(absent)} is missing; "
             f"fix: {EVALUATE_AGAIN}"
+        )
+    if unknown := [str(name) for name in rows.columns if name not in known]:
+        raise ReportError(
+            f"{path}: unknown columns: {', '.join(unknown)}; fix: evaluate again with this version"
         )
     has_texts = bool(told) and set(told) <= set(rows.columns)
     if rows.empty:

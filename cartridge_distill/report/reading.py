@@ -16,10 +16,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUMENT, TRAINED
+from cartridge_distill.evaluation.results import PROMPTS_FILE, QUESTIONS_FILE
 from cartridge_distill.report.questions import (
     EVALUATE_AGAIN,
-    PROMPTS_FILE,
-    QUESTIONS_FILE,
     Questions,
     read_prompts,
     read_questions,

@@ -21,6 +21,7 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.server.cartridges import CartridgeRefused
 from cartridge_distill.server.protocol import AnyRequest, Job, Limits, Refused, is_work, to_job
 from cartridge_distill.server.rows import NewToken
+from cartridge_distill.util.disk import DiskFailed
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Answering(ABC):
         Raises:
             Refused: the request cannot be served.
             CartridgeRefused: its cartridge cannot.
+            DiskFailed: the disk does not give its cartridge.
         """
 
     @abstractmethod
@@ -101,12 +103,15 @@ class Answering(ABC):
         """Computes all choices of a request.
 
         Raises:
-            HTTPException: 400 for what cannot be served, 500 or 503 for what may work later.
+            HTTPException: 400 for what cannot be served, 500 or 503 for what may work later, 507
+                where the disk of a cartridge fails.
         """
         try:
             admitted = await self.admit(request)
         except (Refused, CartridgeRefused) as error:
             raise HTTPException(400, str(error)) from error
+        except DiskFailed as error:
+            raise HTTPException(507, str(error)) from error
         return admitted.job, await self.compute(admitted)
 
     async def read_job(self, request: AnyRequest, document: Sequence[int] = ()) -> Job:

@@ -37,6 +37,7 @@ from cartridge_distill.cartridge.formats.tokasaurus import (
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS, check_fits
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.rollout.protocol import CartridgeRef, sanitise_cartridge_id
+from cartridge_distill.util.disk import DiskFailed, reading_disk
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class CartridgeStore:
 
         Raises:
             CartridgeRefused: missing, malformed, not for this model, or dropped from memory.
+            DiskFailed: the disk does not give it.
         """
         ids = tuple(sorted(ref.id for ref in refs))
         if not ids:
@@ -144,6 +146,8 @@ class CartridgeStore:
         try:
             prefix = load_pt_prefix(folder / TOKASAURUS_WEIGHTS)
             check_fits(prefix.kv_shape, self._config)
+        except DiskFailed:
+            raise
         except (CartridgeFormatError, OSError) as error:
             raise CartridgeRefused(f"cartridge {cartridge_id!r}: {error}") from error
         tokens = prefix.num_tokens
@@ -164,11 +168,14 @@ class CartridgeStore:
     def _folder(self, cartridge_id: str, source: str) -> Path:
         """The cartridge's folder, certain to lie in the cartridge directory with both files."""
         try:
-            root = self._directory.resolve()
-            folder = root / sanitise_cartridge_id(cartridge_id)
-            files = [folder / TOKASAURUS_WEIGHTS, folder / TOKASAURUS_CONFIG]
-            missing = [file.name for file in files if not file.is_file()]
-            outside = [file for file in files if not file.resolve().is_relative_to(root)]
+            with reading_disk(self._directory):
+                root = self._directory.resolve()
+                folder = root / sanitise_cartridge_id(cartridge_id)
+                files = [folder / TOKASAURUS_WEIGHTS, folder / TOKASAURUS_CONFIG]
+                missing = [file.name for file in files if not file.is_file()]
+                outside = [file for file in files if not file.resolve().is_relative_to(root)]
+        except DiskFailed:
+            raise
         except (OSError, ValueError) as error:
             # A name too long for the file system, or an empty one.
             raise CartridgeRefused(f"cartridge id {cartridge_id[:80]!r}: {error}") from error
@@ -194,7 +201,10 @@ class CartridgeStore:
 def _stated_tokens(path: Path, cartridge_id: str) -> int:
     """``kv_cache_initializer.max_tokens`` of config.yaml, in either of its two places."""
     try:
-        tokens = declared_tokens(read_config(path))
+        with reading_disk(path):
+            tokens = declared_tokens(read_config(path))
+    except DiskFailed:
+        raise
     except (OSError, CartridgeFormatError) as error:
         raise CartridgeRefused(f"cartridge {cartridge_id!r}: config.yaml: {error}") from error
     if type(tokens) is int:

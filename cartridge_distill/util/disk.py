@@ -2,18 +2,21 @@
 
 The system says it with an error number, torch's writer with a line of its own C++ code, those of
 safetensors and Parquet in brackets. What is replaced whole (``files``) is written within
-:func:`named_disk`, and so is whatever else is large.
+:func:`named_disk`, and so is whatever else is large. What a server reads for a client is read
+within :func:`reading_disk`: a disk that fails is no fault of the file, or of who asks for it.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from cartridge_distill.util.errors import CartridgeDistillError
 
@@ -26,6 +29,7 @@ _FAILED = (
 )
 # What torch's writer calls itself in its errors, which have no error number.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+_POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h
 _NUMBER_IN_WORDS = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
 
@@ -34,7 +38,7 @@ class DiskFull(CartridgeDistillError, OSError):
 
 
 class DiskFailed(CartridgeDistillError, OSError):
-    """A disk cannot be written to: read-only, broken, or not ours. Behind HTTP it is status 507."""
+    """A disk cannot be written to, or read: read-only, broken, not ours. Over HTTP: status 507."""
 
 
 @contextmanager
@@ -64,6 +68,49 @@ def named_disk(folder: Path, whatever: bool = False) -> Iterator[None]:
         if number in _FAILED or (whatever and isinstance(error, OSError)):
             raise _failed(folder, error if number is None else os.strerror(number)) from error
         raise
+
+
+@contextmanager
+def reading_disk(path: Path) -> Iterator[None]:
+    """What is read within fails with the file's name when its disk fails.
+
+    Any other error is passed on: a file that is not there, or damaged.
+
+    Raises:
+        DiskFailed: naming the file and the system's reason.
+    """
+    try:
+        yield
+    except (DiskFull, DiskFailed):
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number not in _FAILED:
+            raise
+        assert number is not None
+        raise DiskFailed(
+            f"{path} cannot be read ({os.strerror(number)}): see to its disk (does it fail, is it "
+            "still there, whose is the file?)"
+        ) from error
+
+
+def fetch_from_disk(file: BinaryIO) -> None:
+    """Has a file that will be mapped read into memory now, where the disk can say that it fails.
+
+    Later, in the middle of a computation, the kernel would end the process instead (SIGBUS).
+
+    Raises:
+        OSError: EIO, the disk does not give it.
+    """
+    if os.fstat(file.fileno()).st_size == 0:
+        return
+    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        try:
+            mapped.madvise(_POPULATE_READ)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), file.name) from error
+            # A kernel before 5.14 does not know how; then it is as it was.
 
 
 def _number(error: Exception) -> int | None:

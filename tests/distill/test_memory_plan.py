@@ -256,3 +256,12 @@ def test_lengths_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) ->
 def test_a_mixture_of_experts_is_not_predicted_as_something_else() -> None:
     with pytest.raises(ConfigError, match="qwen3_moe model cannot be predicted"):
         DecoderShape.of(config_of("qwen3_moe", num_hidden_layers=2))
+
+
+@pytest.mark.parametrize(("kind", "gated"), [("llama", True), ("gpt_neox", False)])
+def test_an_mlp_as_wide_as_the_model_is_one(kind: str, gated: bool) -> None:
+    """All its layers have one shape, and which is the last cannot be told from it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640}
+    shape = DecoderShape.of(AutoConfig.for_model(kind, **sizes))
+    assert (shape.gated, shape.mlp) == (gated, 1024 if gated else 512)

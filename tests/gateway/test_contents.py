@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import struct
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
-import uvicorn
 
 from cartridge_distill.cartridge.snapshot import Snapshot
-from cartridge_distill.gateway import app as gateway_app
 from cartridge_distill.gateway.lock import DirectoryLock
-from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.rollout.fingerprint import decode_fingerprint
 from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.upload import encode
 from cartridge_distill.util.errors import ConfigError, SyncError
-from tests.gateway import failing_server
 from tests.gateway.conftest import StartRig
 from tests.gateway.rig import (
     COMPLETIONS,
@@ -86,42 +78,6 @@ def reordered(body: bytes) -> bytes:
 
 
 # --- what an id stands for --------------------------------------------------------------------
-
-
-@pytest.fixture
-def failing_gateway(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[httpx.Client, Path]]:
-    """A gateway over a server that fails while the file exists; in this process."""
-    flag = tmp_path / "fail"
-    monkeypatch.setenv(failing_server.FAIL_WHILE, str(flag))
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    command = gateway_app.server_command
-
-    def failing_command(settings: GatewaySettings, port: int) -> list[str]:
-        _, _, _, *arguments = command(settings, port)
-        return [sys.executable, "-m", failing_server.__name__, *arguments]
-
-    monkeypatch.setattr(gateway_app, "server_command", failing_command)
-    settings = GatewaySettings(
-        model=str(model_folder),
-        model_name=MODEL_NAME,
-        cartridge_dir=tmp_path / "cartridges",
-        server_args=("--threads", "1"),
-    )
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = gateway_app.create_app(settings, None)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=60) as http:
-            until(lambda: http.get("/ping").status_code == 200, "the gateway answers", 240)
-            yield http, flag
-    finally:
-        server.should_exit = True
-        thread.join(60)
 
 
 def test_an_id_is_bound_before_the_server_has_read_it(

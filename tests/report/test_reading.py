@@ -163,6 +163,14 @@ def test_an_evaluation_may_have_a_folder_of_its_own(tmp_path: Path) -> None:
         read_run(folder)
 
 
+def test_a_column_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """A changed bit in ``question`` would be a table without texts."""
+    path = made.write_questions(made.write_run(tmp_path / "run"))
+    pd.read_parquet(path).rename(columns={"question": "puestion"}).to_parquet(path)
+    with pytest.raises(ReportError, match="unknown columns: puestion; fix: evaluate again"):
+        read_run(tmp_path / "run")
+
+
 def test_no_cartridge_is_another_word_for_no_document(tmp_path: Path) -> None:
     text = json.dumps(made.evaluation()).replace("no document", "no cartridge")
     made.write_run(tmp_path, evaluated=json.loads(text))

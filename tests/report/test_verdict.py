@@ -191,7 +191,8 @@ def test_held_out_prompts_decide_where_there_are_no_questions(tmp_path: Path) ->
     assert "each of the prompts, is not there" in without.note
     questions = made.write_questions(folder)
     table = pd.read_parquet(questions).rename(columns={"question_index": "prompt_index"})
-    table.drop(columns="log_loss").to_parquet(folder / "evaluation_prompts.parquet")
+    told = ["log_loss", "question", "right_answer", "likelihood_correct"]
+    table.drop(columns=told).to_parquet(folder / "evaluation_prompts.parquet")
     questions.unlink()
     paired = verdict.of_one(group_runs([read_run(folder)])[0])
     assert paired.good and "by bootstrap over the prompts, paired" in paired.note

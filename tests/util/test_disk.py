@@ -18,10 +18,17 @@ from cartridge_distill.cartridge.checkpoint import write_cartridge
 from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
-from cartridge_distill.util.disk import DiskFailed, DiskFull, named_disk
+from cartridge_distill.util.disk import (
+    DiskFailed,
+    DiskFull,
+    fetch_from_disk,
+    named_disk,
+    reading_disk,
+)
 from cartridge_distill.util.errors import SyncError
 from cartridge_distill.util.journal import Journal
 from cartridge_distill.util.parquet import write_table
+from tests.failing_disks import Disk, unreadable
 from tests.tiny import random_cartridge, tiny_model
 
 # In a process of its own, whose files may not be larger than some kilobytes: the system's error is
@@ -31,6 +38,7 @@ import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 import torch
+from tests.failing_disks import Disk, unreadable
 from tests.tiny import random_cartridge, tiny_model
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.formats.stored_cartridge import CartridgeMeta, StoredCartridge
@@ -148,3 +156,34 @@ def test_journals_and_tables_name_the_disk_too(small_disk: Path) -> None:
     journal.close()
     with Journal(small_disk / "rows.jsonl", {"seed": 0}) as journal:
         assert journal.rows == [{"task": 0}, {"task": 2}] and not journal.torn
+
+
+def test_a_disk_that_is_gone_is_told_before_a_file_is_mapped(tmp_path: Path) -> None:
+    """Touched later, the mapped file would end the process."""
+    disk = Disk(tmp_path, tmp_path / "disk")
+    try:
+        path = tmp_path / "disk" / "file"
+        path.write_bytes(os.urandom(2**16))
+        with path.open("rb") as file:
+            fetch_from_disk(file)
+        disk.fail()
+        with path.open("rb") as file, pytest.raises(OSError) as told:
+            fetch_from_disk(file)
+        assert told.value.errno == errno.EIO
+    finally:
+        disk.close()
+
+
+def test_what_is_read_names_the_file_and_only_a_failing_disk_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(DiskFailed, match=r"file cannot be read \(Input/output error\)"):
+        with reading_disk(path):
+            raise OSError(errno.EIO, "as of a bad block")
+    with pytest.raises(FileNotFoundError), reading_disk(path):
+        path.read_bytes()
+    with pytest.raises(ValueError), reading_disk(path):
+        raise ValueError("damaged")
+    path.touch()
+    with unreadable(path), pytest.raises(DiskFailed, match="Input/output error"):
+        with reading_disk(path):
+            path.read_bytes()

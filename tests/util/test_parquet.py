@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,24 @@ def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "rows.parquet").columns) == ["prompt"]
 
 
+@pytest.mark.parametrize("what", ["a row less", "another value", "another name", "a column less"])
+def test_what_no_page_holds_is_compared_too(what: str, tmp_path: Path) -> None:
+    """Page checksums are right in each of these files; the hashes are of the table before."""
+    path, table = tmp_path / "rows.parquet", pa.table({"a": [1, 2, 3], "b": ["x", None, "z"]})
+    write_table(table, path)
+    assert read_rows(path, ["b"])["b"].dropna().tolist() == ["x", "z"]
+    hashes = pq.read_schema(path).metadata
+    changed = {
+        "a row less": table.slice(0, 2),
+        "another value": table.set_column(0, "a", pa.array([1, 2, 4])),
+        "another name": table.rename_columns(["a", "c"]),
+        "a column less": table.drop_columns(["b"]),
+    }[what]
+    pq.write_table(changed.replace_schema_metadata(hashes), path, write_page_checksum=True)
+    with pytest.raises(ConfigError, match=r"is not as it was written|are not there"):
+        read_rows(path)
+
+
 def test_a_small_file_that_stands_for_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,3 +76,56 @@ def test_a_number_of_rows_is_refused_before_they_are_read(
     monkeypatch.setattr(parquet, "MAX_ROWS", 10)
     with pytest.raises(ConfigError, match="it has 11 rows .* at most 10 rows"):
         read_rows(tmp_path / "rows.parquet")
+
+
+READS = """
+import resource, sys
+import subprocess
+import sys
+from pathlib import Path
+from cartridge_distill.util import parquet
+from cartridge_distill.util.errors import ConfigError
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+parquet.MEMORY = 2**27
+parquet.read_rows(Path(sys.argv[1]))  # what libraries load
+before = most()
+for path in sys.argv[2:]:
+    try:
+        parquet.read_rows(Path(path))
+        print(path, "was read")
+    except ConfigError as error:
+        if "of memory, which no table" not in str(error):
+            print(error)
+print("MB", most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what a process holds")
+def test_the_memory_of_a_small_file_is_bounded_whatever_it_says_of_itself(tmp_path: Path) -> None:
+    """One page, one row, many columns, and what Python makes of them: gigabytes each."""
+    write_table(pa.table({"prompt": ["a"]}), tmp_path / "right")
+    letters = "x" * (300 * 2**20)
+    plain = {"use_dictionary": False, "write_statistics": False, "compression": "zstd"}
+    pq.write_table(pa.table({"prompt": [letters]}), tmp_path / "page", **plain)
+    columns = {f"c{index}": [letters[: 30 * 2**20]] for index in range(40)}
+    pq.write_table(pa.table(columns), tmp_path / "columns", **plain)
+    texts = pa.DictionaryArray.from_arrays(np.zeros(50_000, np.int32), ["x" * 100_000])
+    row = pa.ListArray.from_arrays(np.array([0, len(texts)], np.int32), texts)
+    pq.write_table(pa.table({"prompt": row}), tmp_path / "row", store_schema=False)
+    ends = np.arange(0, 100_001 * 500, 500, dtype=np.int32)
+    nulls = pa.ListArray.from_arrays(ends, pa.nulls(int(ends[-1]), pa.int8()))
+    pq.write_table(pa.table({"prompt": nulls}), tmp_path / "nulls", compression="zstd")
+    del columns, texts, row, nulls, letters
+    files = [str(tmp_path / name) for name in ("right", "page", "columns", "row", "nulls")]
+    done = subprocess.run([sys.executable, "-c", READS, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    word, megabytes = done.stdout.split()
+    assert word == "MB" and int(megabytes) < 400, done.stdout
+
+
+def test_some_columns_of_a_table(tmp_path: Path) -> None:
+    write_table(pa.table({"a": [1], "b": [2], "c": [3]}), tmp_path / "rows.parquet")
+    assert list(read_rows(tmp_path / "rows.parquet", ["c", "z", "a"]).columns) == ["c", "a"]

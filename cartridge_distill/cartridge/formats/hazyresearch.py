@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
     checked_snapshot,
 )
 from cartridge_distill.cartridge.formats.stored_tensors import check_archive, check_stored
+from cartridge_distill.util.disk import DiskFailed, fetch_from_disk, reading_disk
 from cartridge_distill.util.errors import CartridgeFormatError
 from cartridge_distill.util.files import replace_file
 from cartridge_distill.util.lfs import about, pointer_in
@@ -46,6 +47,7 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
 
     Raises:
         CartridgeFormatError: not such a file, or one that holds other objects than tensors.
+        DiskFailed: its disk does not give it.
         OSError: it cannot be opened.
     """
     data, spellings = _known(path, mapped)
@@ -117,26 +119,34 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def _unpickle(path: Path, mapped: bool) -> Any:
-    if pointer_in(path) is not None:
-        raise CartridgeFormatError(about(path))
-    with path.open("rb") as file:
-        try:
+    with reading_disk(path):
+        if pointer_in(path) is not None:
+            raise CartridgeFormatError(about(path))
+        with path.open("rb") as file:
+            return _unpickle_from(file, path, mapped)
+
+
+def _unpickle_from(file: BinaryIO, path: Path, mapped: bool) -> Any:
+    try:
+        with reading_disk(path):
             # Files of torch before 1.6 are no zip, and cannot be mapped.
             is_zip = zipfile.is_zipfile(file)
             if is_zip:
                 check_archive(file, path)
             mapped = mapped and is_zip
+            if mapped:
+                fetch_from_disk(file)
             file.seek(0)
             source = str(path) if mapped else file
             with torch.serialization.safe_globals([nn.ParameterList, nn.Parameter]):
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-        except CartridgeFormatError:
-            raise
-        except Exception as error:  # a malformed file can fail in any way there is, OSError too
-            reason = str(error).split("\n", 1)[0] or type(error).__name__
-            raise CartridgeFormatError(
-                f"{path} cannot be read safely as a cartridge: {reason}"
-            ) from error
+    except (CartridgeFormatError, DiskFailed):
+        raise
+    except Exception as error:  # a malformed file can fail in any way there is, OSError too
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise CartridgeFormatError(
+            f"{path} cannot be read safely as a cartridge: {reason}"
+        ) from error
 
 
 def _tensors(value: object, name: str, path: Path) -> list[Tensor]:

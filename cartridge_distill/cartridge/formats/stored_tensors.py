@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cartridge_distill.util.errors import CartridgeFormatError
 
 _PIECE_BYTES = 2**20
+_FOLDER = 0x10  # of a record's attributes, as DOS has them
 
 
 def check_archive(file: BinaryIO, path: Path, with_checksums: bool = False) -> None:
@@ -32,8 +33,8 @@ def check_archive(file: BinaryIO, path: Path, with_checksums: bool = False) -> N
         with_checksums: each record must have one.
 
     Raises:
-        CartridgeFormatError: a record is compressed, claims more bytes than the file has, or has
-            others than those that were written.
+        CartridgeFormatError: a record is compressed, claims more bytes than the file has or than
+            are stored, claims to be a folder, or has other bytes than those that were written.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(file) as archive:
@@ -42,6 +43,13 @@ def check_archive(file: BinaryIO, path: Path, with_checksums: bool = False) -> N
                 raise CartridgeFormatError(
                     f"{path}: {record.filename!r:.60} is compressed, and would be "
                     f"{record.file_size} bytes of a file of {size}; torch.save compresses nothing"
+                )
+            # torch's reader takes it for read, and leaves what lay in memory in its place.
+            if record.external_attr & _FOLDER or record.compress_size != record.file_size:
+                raise CartridgeFormatError(
+                    f"{path}: {record.filename!r:.60} says that it is a folder, or that it has "
+                    f"{record.compress_size} of its {record.file_size} bytes; fix: take another "
+                    "copy of the file"
                 )
             if with_checksums and record.file_size and not record.CRC:
                 raise CartridgeFormatError(

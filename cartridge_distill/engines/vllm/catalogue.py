@@ -22,6 +22,7 @@ from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.engines.vllm.wanted import Wanted
 from cartridge_distill.rollout.protocol import sanitise_cartridge_id
+from cartridge_distill.util.disk import DiskFailed, reading_disk
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
 _SEEN = 4096
@@ -62,6 +63,7 @@ class Catalogue:
 
         Raises:
             NoCartridge: one is not there, cannot be read, or is for another model.
+            DiskFailed: the disk does not give it.
         """
         ordered = tuple(sorted(set(ids)))
         if len(ordered) != len(ids):
@@ -109,7 +111,10 @@ class Catalogue:
         path = self._place(cartridge_id)
         before = self._stamp(cartridge_id, path)
         try:
-            snapshot = read_local(path).snapshot
+            with reading_disk(path):
+                snapshot = read_local(path).snapshot
+        except DiskFailed:
+            raise
         except (CartridgeFormatError, OSError) as error:
             raise NoCartridge(f"cartridge {cartridge_id!r}: {error}") from error
         after = self._stamp(cartridge_id, path)

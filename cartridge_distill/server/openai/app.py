@@ -52,6 +52,7 @@ from cartridge_distill.server.openai.translate import DEFAULT_MAX_TOKENS, to_pro
 from cartridge_distill.server.protocol import Refused, TooLong
 from cartridge_distill.server.rows import NewToken
 from cartridge_distill.util.disconnect import unless_disconnected
+from cartridge_distill.util.disk import DiskFailed
 from cartridge_distill.util.http_errors import protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
@@ -149,7 +150,7 @@ class _Answer:
             document: token ids, for an answer behind these.
 
         Raises:
-            ApiError: 400, with the reason.
+            ApiError: 400, with the reason; 507 where the disk of the cartridge fails.
         """
         asked = self._request.max_new_tokens
         try:
@@ -170,6 +171,8 @@ class _Answer:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
         except CartridgeRefused as error:
             raise ApiError(400, str(error), "model", "invalid_value") from error
+        except DiskFailed as error:
+            raise ApiError(507, str(error)) from error
         if asked is None:
             left = self._service.limits.max_tokens_per_request - len(admitted.job.prompt_ids)
             job = replace(admitted.job, max_new_tokens=min(DEFAULT_MAX_TOKENS, left))

@@ -59,6 +59,16 @@ def compressed(path: Path, target: Path) -> Path:
     return target
 
 
+def relabelled(path: Path, **fields: int) -> Path:
+    """The same file whose directory says something else of its largest record."""
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+        for name, value in fields.items():
+            setattr(largest, name, value)
+        archive._didModify = True  # so that the directory is written anew
+    return path
+
+
 def hostile(kind: str, folder: Path) -> Path:
     path = folder / "a.pt"
     if kind == "stride 0":
@@ -74,6 +84,11 @@ def hostile(kind: str, folder: Path) -> Path:
         return compressed(path, folder / "b.pt")
     if kind == "sparse":
         return save(path, [torch.sparse_coo_tensor(torch.zeros(4, 0), [], (1, 8, TOKENS, 64))])
+    if kind == "a folder":  # torch leaves its numbers unread: they are what lay in memory
+        return relabelled(save(path, [torch.ones(1, 8, 64, 64)]), external_attr=0x10)
+    if kind == "nothing stored":
+        fields = {"compress_size": 0, "CRC": 0}
+        return relabelled(save(path, [torch.ones(1, 8, 64, 64)]), **fields)
     assert kind == "tokasaurus"
     write_cartridge(stored(), folder / "c", "tokasaurus")
     save(folder / "c" / "cartridge.pt", [repeated(0, 0, 0)])
@@ -88,6 +103,8 @@ def hostile(kind: str, folder: Path) -> Path:
         ("a parameter", "are stored of it"),
         ("layers of one storage", "share what is stored"),
         ("compressed", "is compressed"),
+        ("a folder", "says that it is a folder"),
+        ("nothing stored", "0 of its"),
         ("sparse", "is no plain tensor|cannot be read safely"),
         ("tokasaurus", "are stored of it"),
     ],
