@@ -122,20 +122,23 @@ def check_length(settings: Distillation) -> None:
     texts = [source.text for source in load_sources(str(place), lambda line: None)]
     longest = max(len(count.encode(text, add_special_tokens=False).ids) for text in texts)
     if longest + _TEMPLATE_TOKENS < settings.tokens:
-        raise shorter_than_the_cartridge(settings, longest)
+        raise shorter_than_the_cartridge(settings, longest, "the text of the longest")
 
 
-def shorter_than_the_cartridge(settings: Distillation, longest: int) -> ConfigError:
+def shorter_than_the_cartridge(
+    settings: Distillation, longest: int, what: str = "the longest"
+) -> ConfigError:
     """The refusal of a cartridge that no document is long enough for.
 
     Args:
         longest: tokens of the longest document.
+        what: was counted: the document as it is rendered, or its text alone.
     """
     fewer = longest // PAGE_TOKENS * PAGE_TOKENS
     fix = f"give --tokens {fewer} or fewer, or a longer document" if fewer else "give a longer one"
     return ConfigError(
         f"--tokens {settings.tokens}: the cartridge begins as the first tokens of a document, and "
-        f"the longest has {longest}; fix: {fix}"
+        f"{what} has {longest}; fix: {fix}"
     )
 
 
