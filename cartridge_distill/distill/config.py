@@ -101,6 +101,7 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     one_of("attention", ATTENTIONS)
     at_least("teacher_cache_documents", 1, "the teacher needs the document it is reading")
     at_least("teacher_cache_prompt_mib", 0, "MiB of prompts' KV that the teacher keeps (0: none)")
+    at_least("eval_own_text_tokens", 0, "tokens of the cartridge's own answers (0: none)")
     if config.max_logprob_diff is not None:  # null compares with the trainer's own rounding
         above_zero("max_logprob_diff", "every step would be refused (1e-3 suits float32)")
     at_least("async_steps", 0, "batches of rollouts asked for ahead; 0 is strictly on-policy")

@@ -45,4 +45,5 @@ def load_validation(settings: Any, tokenizer: Any, teacher: Teacher) -> Validati
     if settings.eval_questions is None:
         return None
     questions = load_questions(Path(settings.eval_questions).expanduser())
-    return Validation(tokenizer, questions, teacher)
+    tokens = settings.eval_own_text_tokens
+    return Validation(tokenizer, questions, teacher, own_text_tokens=tokens)

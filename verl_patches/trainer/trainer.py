@@ -239,10 +239,11 @@ class CartridgeTrainer(PPOTrainerSync):
         """Instead of veRL's rewards: the engine's own scores on held-out questions."""
         start = time.monotonic()
         scores = self.actor_rollout_wg.validate_cartridge()[0]
+        own = f"  on own text KL {scores['student_kl']:.3f}" if "student_kl" in scores else ""
         print(
             f"[cartridge] validation at step {self.global_steps}/{self.total_training_steps}"
             f"  KL {scores['kl']:.4f}  log-loss {scores['log_loss']:.3f}"
-            f"  accuracy {scores['accuracy']:.3f}  {time.monotonic() - start:.1f}s",
+            f"  accuracy {scores['accuracy']:.3f}{own}  {time.monotonic() - start:.1f}s",
             flush=True,
         )
         note_validation(self._run_folder, self.global_steps, scores["kl"])
