@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def random_cartridge(shape: str, tokens: int, dtype: torch.dtype) -> StoredCartr
 
 def upload_header(cartridge: StoredCartridge, sha256: str) -> UploadHeader:
     """What the gateway keeps of such a version."""
-    about = {**cartridge.shape(), "dtype": cartridge.dtype_name()}
+    about: dict[str, Any] = {**cartridge.shape(), "dtype": cartridge.dtype_name()}
     return UploadHeader(base_model=_MODEL, step=0, sha256=sha256, **about)
 
 
