@@ -113,8 +113,8 @@ class Validation:
                 loss -= found[correct]
                 right += best(found) == correct
         count = self.questions
-        scores = {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
-        return {**scores, **self._on_own_texts(prefix)}
+        measured = {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
+        return {**measured, **self._on_own_texts(prefix)}
 
     def _on_own_texts(self, prefix: Prefix | None) -> dict[str, float]:
         if self._own_texts is None:
