@@ -133,8 +133,8 @@ def first_tokens(teacher: Teacher, document_id: str, tokens: int) -> Fixed:
     if len(ids) < tokens:
         raise ConfigError(
             f"the document {document_id!r} has {len(ids)} tokens, fewer than the cartridge's "
-            f"{tokens}: there is no cartridge of its first {tokens}. Name the one that training "
-            f"began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
+            f"{tokens}: there is no cartridge of its first {tokens}; fix: name the one that "
+            f"training began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
         )
     return Fixed(UNTRAINED, _prefix(teacher.model, ids[:tokens]), ids[:tokens])
 

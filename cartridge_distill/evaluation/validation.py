@@ -65,7 +65,9 @@ class Validation:
         own_text_tokens: int = 0,
     ) -> None:
         if not questions:
-            raise ConfigError("there are no questions to validate on")
+            raise ConfigError(
+                "there are no questions to validate on; fix: prepare the data with --questions"
+            )
         check_documents(questions, teacher.documents)
         self._model, self._ends = teacher.model, end_ids(teacher.model, tokenizer)
         self._chunks = [
@@ -111,8 +113,8 @@ class Validation:
                 loss -= found[correct]
                 right += best(found) == correct
         count = self.questions
-        scores = {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
-        return {**scores, **self._on_own_texts(prefix)}
+        measured = {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
+        return {**measured, **self._on_own_texts(prefix)}
 
     def _on_own_texts(self, prefix: Prefix | None) -> dict[str, float]:
         if self._own_texts is None:

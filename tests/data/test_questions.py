@@ -309,8 +309,8 @@ def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"questions": 1}, "at least 2"),
-        ({"temperature": 0.0}, "above 0"),
+        ({"questions": 1}, "too few.*; fix: .* 2 or more"),
+        ({"temperature": 0.0}, "; fix: give more than 0"),
         ({"attempts": 0}, "attempts"),
     ],
 )

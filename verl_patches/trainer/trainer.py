@@ -82,7 +82,7 @@ class CartridgeTrainer(PPOTrainerSync):
             if (reason := why(error)) is None:
                 raise
             message = f"a process died while the run was starting ({reason})"
-            raise ProcessDied(f"{message}. {self._how_to_go_on()}") from error
+            raise ProcessDied(f"{message}; {self._how_to_go_on()}") from error
         finally:
             watch.stop()
         print("[cartridge] the server has the version to start from", flush=True)
@@ -136,8 +136,8 @@ class CartridgeTrainer(PPOTrainerSync):
 
     def _how_to_go_on(self) -> str:
         return (
-            "Start the same command again: with trainer.resume_mode=auto it goes on from the last "
-            f"step that was saved in {self._run_folder}"
+            "fix: start the same command again: with trainer.resume_mode=auto it goes on from the "
+            f"last step that was saved in {self._run_folder}"
         )
 
     # ---------------------------------------------------------------- checkpoints
