@@ -10,8 +10,9 @@ gateway, as for training. `generate` gets the cartridge as its cache and all pro
 of equal length so that nothing is padded: it has no server, no versions and no requests that come
 and go.
 
-Seconds are wall clock, the best of --repeats; the ratio is to vLLM. All engines compute in float32.
-Figures of Tokasaurus are not here: it does not run without a GPU.
+Seconds are wall clock, the best of --repeats; the ratio is to the first engine. All engines compute
+in float32, with as many threads. Tokasaurus does not run without a GPU: what its authors publish is
+printed below the table, and says so.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ from tests.gateway.rig import COMPLETIONS, MODEL_NAME, Rig, completion, use_toke
 
 ENGINES = ("vllm", "embedded", "hf")
 PROMPT_TOKENS = 24
+TOKASAURUS = (
+    "Tokasaurus: not measured, it needs a GPU. Published by its authors (June 2025, on GPUs, "
+    "without cartridges):\nup to 3 times the throughput of vLLM and SGLang; "
+    "scalingintelligence.stanford.edu/blogs/tokasaurus"
+)
 VERSION = "bench-step-000000"
 
 
@@ -120,6 +126,9 @@ def gateway(engine: str, options: argparse.Namespace, scratch: Path) -> Iterator
     )
     with Supervisor() as supervisor:
         if engine == "vllm":
+            # Left to itself it takes every core.
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{options.threads - 1}"
             rig = Rig(
                 *(scratch, options.model, *bounds),
                 server=("--dtype", "float32"),
@@ -127,7 +136,8 @@ def gateway(engine: str, options: argparse.Namespace, scratch: Path) -> Iterator
                 supervisor=supervisor,
             )
         else:
-            rig = Rig(scratch, options.model, *bounds, supervisor=supervisor)
+            server = ("--threads", options.threads)
+            rig = Rig(scratch, options.model, *bounds, server=server, supervisor=supervisor)
         start = time.monotonic()
         yield rig.start()
         say(f"   {engine}: up and done after {time.monotonic() - start:.0f} s")
@@ -223,6 +233,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="(all of them)")
     option("--model", type=Path, help="folder of the model (the demo's, SmolLM2-135M-Instruct)")
     option("--tokens", type=int, default=128, help="of the cartridge (%(default)s)")
+    option("--threads", type=int, default=os.cpu_count(), help="of each engine (%(default)s)")
     option("--repeats", type=int, default=2, help="of each load (%(default)s)")
     option(
         "--loads",
@@ -232,7 +243,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="(%(default)s)",
     )
     options = parser.parse_args(arguments)
-    require_at_least(parser, options, repeats=1)
+    require_at_least(parser, options, repeats=1, threads=1)
     require_multiple(parser, options, tokens=PAGE_TOKENS)
     try:
         options.loads = [tuple(map(int, load.split("x"))) for load in options.loads]
@@ -249,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse(arguments)
     use_token()
+    torch.set_num_threads(options.threads)
     say(
         f"machine: {machine('cpu')}, load {os.getloadavg()[0]:.1f} at the start; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
@@ -271,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{table(figures, options.loads)}")
+    print(TOKASAURUS)
     print(f"load {os.getloadavg()[0]:.1f} at the end", flush=True)
     return 0
 

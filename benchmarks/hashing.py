@@ -59,7 +59,7 @@ def random_cartridge(shape: str, tokens: int, dtype: torch.dtype) -> StoredCartr
 def upload_header(cartridge: StoredCartridge, sha256: str) -> UploadHeader:
     """What the gateway keeps of such a version."""
     about = {**cartridge.shape(), "dtype": cartridge.dtype_name()}
-    return UploadHeader(base_model=_MODEL, step=0, sha256=sha256, **about)
+    return UploadHeader.model_validate({"base_model": _MODEL, "step": 0, "sha256": sha256, **about})
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:

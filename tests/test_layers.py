@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rooms import ROOMS, ROOMS_OF
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # layer -> top-level packages it must not import, at any depth of any function
@@ -113,36 +115,14 @@ def test_modal_folder_does_not_shadow_the_package() -> None:
     )
 
 
-# The rooms of the core, lowest first: each imports only itself and what stands before it.
-ROOMS = (
-    "util",
-    "cartridge",
-    "rollout",
-    "sync",
-    "model",
-    "data",
-    "distill",
-    "server",
-    "engines",
-    "gateway",
-    "evaluation",
-    "report",
-    "cli",
-    "api",
-)
-# The same of the glue; what lies beside its rooms (hooks, launch, manage, ...) is in no order.
-GLUE_ROOMS = ("platform", "config", "actor", "rollout", "trainer", "launching", "pipeline")
-ROOMS_OF = {"cartridge_distill": ROOMS, "verl_patches": GLUE_ROOMS}
-
-
 def _names_imported_by(path: Path) -> list[str]:
     """Full names, wherever the import stands: ``a.b.c`` of ``from a.b import c``."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
     return names
 
 
@@ -214,3 +194,24 @@ def test_a_room_imports_only_rooms_below_it(package: str, room: str) -> None:
         if (above := _rooms_imported_by(path, package) - allowed)
     }
     assert not wrong, f"{room} imports rooms above it: {wrong}"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_nothing_is_imported_from_a_file_of_tests(folder: str) -> None:
+    """What several of them share lies in a rig: a file of tests is moved, renamed and split."""
+    files = sorted((PROJECT / folder).rglob("*.py"))
+    assert len(files) > 20
+    wrong = {
+        path.relative_to(PROJECT).as_posix(): sorted(names)
+        for path in files
+        if (names := {name for name in _names_imported_by(path) if _is_of_a_test_file(name)})
+    }
+    assert not wrong, f"move what is shared into a module that is no test_*.py: {wrong}"
+
+
+def _is_of_a_test_file(name: str) -> bool:
+    """Whether a full name of an import leads there; a relative import has no package before it."""
+    first, *rest = name.split(".")
+    return first.startswith("test_") or (
+        first in ("tests", "") and any(part.startswith("test_") for part in rest)
+    )

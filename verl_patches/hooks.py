@@ -43,7 +43,7 @@ def cartridge_config_of(model_config: Any) -> Any:
     config = getattr(model_config, "cartridge", None)
     if config is None:
         raise ConfigError(
-            "rollout 'tokasaurus' serves a cartridge, and none is being trained; set "
+            "rollout 'tokasaurus' serves a cartridge, and none is being trained; fix: set "
             "actor_rollout_ref.actor.cartridge.enabled=True"
         )
     return config

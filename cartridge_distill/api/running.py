@@ -103,5 +103,5 @@ def _options(settings: dict[str, Any]) -> list[str]:
         elif isinstance(value, str | int | float | Path):
             found += [option, str(value)]
         else:
-            raise ConfigError(f"{name}={value!r}: give a number, a text or True")
+            raise ConfigError(f"{name}={value!r} is no option; fix: give a number, a text or True")
     return found

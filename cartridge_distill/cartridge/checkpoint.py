@@ -28,7 +28,7 @@ from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
-from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, with_fix
 
 __all__ = [
     "FORMATS",
@@ -81,13 +81,18 @@ def read_cartridge(source: str | Path, model_config: Any | None = None) -> Store
     if not path.exists() and is_hub_id(str(source)):
         path = pull(str(source))
     elif not path.exists():
-        raise CartridgeFormatError(f"{source} is no file, no directory and no hub id (owner/name)")
+        raise CartridgeFormatError(
+            f"{source} is no file, no directory and no hub id (owner/name); fix: name the folder "
+            "of a run or of a cartridge, or give a hub id"
+        )
     cartridge = read_local(path)
     if model_config is not None:
         try:
             check_fits(cartridge.snapshot.kv_shape, model_config)
         except CartridgeFormatError as error:
-            raise CartridgeFormatError(f"{source}: {error}") from None
+            raise CartridgeFormatError(
+                with_fix(f"{source}: {error}", "give the model that it was made for")
+            ) from None
     return cartridge
 
 
@@ -127,7 +132,7 @@ def convert(
         FileExistsError: the target is there and ``overwrite`` is false.
     """
     if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype={dtype}; it must be float32, bfloat16 or float16")
+        raise ConfigError(f"dtype={dtype} is in no format; fix: give float32, bfloat16 or float16")
     cartridge = read_cartridge(source).for_model(base_model)
     if dtype is not None:
         cartridge = cartridge.to(dtype)
@@ -160,8 +165,8 @@ def record(
     path = Path(directory)
     if not (path / META_FILE).is_file():
         raise CartridgeFormatError(
-            f"{directory} is no directory in the native format, the only one that holds them: "
-            "`cartridge-distill convert SOURCE TARGET --to native` makes one"
+            f"{directory} is no directory in the native format, the only one that holds them; "
+            "fix: `cartridge-distill convert SOURCE TARGET --to native` makes one"
         )
     native.record(path, recipe or {}, metrics or {})
 

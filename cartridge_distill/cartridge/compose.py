@@ -48,22 +48,23 @@ def compose(parts: Sequence[StoredCartridge], base_model: str | None = None) -> 
             whole pages.
     """
     if len(parts) < 2:
-        raise ConfigError(f"{len(parts)} cartridge to join; it takes two or more")
+        raise ConfigError(f"{len(parts)} cartridge to join; fix: give two or more")
     for number, part in enumerate(parts, 1):
         _check(number, part, parts[0])
     if base_model is None:
         named = sorted({p.meta.base_model for p in parts if p.meta.base_model is not None})
         if len(named) > 1:
             raise CartridgeFormatError(
-                f"the cartridges are for different models, {' and '.join(named)}; if that is one "
-                "model under several names, give one with base_model"
+                f"the cartridges are for different models, {' and '.join(named)}; fix: if that is "
+                "one model under several names, give one with base_model"
             )
         base_model = named[0] if named else None
     fingerprints = {part.meta.model_fingerprint for part in parts}
     if len(fingerprints - {None}) > 1:
         raise CartridgeFormatError(
             "the cartridges were trained with different weights, by their fingerprints: "
-            f"{', '.join(sorted(filter(None, fingerprints)))}; joined they would mean nothing"
+            f"{', '.join(sorted(filter(None, fingerprints)))}; joined they would mean nothing; "
+            "fix: give cartridges of one model"
         )
     dtype = reduce(torch.promote_types, (part.snapshot.dtype for part in parts))
     keys, values = join_layers([part.to(dtype).snapshot.layers() for part in parts])
@@ -102,14 +103,15 @@ def _check(number: int, part: StoredCartridge, first: StoredCartridge) -> None:
         if got != want:
             raise CartridgeFormatError(
                 f"cartridge {number} has {name}={got}, the first has {want}; they are for "
-                "different models"
+                "different models; fix: give cartridges of one model"
             )
     tokens = part.snapshot.num_tokens
     if tokens % PAGE_TOKENS:
         raise CartridgeFormatError(
             f"cartridge {number} has {tokens} tokens, not a multiple of {PAGE_TOKENS}: Tokasaurus "
             f"counts it as {-(-tokens // PAGE_TOKENS) * PAGE_TOKENS}, so positions after it would "
-            "differ between the list of ids and the joined file, and its model worker dies of it"
+            "differ between the list of ids and the joined file, and its model worker dies of it; "
+            f"fix: train cartridges of a multiple of {PAGE_TOKENS} tokens"
         )
 
 

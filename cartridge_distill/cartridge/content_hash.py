@@ -76,7 +76,7 @@ def check_hashes(found: str, described: Mapping[str, Any], weights: Path, file: 
         raise CartridgeFormatError(
             f"{weights}: the tensors are not those that were written: SHA-256 {found}, and "
             f"{file.name} says {described[TENSORS]!r:.80}. A part of the file was changed, or the "
-            "two files are not of one save. Take another copy of both"
+            "two files are not of one save; fix: take another copy of both"
         )
     elif ENTRIES not in described:
         logger.warning(
@@ -96,6 +96,6 @@ def check_entries(described: Mapping[str, Any], file: Path) -> None:
         unsealed(described)
     except BrokenSeal as error:
         raise CartridgeFormatError(
-            f"{file}: {error}. Take another copy of it; if you have changed it by hand, take the "
-            f"entry {ENTRIES} out"
+            f"{file}: {error}; fix: take another copy of it; if you have changed it by hand, take "
+            f"the entry {ENTRIES} out"
         ) from None

@@ -43,6 +43,7 @@ from cartridge_distill.util.errors import (
     CartridgeFormatError,
     ConfigError,
     HubError,
+    with_fix,
 )
 from cartridge_distill.util.files import replace_directory
 
@@ -90,7 +91,9 @@ def push(
     chosen = _chosen(formats, cartridge)
     if isinstance(target, Path) or not is_hub_id(target) or Path(target).is_dir():
         if branch is not None:
-            raise ConfigError(f"branch={branch!r} is for the Hub; {target} is a directory")
+            raise ConfigError(
+                f"branch={branch!r} is for the Hub, and {target} is a directory; fix: leave it out"
+            )
         directory = Path(target).expanduser()
         if overwrite:
             check_replaceable(directory)
@@ -100,11 +103,14 @@ def push(
         return str(directory)
     if _is_folder(cartridge.base_model()):
         raise ConfigError(
-            f"the cartridge is for {cartridge.base_model()}, a folder of this machine; name the "
-            "model as others find it, with base_model=owner/name"
+            f"the cartridge is for {cartridge.base_model()}, a folder of this machine; fix: name "
+            "the model as others find it, with base_model=owner/name"
         )
     if "@" in target:
-        raise ConfigError(f"{target}: a push makes a new revision; choose the branch with branch=")
+        raise ConfigError(
+            f"{target}: a push makes a new revision; fix: choose the branch with branch=, and name "
+            "owner/name alone"
+        )
     with tempfile.TemporaryDirectory() as scratch, _hub_errors("push to", target):
         _fill(Path(scratch), cartridge, chosen, target)
         api = HfApi()
@@ -149,14 +155,21 @@ def pull(
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ConfigError(f"revision={revision!r} is for the Hub; {source} is a directory")
+            raise ConfigError(
+                f"revision={revision!r} is for the Hub, and {source} is a directory; fix: leave it "
+                "out"
+            )
     elif is_hub_id(str(source)):
         name, _, pinned = str(source).partition("@")
         if pinned and revision is not None:
-            raise ConfigError(f"two revisions, {pinned!r} in {source} and {revision!r}; give one")
+            raise ConfigError(
+                f"two revisions, {pinned!r} in {source} and {revision!r}; fix: give one"
+            )
         path = _download(name, pinned or revision)
     else:
-        raise CartridgeFormatError(f"{source} is no directory and no hub id (owner/name)")
+        raise CartridgeFormatError(
+            f"{source} is no directory and no hub id (owner/name); fix: name either"
+        )
     read_local(path)
     if target is None:
         return path
@@ -176,13 +189,21 @@ def _download(repo: str, revision: str | None) -> Path:
             try:
                 return Path(snapshot_download(repo, revision=revision, local_files_only=True))
             except LocalEntryNotFoundError as error:
-                raise HubError(f"{repo} is not in the cache, and HF_HUB_OFFLINE is set") from error
+                raise HubError(
+                    f"{repo} is not in the cache, and HF_HUB_OFFLINE is set; fix: unset it, or "
+                    "name a folder"
+                ) from error
         try:
             found = find(names)
         except CartridgeFormatError as error:
-            raise CartridgeFormatError(f"{repo}: {error}") from None
+            raise CartridgeFormatError(
+                with_fix(f"{repo}: {error}", "name another revision")
+            ) from None
         if found is None:
-            raise CartridgeFormatError(f"{repo} holds no cartridge (it has {sorted(names)[:8]})")
+            raise CartridgeFormatError(
+                f"{repo} holds no cartridge (it has {sorted(names)[:8]}); fix: name another "
+                "repository or revision"
+            )
         wanted = [*found[1], CARD_FILE]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
 
@@ -215,7 +236,7 @@ def _keep_what_is_sent(answer: httpx.Response) -> None:
         raise HubError(
             f"{here.host} answered {answer.request.method} with a redirect (HTTP "
             f"{answer.status_code}) to {there.scheme}://{there.host}, another host, port or "
-            "scheme; what is pushed is not sent there. Is HF_ENDPOINT right?"
+            "scheme; what is pushed is not sent there; fix: look at HF_ENDPOINT"
         )
 
 
@@ -225,7 +246,10 @@ def _chosen(formats: Sequence[Format] | None, cartridge: StoredCartridge) -> tup
         return tuple(name for name in PUSHED if pages or name != "tokasaurus")
     strange = [name for name in formats if name not in PUSHED]
     if strange or not formats:
-        raise ConfigError(f"formats={list(formats)}: a repository holds some of {list(PUSHED)}")
+        raise ConfigError(
+            f"formats={list(formats)}: a repository holds others; fix: choose some of "
+            f"{list(PUSHED)}"
+        )
     return tuple(name for name in PUSHED if name in formats)
 
 

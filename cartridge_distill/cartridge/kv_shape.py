@@ -68,14 +68,14 @@ class KvShape:
         for name in ("num_hidden_layers", "num_attention_heads"):
             if not isinstance(getattr(text, name, None), int):
                 raise ConfigError(
-                    f"{text.model_type}: {name}={getattr(text, name, None)}; a cartridge needs a "
-                    "decoder with keys and values in every layer"
+                    f"{text.model_type}: {name}={getattr(text, name, None)}; a cartridge needs "
+                    "keys and values in every layer; fix: use a decoder that has them"
                 )
         if getattr(text, "kv_lora_rank", None):
             raise ConfigError(
                 f"{text.model_type}: kv_lora_rank={text.kv_lora_rank}, so that keys and values of "
-                "a layer differ in size; a cartridge needs both of one size. Use a model without "
-                "latent attention"
+                "a layer differ in size; a cartridge needs both of one size; fix: use a model "
+                "without latent attention"
             )
         own = len(kv_sources(config)) - (getattr(text, "num_kv_shared_layers", 0) or 0)
         shapes = [_layer_shape(text, layer) for layer in range(own)]
@@ -140,7 +140,8 @@ def kv_sources(config: Any) -> tuple[int, ...]:
     if missing := sorted({kind for kind in kinds[own:count]} - last.keys()):
         raise ConfigError(
             f"{text.model_type}: num_kv_shared_layers={count - own} of {count} layers, and none of "
-            f"the others is a {missing[0]} layer whose keys and values could be read"
+            f"the others is a {missing[0]} layer whose keys and values could be read; "
+            "fix: use another model"
         )
     return tuple(range(own)) + tuple(last[kind] for kind in kinds[own:count])
 
@@ -164,7 +165,7 @@ def check_fits(prefix: KvShape, config: Any) -> None:
             kind = text_config(config).model_type
             raise CartridgeFormatError(
                 f"the prefix has {got} {what}, the model ({kind}) has {want}; "
-                "it was made for another model"
+                "it was made for another model; fix: give the model that it was made for"
             )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.errors import CartridgeFormatError, with_fix
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.tracker import ENGINE_FOLDER, TRACKER, saved_steps, step_folder
 
@@ -133,6 +133,8 @@ def _text(file: Path, name: str) -> str | None:
     try:
         found: Any = json_text.load(file)
     except json_text.JsonError as error:
-        raise CartridgeFormatError(f"{file} {error}") from error
+        raise CartridgeFormatError(
+            with_fix(f"{file} {error}", "take another copy of the run")
+        ) from error
     value = found.get(name) if isinstance(found, dict) else None
     return value if isinstance(value, str) and value else None

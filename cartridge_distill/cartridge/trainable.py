@@ -41,7 +41,7 @@ class TrainableCache(nn.Module):
         if not 1 <= num_frozen_tokens < prefix.num_tokens:
             raise ConfigError(
                 f"num_frozen_tokens={num_frozen_tokens} of {prefix.num_tokens} tokens; "
-                f"it must be 1..{prefix.num_tokens - 1}"
+                f"fix: give 1 to {prefix.num_tokens - 1}"
             )
         cut = num_frozen_tokens
 

@@ -65,6 +65,7 @@ def serve_vllm(options: ServeOptions, engine_python: str | None, more: list[str]
 
 def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[str, ...]) -> int:
     from cartridge_distill.cartridge.checkpoint import read_cartridge
+    from cartridge_distill.model.identity import check_same_weights
     from cartridge_distill.model.reading import read_model_config
 
     hide_secrets_in_logs()
@@ -73,6 +74,9 @@ def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[s
     places = {name: place_of(source) for name, source in sources.items()}
     for name, place in places.items():
         stored = read_cartridge(place, config)
+        allow = options.allow_other_model
+        if told := check_same_weights(stored.meta, place, model, allow_other=allow):
+            typer.echo(f"warning: {told}", err=True)
         typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {place}", err=True)
     port = CHAT_PORT if options.port is None else options.port
     if engine_python is not None:

@@ -82,8 +82,8 @@ class Guard:
                 if kept:
                     raise ConfigError(
                         f"Training prompt {number} of {row['patient_id']!r} contains the "
-                        f"evaluation text {kept.strip()!r}: {message['content']!r}. Evaluation "
-                        "questions must not be trained on."
+                        f"evaluation text {kept.strip()!r}: {message['content']!r}; fix: "
+                        "take the row out, for evaluation questions must not be trained on"
                     )
 
 
@@ -135,5 +135,6 @@ def check_held_out(train: Iterable[dict[str, Any]], val: Iterable[dict[str, Any]
     for row in val:
         if key(row) in trained:
             raise ConfigError(
-                f"The held-out prompt {key(row)[1]!r} of {key(row)[0]!r} is trained on, too."
+                f"The held-out prompt {key(row)[1]!r} of {key(row)[0]!r} is trained on, too; fix: "
+                "prepare the data anew, and take the row out of the training file if it was put in"
             )

@@ -9,9 +9,10 @@ from typing import Any
 
 from cartridge_distill.data.records import sha256_of
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import DocumentError
+from cartridge_distill.util.errors import DocumentError, with_fix
 from cartridge_distill.util.lfs import refuse_pointers
 
+_PREPARE = "write it with `cartridge-distill prepare`"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -54,19 +55,28 @@ class DocumentStore:
         try:
             rows = _rows(path)
         except (OSError, ValueError) as error:
-            raise DocumentError(f"documents file {path} cannot be read: {error}") from error
+            raise DocumentError(
+                with_fix(f"documents file {path} cannot be read: {error}", _PREPARE)
+            ) from error
         texts: dict[str, str] = {}
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
-                raise DocumentError(f"{path}, row {number}: a {type(row).__name__}, not an object")
+                raise DocumentError(
+                    f"{path}, row {number}: a {type(row).__name__}, not an object; fix: {_PREPARE}"
+                )
             if "document_id" not in row or "text" not in row:
                 raise DocumentError(
-                    f"{path}, row {number}: needs document_id and text, has {sorted(row)}"
+                    f"{path}, row {number}: needs document_id and text, has {sorted(row)}; fix: "
+                    "add what is missing"
                 )
             if not isinstance(row["document_id"], str) or not row["document_id"]:
-                raise DocumentError(f"{path}, row {number}: document_id is {row['document_id']!r}")
+                raise DocumentError(
+                    f"{path}, row {number}: document_id is {row['document_id']!r}; fix: give a text"
+                )
             if row["document_id"] in texts:
-                raise DocumentError(f"{path}: document {row['document_id']!r} appears twice")
+                raise DocumentError(
+                    f"{path}: document {row['document_id']!r} appears twice; fix: take one out"
+                )
             written, text = row.get("sha256"), row["text"]
             if isinstance(written, str) and _is_text(text) and written != sha256_of(text):
                 raise DocumentError(
@@ -77,7 +87,7 @@ class DocumentStore:
                 )
             texts[row["document_id"]] = text
         if not texts:
-            raise DocumentError(f"{path} holds no document")
+            raise DocumentError(f"{path} holds no document; fix: {_PREPARE}")
         return cls(texts, str(path))
 
     @property
@@ -90,8 +100,8 @@ class DocumentStore:
         if document_id not in self._texts:
             known = ", ".join(self.ids[:5]) + (", ..." if len(self.ids) > 5 else "")
             raise DocumentError(
-                f"document {document_id!r} is not in {self.source} (it has: {known}); without it "
-                "the teacher would be the bare model"
+                f"document {document_id!r} is not in {self.source} (it has: {known}), and without "
+                f"it the teacher would be the bare model; fix: {_PREPARE}, the rows with it"
             )
         return self._texts[document_id]
 

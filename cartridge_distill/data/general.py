@@ -44,13 +44,13 @@ def document_of(info: Mapping[str, Any] | None, key: str, where: str) -> str | N
         if value is not None:
             raise DocumentError(
                 f"{where} is labelled {GENERAL!r} and names the document {value!r}: its teacher "
-                f"would be the bare model; take the document out, or give it another kind"
+                f"would be the bare model; fix: take the document out, or give it another kind"
             )
         return BARE
     if value is None:
         raise DocumentError(
             f"{where} (extra_info {info!r}) has no {key!r}; without its document the teacher would "
-            "be the bare model. Prepare the data with `cartridge-distill prepare`, or set "
+            "be the bare model; fix: prepare the data with `cartridge-distill prepare`, or set "
             "actor_rollout_ref.actor.cartridge.document_key. A row that is to have no document "
             f"says so: kind {GENERAL!r}"
         )

@@ -13,7 +13,7 @@ from cartridge_distill.data.decontamination import Seen
 from cartridge_distill.data.general import BARE, GENERAL
 from cartridge_distill.data.prompt_length import PromptLimit
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, with_fix
 
 OFF_CONTEXT_FILE = "off_context.txt"
 """Prompts that ``off_context_kl`` is measured on, a line each; never trained on."""
@@ -48,15 +48,18 @@ def read_prompts(path: Path | None) -> list[str]:
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--general-prompts {path} cannot be read: {error}") from error
+        raise ConfigError(
+            f"--general-prompts {path} cannot be read: {error}; fix: name a file of UTF-8 text"
+        ) from error
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(
-            f"--general-prompts {path}: give a .txt file with a prompt a line, or a .jsonl file "
+            f"--general-prompts {path} is of another kind; fix: give a .txt file with a prompt a "
+            "line, or a .jsonl file "
             'with {"prompt": "..."} a line'
         )
     prompts = lines if path.suffix == ".txt" else _of_jsonl(lines, path)
     if len(prompts) < _FEWEST:
-        raise ConfigError(f"--general-prompts {path} holds {len(prompts)} prompts; give more")
+        raise ConfigError(f"--general-prompts {path} holds {len(prompts)} prompts; fix: give more")
     measured = Seen()
     for text in off_context_prompts():
         measured.add(text)
@@ -64,7 +67,7 @@ def read_prompts(path: Path | None) -> list[str]:
         if (like := measured.like(text)) is not None:
             raise ConfigError(
                 f"--general-prompts {path}: {text!r} is like {like!r}, on which off_context_kl is "
-                "measured; take it out"
+                "measured; fix: take it out"
             )
     return prompts
 
@@ -75,10 +78,14 @@ def _of_jsonl(lines: Sequence[str], path: Path) -> list[str]:
         try:
             row = json_text.loads(line)
         except json_text.JsonError as error:
-            raise ConfigError(f"--general-prompts {path}, line {number} {error}") from error
+            raise ConfigError(
+                with_fix(f"--general-prompts {path}, line {number} {error}", "write JSON there")
+            ) from error
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f'--general-prompts {path}, line {number}: no text in "prompt"')
+            raise ConfigError(
+                f'--general-prompts {path}, line {number}: no text in "prompt"; fix: fill it'
+            )
         found.append(text)
     return found
 
@@ -91,13 +98,14 @@ def count_for(fraction: float, documents: int) -> int:
     """
     if not 0 <= fraction < 1:
         raise ConfigError(
-            f"--general-fraction {fraction}: set a number from 0 (none) to below 1 (0.05 is usual)"
+            f"--general-fraction {fraction} is out of range; fix: set a number from 0 (none) to "
+            "below 1 (0.05 is usual)"
         )
     count = round(documents * fraction / (1 - fraction))
     if fraction and not count:
         raise ConfigError(
-            f"--general-fraction {fraction} of {documents} rows is no row; raise it, or write more "
-            "--rows"
+            f"--general-fraction {fraction} of {documents} rows is no row; fix: raise it, or write "
+            "more --rows"
         )
     return count
 
@@ -122,7 +130,10 @@ def with_general(
     messages = [[{"role": "user", "content": text}] for text in prompts]
     fitting = [each for each in messages if limit.fits(each)]
     if not fitting:
-        raise ConfigError(f"no general prompt is within --prompt-tokens {limit.tokens}")
+        raise ConfigError(
+            f"no general prompt is within --prompt-tokens {limit.tokens}; fix: "
+            "raise it, or give shorter ones (--general-prompts)"
+        )
     rng = random.Random(f"general/{seed}")
     general: list[Row] = []
     while len(general) < count:

@@ -302,8 +302,8 @@ async def self_study(
                 )
             except RolloutError as error:
                 raise RolloutError(
-                    f"{error}\n{len(journal.rows)} generations are kept in {path}; the same "
-                    "command goes on from there."
+                    f"{error}\n{len(journal.rows)} generations are kept in {path}: the same "
+                    "command goes on from there"
                 ) from error
             say_outcome(found, settings, len(journal.rows))
     return study_rows(found.kept, plan, held_out, settings.seed)

@@ -19,6 +19,7 @@ from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.parquet import read_rows
 
+_PREPARE = "write it with `cartridge-distill prepare`"
 _SHOWN = 3
 
 
@@ -41,9 +42,9 @@ def prompts_of(file: Path, column: str = "prompt") -> list[list[Message]]:
     try:
         rows = read_rows(file, [column])
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+        raise ConfigError(f"{file} cannot be read: {error}; fix: {_PREPARE}") from error
     if column not in rows.columns:
-        raise ConfigError(f"{file} has no column {column!r}; it is not of veRL's schema")
+        raise ConfigError(f"{file} has no column {column!r}; fix: {_PREPARE}")
     return [[] if messages is None else list(messages) for messages in rows[column]]
 
 
@@ -56,7 +57,7 @@ class PromptLimit:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
         if tokens < 1:
-            raise ConfigError(f"{tokens} tokens for a prompt: give 1 or more")
+            raise ConfigError(f"{tokens} tokens for a prompt are too few; fix: give 1 or more")
         self.tokens = tokens
         self._tokenizer = tokenizer
         self._around: dict[tuple[str, ...], int] = {}
@@ -91,7 +92,7 @@ class PromptLimit:
             more = ", ..." if len(found) > _SHOWN else ""
             raise ConfigError(
                 f"{what}: {len(found)} prompts are over {self.tokens} tokens ({rows}{more}); "
-                f"{fix} {found[0].tokens}"
+                f"fix: {fix} {found[0].tokens}"
             )
 
     def _at_most(self, messages: Sequence[Message]) -> int:

@@ -269,10 +269,12 @@ def make_rows(
     if prompt_recipe not in PROMPT_RECIPES:
         raise ConfigError(
             f"The prompt recipe {prompt_recipe!r} is unknown; "
-            f"choose one of {', '.join(PROMPT_RECIPES)}."
+            f"fix: choose one of {', '.join(PROMPT_RECIPES)}"
         )
     if rows < 1 or val_rows < 1:
-        raise ConfigError(f"At least one row each is needed, not {rows} (train), {val_rows} (val).")
+        raise ConfigError(
+            f"--rows {rows} and --val-rows {val_rows} are too few; fix: give 1 or more of each"
+        )
     rng = random.Random(seed)
     guard = Guard([question for source in sources for question in source.questions])
     groups = [list(sources)] if before is None else split_by_change(sources, before)
@@ -325,7 +327,7 @@ def _makers(
         if len(cuts) <= aside:
             raise ConfigError(
                 f"Only {len(cuts)} started answers can be made, and {aside} are kept for "
-                "validation. Use longer documents, or fewer --val-rows."
+                "validation; fix: use longer documents, or fewer --val-rows"
             )
         rng.shuffle(cuts)
         makers["val"].append(started_rows(cuts[:aside], rng, name_it))
@@ -334,7 +336,10 @@ def _makers(
         prompts = [p for p in open_prompts(sources, name_it) if guard.collision(p[2]) is None]
         prompts = _within(limit, prompts, lambda p: [_open_messages(p[2])], "open", say)
         if len(prompts) < 2:
-            raise ConfigError("Every open prompt collides with an evaluation question.")
+            raise ConfigError(
+                "every open prompt collides with an evaluation question; fix: use --recipe "
+                "started, or reword the questions"
+            )
         rng.shuffle(prompts)
         # An eighth at most: the wordings are few, and what is kept aside is not trained on.
         kept = max(1, min(val_rows, len(prompts) // 8))

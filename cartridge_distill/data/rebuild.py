@@ -83,8 +83,8 @@ def split_by_change(
     names = ", ".join(source.document_id for source in sources[:3])
     if not changed:
         raise ConfigError(
-            f"--rebuild: no section of {names} has changed since the cartridge was trained; there "
-            "is nothing to rebuild"
+            f"--rebuild: no section of {names} has changed since the cartridge was trained: there "
+            "is nothing to rebuild; fix: none is needed, or name an older run"
         )
     if not others:
         raise ConfigError(

@@ -22,9 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import ConfigError, DocumentError
+from cartridge_distill.util.errors import ConfigError, DocumentError, with_fix
 
 _LISTS, _OPTIONAL = ("options", "also"), ("also", "kind")  # of a question in `eval.json`
+_AS_LONGHEALTH = (
+    "write a JSON object {patient id: record} with at least one patient, as LongHealth's "
+    "benchmark_v5.json"
+)
+_PREPARE = "write it with `cartridge-distill prepare`"
 OPTION_KEYS = ("answer_a", "answer_b", "answer_c", "answer_d", "answer_e")
 
 
@@ -55,22 +60,27 @@ class Question:
         texts = (self.document_id, self.question, *self.options)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(
-                "a question has an id, a text and options, none of them empty or null"
+                "a question's id, its text or one of its options is empty or null; fix: fill it"
             )
         if type(self.correct) is not int or not 0 <= self.correct < len(self.options):
             raise ConfigError(
-                f"correct={self.correct!r} is not the place of one of {len(self.options)} options"
+                f"correct={self.correct!r} is not the place of one of {len(self.options)} options; "
+                f"fix: give a number from 0 to {len(self.options) - 1}"
             )
         twice = [option for option in self.options if self.options.count(option) > 1]
         if twice:
             raise ConfigError(
-                f"the option {twice[0]!r} stands there twice; give each a text of its own"
+                f"the option {twice[0]!r} stands there twice; fix: give each a text of its own"
             )
         if not all(isinstance(text, str) and text.strip() for text in self.also):
-            raise ConfigError("other wordings of a right answer are texts, none of them empty")
+            raise ConfigError(
+                "another wording of a right answer ('also') is empty or no text; fix: fill it, or "
+                "take it out"
+            )
         if wrong := [text for text in self.also if text in self.options]:
             raise ConfigError(
-                f"{wrong[0]!r} is an option, and another wording of the right answer; keep one"
+                f"{wrong[0]!r} is an option, and another wording of the right answer; fix: keep "
+                "one of them"
             )
 
     @property
@@ -147,11 +157,11 @@ def parse_records(text: str, source: str) -> list[Record]:
     try:
         data = json_text.loads(text)
     except json_text.JsonError as error:
-        raise ConfigError(f"{source} {error}") from error
+        raise ConfigError(with_fix(f"{source} {error}", _AS_LONGHEALTH)) from error
     if not isinstance(data, dict) or not data:
         raise ConfigError(
-            f"{source} must be a JSON object {{patient id: record}} with at least one patient, "
-            f"as LongHealth's benchmark_v5.json; it holds a {type(data).__name__}."
+            f"{source} holds {'no patient' if data == {} else f'a {type(data).__name__}'}; fix: "
+            f"{_AS_LONGHEALTH}"
         )
     return [_record(document_id, entry, source) for document_id, entry in data.items()]
 
@@ -159,14 +169,14 @@ def parse_records(text: str, source: str) -> list[Record]:
 def _record(document_id: str, entry: Any, source: str) -> Record:
     where = f"{source}, patient {document_id!r}"
     _need(entry, ("name", "birthday", "diagnosis", "texts", "questions"), where)
-    for key, kind in (("texts", dict), ("questions", list)):
+    for key, kind, name in (("texts", dict, "object"), ("questions", list, "list")):
         if not isinstance(entry[key], kind):
-            raise ConfigError(f"{where}: {key!r} must be a JSON {kind.__name__}.")
+            raise ConfigError(f"{where}: {key!r} is no JSON {name}; fix: write one")
     if not entry["texts"]:
-        raise DocumentError(f"{where} has no texts; a record needs at least one.")
+        raise DocumentError(f"{where} has no texts; fix: give it at least one")
     for key, text in entry["texts"].items():
         if not isinstance(text, str) or not text.strip():
-            raise DocumentError(f"{where}: {key!r} is empty. Fill it, or take the key out.")
+            raise DocumentError(f"{where}: {key!r} is empty; fix: fill it, or take the key out")
     return Record(
         document_id=document_id,
         name=_text(entry, "name", where),
@@ -186,12 +196,15 @@ def _question(document_id: str, entry: Any, where: str) -> Question:
     correct = _text(entry, "correct", where)
     if correct not in options:
         raise ConfigError(
-            f"{where}: the right answer {correct!r} is not among the options {list(options)}. "
-            "`correct` must repeat the text of one of them."
+            f"{where}: the right answer {correct!r} is not among the options {list(options)}; "
+            "fix: repeat the text of one of them in `correct`"
         )
     stem = entry.get("stem")
     if stem is not None and (not isinstance(stem, str) or not stem.strip()):
-        raise ConfigError(f"{where}: 'stem' must be a text that the options complete, or absent.")
+        raise ConfigError(
+            f"{where}: 'stem' is no text; fix: give the words that the options complete, or take "
+            "the key out"
+        )
     question = _text(entry, "question", where)
     try:
         return Question(
@@ -206,18 +219,19 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
     value = entry[key]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         shown = "null" if value is None else f"a {type(value).__name__}"
-        raise ConfigError(f"{where}: {key!r} is {shown}, not a text. Fill it.")
+        raise ConfigError(f"{where}: {key!r} is {shown}, not a text; fix: fill it")
     if not str(value).strip():
-        raise ConfigError(f"{where}: {key!r} is empty. Fill it.")
+        raise ConfigError(f"{where}: {key!r} is empty; fix: fill it")
     return str(value).strip()
 
 
 def _need(entry: Any, keys: Iterable[str], where: str) -> None:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} must be a JSON object, not a {type(entry).__name__}.")
+        raise ConfigError(f"{where} is no JSON object; fix: write one")
     missing = [key for key in keys if key not in entry]
     if missing:
-        raise ConfigError(f"{where}: missing {', '.join(repr(key) for key in missing)}.")
+        names = ", ".join(repr(key) for key in missing)
+        raise ConfigError(f"{where}: missing {names}; fix: add it, or them")
 
 
 def save_questions(path: Path, questions: Iterable[Question]) -> None:
@@ -239,13 +253,12 @@ def load_questions(path: Path) -> list[Question]:
             Question(**{**row, **{k: tuple(row[k]) for k in _LISTS if k in row}}) for row in rows
         ]
     except json_text.JsonError as error:
-        raise ConfigError(f"{path} {error}") from error
+        raise ConfigError(with_fix(f"{path} {error}", _PREPARE)) from error
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(with_fix(f"{path}: {error}", _PREPARE)) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{path} is not a file of evaluation questions ({error!r}). "
-            "Write it with `cartridge-distill prepare`."
+            f"{path} is not a file of evaluation questions ({error!r}); fix: {_PREPARE}"
         ) from error
 
 

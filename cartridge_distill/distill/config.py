@@ -43,13 +43,13 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     def at_least(field: str, smallest: int, why: str) -> None:
         value = getattr(config, field)
         if not _is_int(value) or value < smallest:
-            refuse(field, f"{why}; set a whole number, {smallest} or more")
+            refuse(field, f"{why}; fix: set a whole number, {smallest} or more")
 
     def above_zero(field: str, why: str) -> None:
         value = getattr(config, field)
         # `not (value > 0)` also catches NaN
         if not _is_number(value) or not value > 0 or value == float("inf"):
-            refuse(field, f"{why}; set a number above 0")
+            refuse(field, f"{why}; fix: set a number above 0")
 
     def one_of(field: str, known: tuple[str, ...]) -> None:
         if getattr(config, field) not in known:
@@ -61,23 +61,32 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     if _is_int(frozen) and _is_int(tokens) and frozen >= tokens >= 2:
         refuse(
             "num_frozen_tokens",
-            f"nothing is left to train of num_tokens={tokens}; set it below {tokens} (1 is usual)",
+            f"nothing is left to train of num_tokens={tokens}; fix: set it below {tokens} (1 is "
+            "usual)",
         )
     above_zero("lr", "the cartridge would not learn")
     decay = config.lr_decay_to
     if decay is not None and (not _is_number(decay) or not 0 <= decay <= 1):
-        refuse("lr_decay_to", "a part of the rate; set a number from 0 to 1, or null for no decay")
+        refuse(
+            "lr_decay_to", "a part of the rate; fix: set a number from 0 to 1, or null for no decay"
+        )
     one_of("init", INITS)
     if config.init == "checkpoint" and not config.checkpoint_path:
-        refuse("checkpoint_path", "init=checkpoint needs a .pt file, a directory or a hub id")
+        refuse(
+            "checkpoint_path",
+            "init=checkpoint needs one; fix: give a .pt file, a directory or a hub id",
+        )
     if config.init != "checkpoint" and config.checkpoint_path:
         refuse(
             "checkpoint_path",
             f"would be ignored with init={config.init}; "
-            f"set {where}.init=checkpoint, or {where}.checkpoint_path=null",
+            f"fix: set {where}.init=checkpoint, or {where}.checkpoint_path=null",
         )
     if not isinstance(config.document_key, str) or not config.document_key:
-        refuse("document_key", "name the key in extra_info that holds the document's id")
+        refuse(
+            "document_key",
+            "is no name; fix: name the key in extra_info that holds the document's id",
+        )
     one_of("loss", tuple(LOSSES))
     if config.loss in LOSSES:
         try:
@@ -92,6 +101,7 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     one_of("attention", ATTENTIONS)
     at_least("teacher_cache_documents", 1, "the teacher needs the document it is reading")
     at_least("teacher_cache_prompt_mib", 0, "MiB of prompts' KV that the teacher keeps (0: none)")
+    at_least("eval_own_text_tokens", 0, "tokens of the cartridge's own answers (0: none)")
     if config.max_logprob_diff is not None:  # null compares with the trainer's own rounding
         above_zero("max_logprob_diff", "every step would be refused (1e-3 suits float32)")
     at_least("async_steps", 0, "batches of rollouts asked for ahead; 0 is strictly on-policy")
@@ -99,11 +109,13 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
         refuse(
             "async_steps",
             f"with max_staleness={config.max_staleness!r} a rollout's age would have two causes "
-            "and two bounds; set one of them to 0",
+            "and two bounds; fix: set one of them to 0",
         )
     fraction = config.async_check_fraction
     if not _is_number(fraction) or not 0 < fraction <= 1:
-        refuse("async_check_fraction", "no rollout would be proven; set a number above 0, up to 1")
+        refuse(
+            "async_check_fraction", "no rollout would be proven; fix: set a number above 0, up to 1"
+        )
     try:
         Schedule.of(config.on_policy_fraction)
     except ConfigError as error:
@@ -112,14 +124,17 @@ def cartridge_problems(config: Any, where: str = "cartridge") -> list[str]:
     if temperature is not None and (
         not _is_number(temperature) or not 0 <= temperature < float("inf")
     ):
-        refuse("teacher_temperature", "set a number, 0 (greedy) or more, or null (the rollout's)")
+        refuse(
+            "teacher_temperature",
+            "is no temperature; fix: set a number, 0 (greedy) or more, or null (the rollout's)",
+        )
     if config.teacher_cache is not None and Path(str(config.teacher_cache)).expanduser().is_file():
-        refuse("teacher_cache", "is a file; name a directory, or null to keep no answers")
+        refuse("teacher_cache", "is a file; fix: name a directory, or null to keep no answers")
     one_of("transport", TRANSPORTS)
     at_least("sync_keep", 1, "the version being sampled must stay")
     one_of("sync_dtype", SYNC_DTYPES)
     if config.run_name is not None and not is_run_name(str(config.run_name)):
-        refuse("run_name", "version ids start with it; use letters, digits and single - or _")
+        refuse("run_name", "version ids start with it; fix: use letters, digits and single - or _")
     at_least("seed", 0, "torch wants a seed of 0 or more")
     return problems
 

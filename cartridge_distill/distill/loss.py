@@ -184,12 +184,12 @@ def get_loss(name: str, weight: float | None = None) -> Loss:
     if loss.weighted is None:
         takers = [each.name for each in LOSSES.values() if each.weighted is not None]
         raise ConfigError(
-            f"{weight!r} would be ignored with loss={name}; set null, or a loss that has a weight: "
-            f"{', '.join(takers)}"
+            f"{weight!r} would be ignored with loss={name}; fix: set null, or a loss that has a "
+            f"weight: {', '.join(takers)}"
         )
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1:
         raise ConfigError(
-            f"{weight!r}: set a number above 0 and below 1; the ends are the losses "
-            "forward_kl_topk and reverse_kl"
+            f"{weight!r} is no weight; fix: set a number above 0 and below 1; the ends are the "
+            "losses forward_kl_topk and reverse_kl"
         )
     return replace(loss, rule=loss.weighted(float(weight)))

@@ -354,7 +354,7 @@ def check_fits(plan: MemoryPlan, free_bytes: int, names: Mapping[str, str] | Non
     advice = plan.advice(names)
     fixes = "; ".join(advice) if advice else "use a smaller model or a device with more memory"
     raise ConfigError(
-        f"{plan.line()}, and the device has {_gib(free_bytes)} for it. What makes it smaller: "
+        f"{plan.line()}, and the device has {_gib(free_bytes)} for it; fix: what makes it smaller: "
         f"{fixes}"
     )
 

@@ -31,8 +31,8 @@ _COLD = re.compile(rf"{COLD_START}(?::(?P<steps>[0-9]+))?")
 
 
 _HOW = (
-    "set a number from 0 (the teacher writes) to 1 (the student writes), a list of "
-    f"[step, fraction] pairs, e.g. [[0,0.0],[16,0.0],[32,1.0]], or {COLD_START}:16 (the teacher "
+    "no schedule; fix: set a number from 0 (the teacher writes) to 1 (the student writes), a list "
+    f"of [step, fraction] pairs, e.g. [[0,0.0],[16,0.0],[32,1.0]], or {COLD_START}:16 (the teacher "
     "writes the first 16 steps, then the student takes over in as many)"
 )
 
@@ -68,12 +68,14 @@ class Schedule:
         points: list[tuple[int, float]] = []
         for point in value:
             if isinstance(point, str) or not isinstance(point, Sequence) or len(point) != 2:
-                raise ConfigError(f"{point!r} is no [step, fraction] pair")
+                raise ConfigError(f"{point!r} is no pair; fix: write [step, fraction]")
             step, fraction = point
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-                raise ConfigError(f"step {step!r}: set whole numbers, 0 or more")
+                raise ConfigError(f"step {step!r} is no step; fix: set whole numbers, 0 or more")
             if points and step <= points[-1][0]:
-                raise ConfigError(f"step {step} after step {points[-1][0]}: steps must increase")
+                raise ConfigError(
+                    f"step {step} after step {points[-1][0]}; fix: let the steps increase"
+                )
             points.append((step, _fraction(fraction)))
         return cls(tuple(points))
 
@@ -84,7 +86,9 @@ class Schedule:
             raise ConfigError(_HOW)
         steps = COLD_STEPS if found["steps"] is None else int(found["steps"])
         if steps < 1:
-            raise ConfigError(f"{COLD_START} of {steps} steps: give 1 or more, or leave it out")
+            raise ConfigError(
+                f"{COLD_START} of {steps} steps is too short; fix: give 1 or more, or leave it out"
+            )
         return cls(((steps, 0.0), (2 * steps, 1.0)))
 
     def at(self, step: int) -> float:
@@ -110,7 +114,7 @@ def _is_number(value: Any) -> bool:
 
 def _fraction(value: Any) -> float:
     if not _is_number(value) or math.isnan(value) or not 0 <= value <= 1:
-        raise ConfigError(f"fraction {value!r}: set a number from 0 to 1")
+        raise ConfigError(f"fraction {value!r} is out of range; fix: set a number from 0 to 1")
     return float(value)
 
 

@@ -29,7 +29,7 @@ def warmed_and_decayed(warmup: int, total: int, last: float) -> Callable[[int], 
     if warmup >= total:
         raise ConfigError(
             f"actor.optim.lr_warmup_steps={warmup} of {total} steps: with lr_decay_to the rate "
-            "comes down after the warm-up; make it shorter, or train longer"
+            "comes down after the warm-up; fix: make it shorter, or train longer"
         )
     way = max(1, total - 1 - warmup)
 

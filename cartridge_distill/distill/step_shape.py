@@ -52,15 +52,20 @@ class StepShape:
         require_counts(self, "cartridge_tokens", "row_tokens", "document_tokens", "documents")
         require_counts(self, "documents_kept", "micro_batches", "ranks", "topk")
         if self.prompts_kept_mib < 0:
-            raise ConfigError(f"prompts_kept_mib={self.prompts_kept_mib}: must be 0 or more")
+            raise ConfigError(
+                f"prompts_kept_mib={self.prompts_kept_mib} is too few; fix: give 0 or more"
+            )
         for name in ("trained_tokens", "sequence_tokens"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.row_tokens:
                 raise ConfigError(
-                    f"{name}={value}: must be 1 to row_tokens={self.row_tokens}, or left out"
+                    f"{name}={value} is out of range; fix: give 1 to "
+                    f"row_tokens={self.row_tokens}, or leave it out"
                 )
         if self.backend not in ("flex", "grouped", "dense"):
-            raise ConfigError(f"backend={self.backend!r}: choose flex, grouped or dense")
+            raise ConfigError(
+                f"backend={self.backend!r} is unknown; fix: choose flex, grouped or dense"
+            )
 
     @property
     def trained(self) -> int:

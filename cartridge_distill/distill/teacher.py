@@ -97,7 +97,7 @@ class Teacher:
         if self.context is not None and len(ids) >= self.context:
             raise DocumentError(
                 f"document {document_id!r} has {len(ids)} tokens, the model's context is "
-                f"{self.context}; split the document or use a model with a longer context"
+                f"{self.context}; fix: split the document or use a model with a longer context"
             )
         return ids
 
@@ -110,7 +110,7 @@ class Teacher:
         if self._begin is None:
             raise DocumentError(
                 "a sample is labelled as general, and this teacher was not told what the bare "
-                "model begins with (Teacher(begin=...))"
+                "model begins with; fix: give it, with Teacher(begin=...)"
             )
         if self._begin and self._bare is None:
             self._bare = self._prefill(self._begin)
@@ -210,7 +210,8 @@ class Teacher:
             before = "what the bare model begins with" if document_id is BARE else None
             raise DocumentError(
                 f"{before or f'document {document_id!r}'} ({read} tokens) and a sample of "
-                f"{longest} tokens exceed the model's context of {self.context}"
+                f"{longest} tokens exceed the model's context of {self.context}; fix: split the "
+                "document, shorten the prompts or answers, or use a model with a longer context"
             )
 
 

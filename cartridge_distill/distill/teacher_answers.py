@@ -164,7 +164,7 @@ class TeacherWriter:
                 f"{name} has {len(document)} tokens: with a prompt of "
                 f"{len(prompt_ids)} and an answer of up to {self._max_tokens} that is {total}, and "
                 f"the model's context is {self._context}, so the teacher cannot write the answer; "
-                "split the document, or let the student write (on_policy_fraction=1)"
+                "fix: split the document, or let the student write (on_policy_fraction=1)"
             )
         ids = [*document, *prompt_ids]
         if self._cache is None:

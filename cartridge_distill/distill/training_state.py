@@ -142,7 +142,7 @@ def load_state(directory: str | Path) -> TrainingState:
     if not about_path.is_file() or not state_path.is_file():
         raise CartridgeFormatError(
             f"{directory} has no {ABOUT_FILE} and {STATE_FILE}: a cartridge was saved there "
-            "without its optimizer. Start a new run that begins with that cartridge"
+            "without its optimizer; fix: start a new run that begins with that cartridge"
         )
     try:
         about = json_text.load(about_path)
@@ -151,7 +151,8 @@ def load_state(directory: str | Path) -> TrainingState:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         told = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise CartridgeFormatError(
-            f"{about_path} is in format {told!r:.80}, this program reads {FORMAT!r}"
+            f"{about_path} is in format {told!r:.80}, this program reads {FORMAT!r}; "
+            "fix: go on with the version that wrote it"
         )
     try:
         tensors = read_safetensors(state_path)

@@ -178,7 +178,7 @@ def check_context(
     if limit is not None and view.kv_tokens + longest + new > limit:
         raise ConfigError(
             f"{view.kv_tokens} KV tokens, a question of {longest} and an answer of up to {new} "
-            f"are over the model's context of {limit}; lower {option}, or leave "
+            f"are over the model's context of {limit}; fix: lower {option}, or leave "
             "the condition out of --conditions"
         )
 
@@ -216,8 +216,8 @@ class ServerAnswerer:
                 before.append([])
             elif view.ids is None:
                 raise ConfigError(
-                    f"{condition!r} has no tokens that could be sent to {self._url}; say the id "
-                    "it is served under (--served), or leave it out of --conditions"
+                    f"{condition!r} has no tokens that could be sent to {self._url}; fix: say the "
+                    "id it is served under (--served), or leave it out of --conditions"
                 )
             else:
                 before.append(list(view.ids))

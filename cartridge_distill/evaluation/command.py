@@ -222,7 +222,8 @@ def complete(options: argparse.Namespace) -> None:
     if missing:
         names = " and ".join(f"--{name}" for name in missing)
         said = options.run or options.cartridge
-        what = "does not say it" if Path(said).expanduser().exists() else "is no folder here"
+        its = f"does not say its {' and '.join(missing)}"
+        what = its if Path(said).expanduser().exists() else "is no folder here"
         raise ConfigError(f"{said} {what}; fix: give {names}, or name the folder of a run")
     if not options.data.is_dir():
         raise ConfigError(

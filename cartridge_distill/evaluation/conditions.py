@@ -77,18 +77,26 @@ def no_document(model: Any, tokenizer: Any) -> Fixed:
 
 
 class FullDocument:
-    """The whole document. One document's KV is kept at a time."""
+    """The whole document. One document's KV is kept at a time.
+
+    Args:
+        apart: reads the documents for itself; what the teacher keeps is not touched.
+    """
 
     name = FULL_DOCUMENT
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: Teacher, apart: bool = False) -> None:
+        self._teacher, self._apart = teacher, apart
         self._kept: tuple[str, View] | None = None
 
     def view(self, document_id: str, question: str = "") -> View:
         if self._kept is None or self._kept[0] != document_id:
             ids = self._teacher.document_ids(document_id)
-            self._kept = document_id, View(self._teacher.prefix(document_id), ids)
+            if self._apart:
+                prefix = _prefix(self._teacher.model, ids)
+            else:
+                prefix = self._teacher.prefix(document_id)
+            self._kept = document_id, View(prefix, ids)
         return self._kept[1]
 
 
@@ -125,8 +133,8 @@ def first_tokens(teacher: Teacher, document_id: str, tokens: int) -> Fixed:
     if len(ids) < tokens:
         raise ConfigError(
             f"the document {document_id!r} has {len(ids)} tokens, fewer than the cartridge's "
-            f"{tokens}: there is no cartridge of its first {tokens}. Name the one that training "
-            f"began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
+            f"{tokens}: there is no cartridge of its first {tokens}; fix: name the one that "
+            f"training began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
         )
     return Fixed(UNTRAINED, _prefix(teacher.model, ids[:tokens]), ids[:tokens])
 

@@ -17,6 +17,7 @@ from cartridge_distill.util.parquet import read_rows
 QUESTIONS = "eval.json"
 PROMPTS = "val.parquet"
 DOCUMENTS = "documents.jsonl"
+_WRITE_IT = "fix: write the data anew with `cartridge-distill prepare`"
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,20 @@ def load_prompts(
         ConfigError: the file is missing or damaged, has other columns, or a row names no document.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is not there: `cartridge-distill prepare` writes it")
+        raise ConfigError(f"{path} is not there; fix: `cartridge-distill prepare` writes it")
     rows = read_rows(path)
     missing = {"prompt", "extra_info"} - set(rows.columns)
     if missing:
-        raise ConfigError(
-            f"{path} has no column {sorted(missing)[0]!r}; it is not of veRL's schema"
-        )
+        raise ConfigError(f"{path} has no column {sorted(missing)[0]!r}; {_WRITE_IT}")
     found = []
     for number, (messages, info) in enumerate(zip(rows["prompt"], rows["extra_info"], strict=True)):
         if is_general(info):
             continue
         document_id = (info or {}).get(document_key)
         if document_id is None:
-            raise ConfigError(f"{path}, row {number}: extra_info has no {document_key!r}")
+            raise ConfigError(
+                f"{path}, row {number}: extra_info has no {document_key!r}; {_WRITE_IT}"
+            )
         found.append(HeldOutPrompt.of(tokenizer, str(document_id), list(messages)))
     return found
 
@@ -100,7 +101,9 @@ class EvaluationData:
         if with_prompts or not questions:
             prompts = load_prompts(folder / PROMPTS, tokenizer)
         if not questions and not prompts:
-            raise ConfigError(f"{folder} has no evaluation questions and no held-out prompts")
+            raise ConfigError(
+                f"{folder} has no evaluation questions and no held-out prompts; {_WRITE_IT}"
+            )
         documents = DocumentStore.from_file(folder / DOCUMENTS)
         check_documents([*questions, *prompts], documents)
         return cls(questions[:limit], prompts[:limit], documents)
@@ -129,13 +132,13 @@ def check_documents(items: Sequence[AboutADocument], documents: DocumentStore) -
         if parts:
             raise DocumentError(
                 f"The evaluation asks about {document_id!r}, which was cut into {len(parts)} "
-                "parts, for the model's context does not hold it: no teacher can read it whole. "
-                "Take a model with a longer context; held-out prompts are about parts, and are "
-                f"evaluated where {QUESTIONS} is not there."
+                "parts, for the model's context does not hold it: no teacher can read it whole; "
+                "fix: take a model with a longer context. Held-out prompts are about parts, and "
+                f"are evaluated where {QUESTIONS} is not there"
             )
         raise DocumentError(
             f"The evaluation asks about the document {document_id!r}, which is not among the "
-            f"documents of {documents.source} ({', '.join(documents.ids)})."
+            f"documents of {documents.source} ({', '.join(documents.ids)}); {_WRITE_IT}"
         )
 
 

@@ -200,8 +200,8 @@ def _answerer(
         served[TRAINED] = CartridgeRef(id=options.served, source="local")
     elif TRAINED in options.conditions:
         raise ConfigError(
-            "--server generates with the cartridge it serves: say its id with --served, or leave "
-            f"{TRAINED!r} out of --conditions"
+            "--server generates with the cartridge it serves, and its id is not said; fix: say it "
+            f"with --served, or leave {TRAINED!r} out of --conditions"
         )
     server = answers.ServerAnswerer(options.server, loaded.tokenizer, sampling, served, heard())
     return server, sampling
@@ -223,7 +223,8 @@ def _measure(
         questions = loaded.data.questions
         if not questions:
             raise ConfigError(
-                "--measures own_text: there are no questions, so there is nothing to write to"
+                "--measures own_text: there are no questions, so there is nothing to write to; "
+                f"fix: prepare the data with --questions, or leave {OWN_TEXT} out of --measures"
             )
         texts = OwnTexts(*common, document, conditions, questions, sampling)
         say(

@@ -82,8 +82,8 @@ class Evaluation:
         """
         if not questions and not prompts:
             raise ConfigError(
-                "There are no evaluation questions, and no held-out prompts. Write some with "
-                "`cartridge-distill prepare`."
+                "There are no evaluation questions, and no held-out prompts; fix: write some with "
+                "`cartridge-distill prepare`"
             )
         total = len(self._conditions) * (len(questions) + len(prompts))
         done = sum(question_key(*k) in journal for k in self._keys(len(questions)))

@@ -127,8 +127,8 @@ class Journal:
             rows = [_KINDS[line.pop("kind")](**line) for line in lines]
         except (KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.path} is not a journal of an evaluation ({error!r}); delete it, or give "
-                "another --out"
+                f"{self.path} is not a journal of an evaluation ({error!r}); fix: delete it, or "
+                "give another --out"
             ) from error
         return {_key(row): row for row in rows}
 

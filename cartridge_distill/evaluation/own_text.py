@@ -33,7 +33,7 @@ from cartridge_distill.data.records import Question
 from cartridge_distill.distill.loss import TeacherTopK
 from cartridge_distill.distill.overlap import Overlap
 from cartridge_distill.evaluation.answers import Sampling, check_context
-from cartridge_distill.evaluation.conditions import Condition, FullDocument, View
+from cartridge_distill.evaluation.conditions import Condition, View
 from cartridge_distill.evaluation.data import Numbered, in_chunks
 from cartridge_distill.evaluation.free_answers import matches_any, repeated_ngrams
 from cartridge_distill.evaluation.harness import Progress, by_view
@@ -115,7 +115,8 @@ class OwnTexts:
     """Has every condition write to every question, and scores what it wrote.
 
     Args:
-        model, tokenizer, document, conditions: as for ``harness.Evaluation``.
+        model, tokenizer, conditions: as for ``harness.Evaluation``.
+        document: what the teacher has read.
         sampling: temperature, length and seed of the texts; greedy ones have the same length.
         chunk: questions written to at once, twice each. A step of writing reads all weights
             whatever the number of texts, so that more at once cost little more.
@@ -125,7 +126,7 @@ class OwnTexts:
         self,
         model: Any,
         tokenizer: Any,
-        document: FullDocument,
+        document: Condition,
         conditions: Sequence[Condition],
         questions: Sequence[Question],
         sampling: Sampling,
@@ -170,10 +171,20 @@ class OwnTexts:
                     if due and progress is not None:
                         progress(done, total)
 
+    def greedy(self, condition: Condition) -> list[OwnText]:
+        """What it writes freely and greedily to each question, scored; nothing is drawn at random.
+
+        Raises: as :meth:`run`.
+        """
+        rows: list[OwnText] = []
+        for chunk in in_chunks(self._questions, self._chunk):
+            rows += self._rows(condition, [_Due(asked, FREE, GREEDY) for asked in chunk])
+        return rows
+
     def _rows(self, condition: Condition, due: list[_Due]) -> list[OwnText]:
         questions = [text.asked.item for text in due]
         prompts = [self._prompt(text) for text in due]
-        document = self._document.view(questions[0].document_id)
+        document = self._document.view(questions[0].document_id, questions[0].question)
         views = [condition.view(each.document_id, each.question) for each in questions]
         for view in {id(view): view for view in (*views, document)}.values():
             check_context(

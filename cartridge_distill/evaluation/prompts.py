@@ -64,7 +64,7 @@ def _options(tokenizer: Any, question: Question) -> tuple[list[int], list[list[i
     if common == 0 or not all(options):
         raise ConfigError(
             f"The options of {question.question!r} cannot be scored: one of them adds no token to "
-            "the stem. Give every option a text of its own."
+            "the stem; fix: give every option a text of its own"
         )
     return whole[0][:common], options
 

@@ -269,7 +269,7 @@ def check_replaceable(folder: Path, journal: str) -> None:
         ConfigError: it is not, or cannot be told to be.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
+        raise ConfigError(f"--out {folder} is a file; fix: name a folder")
     summary = folder / SUMMARY_FILE
     tables = (QUESTIONS_FILE, PROMPTS_FILE, OWN_TEXTS_FILE, OFF_CONTEXT_FILE)
     there = [name for name in tables if (folder / name).exists()]
@@ -282,8 +282,8 @@ def check_replaceable(folder: Path, journal: str) -> None:
     if not ours:
         there += [SUMMARY_FILE] if summary.exists() else []
         raise ConfigError(
-            f"--out {folder} holds {', '.join(there)}, which no evaluation wrote; name another "
-            "folder, or move them away"
+            f"--out {folder} holds {', '.join(there)}, which no evaluation wrote; fix: name "
+            "another folder, or move them away"
         )
 
 

@@ -96,8 +96,8 @@ def _pieces(text: str, render: Render, budget: int) -> Iterator[str]:
                 word = sentence[start : ends[first]].strip()
                 raise ConfigError(
                     f"retrieval has {budget} KV tokens, and the word {word!r} with the chat "
-                    f"template around it takes {len(render(word))}; use a larger cartridge, or "
-                    "leave 'best chunk' out of --conditions"
+                    f"template around it takes {len(render(word))}; fix: use a larger cartridge, "
+                    "or leave 'best chunk' out of --conditions"
                 )
             yield sentence[start : ends[last]].strip()
             start, first = ends[last], last + 1

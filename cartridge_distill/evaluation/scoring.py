@@ -105,7 +105,8 @@ def finite(value: float) -> float:
     if not math.isfinite(value):
         raise CartridgeDistillError(
             "the model's logits are not finite behind one of the prefixes: the cartridge's "
-            "training has diverged, or the model overflows in this dtype"
+            "training has diverged, or the model overflows in this dtype; fix: evaluate an earlier "
+            "checkpoint or train again with a lower rate, or say --dtype float32"
         )
     return value
 

@@ -5,6 +5,9 @@ the base model is frozen: its answers and its distributions over them are comput
 and kept in main memory, answer tokens x vocabulary x 4 bytes a question (30 questions of 12 tokens
 and a vocabulary of 49,152: 71 MB; `kept_bytes`). The documents' KV is not kept.
 
+With ``own_text_tokens`` the prefix also writes an answer of its own to each question, greedily, and
+is scored on that (``own_text``): the scores above are all along text that somebody else wrote.
+
 Nothing here draws a random number, has a gradient or changes the model, so that a run trains the
 same with and without it. With several ranks every rank scores every question: all run the sharded
 model equally often, and all know the result.
@@ -20,8 +23,12 @@ import torch
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.evaluation.answers import Sampling
+from cartridge_distill.evaluation.conditions import Fixed, FullDocument
 from cartridge_distill.evaluation.data import check_documents, in_chunks
-from cartridge_distill.evaluation.names import ANSWER_TOKENS
+from cartridge_distill.evaluation.measures import SCORES, MeasureRows, measured
+from cartridge_distill.evaluation.names import ANSWER_TOKENS, TRAINED
+from cartridge_distill.evaluation.own_text import OwnTexts
 from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
 from cartridge_distill.evaluation.scoring import (
     TeacherAnswers,
@@ -42,6 +49,7 @@ class Validation:
         questions: with the ids of their documents.
         teacher: has the model and the documents; its kept KV is not touched.
         chunk: questions at once.
+        own_text_tokens: of the prefix's own answers, at most; 0 for none.
 
     Raises:
         ConfigError: no questions, or options that cannot be told apart.
@@ -49,10 +57,17 @@ class Validation:
     """
 
     def __init__(
-        self, tokenizer: Any, questions: Sequence[Question], teacher: Teacher, chunk: int = 8
+        self,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        teacher: Teacher,
+        chunk: int = 8,
+        own_text_tokens: int = 0,
     ) -> None:
         if not questions:
-            raise ConfigError("there are no questions to validate on")
+            raise ConfigError(
+                "there are no questions to validate on; fix: prepare the data with --questions"
+            )
         check_documents(questions, teacher.documents)
         self._model, self._ends = teacher.model, end_ids(teacher.model, tokenizer)
         self._chunks = [
@@ -64,6 +79,11 @@ class Validation:
             for document_id in dict.fromkeys(question.document_id for question in questions)
         }
         self._told: list[TeacherAnswers] = []
+        self._own_texts: OwnTexts | None = None
+        if own_text_tokens:
+            document = FullDocument(teacher, apart=True)
+            sampling = Sampling(temperature=0.0, max_new_tokens=own_text_tokens)
+            self._own_texts = OwnTexts(teacher.model, tokenizer, document, [], questions, sampling)
         self.questions = len(questions)
 
     @property
@@ -74,6 +94,8 @@ class Validation:
     @torch.no_grad()
     def run(self, prefix: Prefix | None) -> dict[str, float]:
         """``kl`` (nats per token), ``log_loss`` (nats per token), ``accuracy`` (0 to 1).
+
+        With own texts, the scores of ``measures.SCORES`` that these have besides.
 
         Raises:
             CartridgeDistillError: the logits behind the prefix are not finite.
@@ -91,7 +113,19 @@ class Validation:
                 loss -= found[correct]
                 right += best(found) == correct
         count = self.questions
-        return {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
+        measured = {"kl": kl / tokens, "log_loss": loss / count, "accuracy": right / count}
+        return {**measured, **self._on_own_texts(prefix)}
+
+    def _on_own_texts(self, prefix: Prefix | None) -> dict[str, float]:
+        if self._own_texts is None:
+            return {}
+        rows = MeasureRows(self._own_texts.greedy(Fixed(TRAINED, prefix)))
+        ratios = {name: SCORES[name](rows) for name in measured(rows)}
+        return {
+            name: sum(ratio.values) / sum(ratio.weights)
+            for name, ratio in ratios.items()
+            if ratio is not None  # None: no text reached these positions
+        }
 
     def _ask_teacher(self) -> list[TeacherAnswers]:
         told, read, document = [], None, None

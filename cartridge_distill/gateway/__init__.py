@@ -15,7 +15,9 @@ and puts them where the server reads them. Start it with ``python -m cartridge_d
 ``receiving``     an upload's bytes: checked on their way to the disk
 ``store``         the versions on disk: immutable, counted, kept within a bound
 ``version_info``  what stands beside a version's files, and why one is refused
+``refusals``      versions that lie on the disk and are not served, each with its reason
 ``verifying``     are the files of a version those that were uploaded?
+``refusals``      versions that lie on the disk and are not served, each with its reason
 ``lock``          one gateway a directory
 ``process``       the server process: started, watched, drained, started again
 ``commands``      what that process is

@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         if no_token and not _is_loopback(host):
             raise ConfigError(
                 f"--no-token with --host {host}: whoever reaches this address could use the "
-                "server and change its cartridges; listen on 127.0.0.1, or set a token"
+                "server and change its cartridges; fix: listen on 127.0.0.1, or set a token"
             )
         token = None if no_token else token_from_environment()
         checked = no_token or allowed or _is_loopback(host)

@@ -62,7 +62,7 @@ from cartridge_distill.server.openai.errors import ApiError, from_validation
 from cartridge_distill.server.openai.requests import ChatRequest
 from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY
 from cartridge_distill.util.disk import DiskFailed, DiskFull
-from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, with_fix
 from cartridge_distill.util.http_errors import add_refusals, first_problem, protect
 from cartridge_distill.util.known_hosts import KnownHosts, OnlyKnownHosts
 
@@ -140,7 +140,9 @@ class Gateway:
             self.store.open()
         except (DiskFailed, DiskFull) as error:
             self.lock.release()
-            raise ConfigError(f"cartridge_dir: {error}") from error
+            raise ConfigError(
+                with_fix(f"cartridge_dir: {error}", "name a folder that can be written to")
+            ) from error
 
     def close(self) -> None:
         """Lets go of what outlives a process, when the server has ended."""

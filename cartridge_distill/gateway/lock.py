@@ -31,14 +31,17 @@ class DirectoryLock:
             directory.mkdir(parents=True, exist_ok=True)
             self._handle: int | None = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise ConfigError(f"cartridge_dir {directory}: {error.strerror}") from error
+            raise ConfigError(
+                f"cartridge_dir {directory}: {error.strerror}; fix: name a folder that can be "
+                "written to"
+            ) from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise ConfigError(
-                f"another gateway serves the cartridge directory {directory}: end it, or give this "
-                "one a --cartridge-dir of its own"
+                f"another gateway serves the cartridge directory {directory}; fix: end it, or give "
+                "this one a --cartridge-dir of its own"
             ) from None
         except OSError as error:
             # Some network file systems lock no directories. Refusing to serve would help nobody.

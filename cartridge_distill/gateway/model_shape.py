@@ -32,7 +32,10 @@ class ModelShape:
         try:
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model {model!r} has no readable configuration: {error}") from error
+            raise ConfigError(
+                f"model {model!r} has no readable configuration: {error}; fix: name the "
+                "folder of a model, or a hub id"
+            ) from error
         return cls(base_model, KvShape.of(config))
 
     def max_upload_bytes(self, max_tokens: int) -> int:

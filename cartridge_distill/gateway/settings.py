@@ -144,7 +144,8 @@ def token_from_environment(environment: Mapping[str, str] = os.environ) -> str:
     if len(token) < _SHORTEST_TOKEN:
         state = "not set" if not token else f"only {len(token)} characters long"
         raise ConfigError(
-            f"{TOKEN_VARIABLE} is {state}; the gateway would stand open to whoever finds it. Make "
+            f"{TOKEN_VARIABLE} is {state}; the gateway would stand open to whoever finds it; fix: "
+            "make "
             'one with `python -c "import secrets; print(secrets.token_urlsafe(32))"` and export it '
             "here and where the client runs"
         )

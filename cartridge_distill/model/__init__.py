@@ -22,7 +22,8 @@ def check_transformers(installed: str) -> None:
     if Version(installed) < Version(OLDEST_TRANSFORMERS):
         raise ConfigError(
             f"transformers {installed} is installed; the gateway runs with it, but models need "
-            f"{OLDEST_TRANSFORMERS} or newer: pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+            f"{OLDEST_TRANSFORMERS} or newer; fix: pip install "
+            f"'transformers>={OLDEST_TRANSFORMERS}'"
         )
 
 

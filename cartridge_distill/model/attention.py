@@ -53,7 +53,9 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         ConfigError: an unknown name.
     """
     if backend not in BACKENDS:
-        raise ConfigError(f"attention backend {backend!r} is unknown; choose one of {BACKENDS}")
+        raise ConfigError(
+            f"attention backend {backend!r} is unknown; fix: choose one of {BACKENDS}"
+        )
     if backend == "auto":
         return "flex" if device.type == "cuda" else "grouped"
     return backend
@@ -199,7 +201,7 @@ def packed_attention(
     """
     if packed_layout is None:
         raise ConfigError(
-            f"attention {ATTENTION_NAME!r} was called without a packed layout; call the model "
+            f"attention {ATTENTION_NAME!r} was called without a packed layout; fix: call the model "
             "through cartridge_distill.model.forward.packed_forward, or load it with another "
             "attn_implementation"
         )
@@ -220,8 +222,8 @@ def packed_attention(
         if past[0].shape[::2] != key.shape[1::2]:
             raise ConfigError(
                 f"layer {layer} attends to {key.shape[1]} kv heads of {key.shape[3]} numbers, the "
-                f"prefix has {past[0].shape[0]} of {past[0].shape[2]}; use a model that attends to "
-                "what its cache holds"
+                f"prefix has {past[0].shape[0]} of {past[0].shape[2]}; fix: use a model that "
+                "attends to what its cache holds"
             )
     attend = _IMPLEMENTATIONS[packed_layout.backend]
     scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)

@@ -66,24 +66,24 @@ def check_arguments(
     if mask is not None:
         raise ConfigError(
             f"layer {layer} comes with an attention mask of its own; which token sees which is "
-            "then not known from windows alone. Use a model without one"
+            "then not known from windows alone; fix: use a model without one"
         )
     if key.shape != value.shape:
         raise ConfigError(
             f"layer {layer} has keys {_numbers(key)} and values {_numbers(value)}; a cartridge "
-            "needs keys and values of one size. Use a model that has them"
+            "needs keys and values of one size; fix: use a model that has them"
         )
     for name, given in others.items():
         if name not in HARMLESS:
             raise ConfigError(
                 f"layer {layer} hands the argument {name!r} ({_shown(given)}) to its attention, "
-                "which is not known here and would be left out; use a model without it"
+                "which is not known here and would be left out; fix: use a model without it"
             )
         harmless, values = HARMLESS[name]
         if not harmless(given):
             raise ConfigError(
                 f"layer {layer} hands {name}={_shown(given)} to its attention; supported is "
-                f"{values}. Use a model without it"
+                f"{values}; fix: use a model without it"
             )
 
 

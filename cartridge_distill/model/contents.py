@@ -52,7 +52,8 @@ class Contents:
                 self._inside, self._around = inside, around
                 return
         raise ConfigError(
-            "The text holds all of U+FDD0 to U+FDEF, which Unicode keeps out of texts; remove them."
+            "the text holds all of U+FDD0 to U+FDEF, which Unicode keeps out of texts; fix: remove "
+            "them"
         )
 
     @property

@@ -54,7 +54,7 @@ def convert_gguf(
     if architecture not in ("llama", "gemma3"):
         raise ConfigError(
             f"{gguf.name} holds a model of the architecture {architecture!r}; known are 'llama' "
-            "and 'gemma3'. Take the model's folder from the Hub."
+            "and 'gemma3'; fix: take the model's folder from the Hub"
         )
     tokenizer = _tokenizer(gguf, reader, tokenizer_from)
     if end_token is not None:
@@ -70,7 +70,10 @@ def convert_gguf(
     # The output layer may be the embedding's weights, and stands in neither file.
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if left.unexpected_keys or set(left.missing_keys) - tied:
-        raise ConfigError(f"{gguf.name} does not hold the weights of its own config: {left}")
+        raise ConfigError(
+            f"{gguf.name} does not hold the weights of its own config: {left}; fix: take another "
+            "file"
+        )
     for settings in (model.config, model.generation_config):
         if end_token is None:
             settings.bos_token_id = tokenizer.bos_token_id
@@ -95,7 +98,7 @@ def _gemma3_config(reader: GGUFReader) -> PreTrainedConfig:
     if layers > 60:
         raise ConfigError(
             f"{file_name(reader)} has {layers} layers: Gemma 3 27B scales its attention otherwise "
-            "than the smaller ones. Take the model's folder from the Hub."
+            "than the smaller ones; fix: take the model's folder from the Hub."
         )
     return Gemma3TextConfig(
         vocab_size=len(field(reader, "tokenizer.ggml.tokens")),

@@ -174,7 +174,7 @@ def compile_and_call(*arguments: Any, backend: Callable[..., Any] | None = None)
                 f"attention of {tuple(query.shape)} queries and {tuple(key.shape)} keys in "
                 f"{str(query.dtype).removeprefix('torch.')} cannot be compiled after "
                 f"{len(_graphs)} graphs (at most {MOST_GRAPHS}): {cause}. "
-                "Nothing was computed unfused; attention=dense computes the same without "
+                "Nothing was computed unfused; fix: attention=dense computes the same without "
                 "compiling, for much more memory"
             ) from error
 

@@ -61,13 +61,13 @@ def run_packed(
     if config._attn_implementation != ATTENTION_NAME:
         raise ConfigError(
             f"the model's attention is {config._attn_implementation!r}, not {ATTENTION_NAME!r}: "
-            "packed sequences would see each other. Load it with "
+            "packed sequences would see each other; fix: load it with "
             "cartridge_distill.model.loading.load_model or pass it through prepare_model()"
         )
     if cache is not None and any(layer.training for layer in _checkpointing_layers(model)):
         raise ConfigError(
             "transformers' gradient checkpointing throws away the cache that collects the KV; "
-            "collect it outside of recomputing_layers() and in eval mode"
+            "fix: collect it outside of recomputing_layers() and in eval mode"
         )
     if prefix is not None:
         check_fits(prefix.kv_shape, config)
@@ -77,7 +77,7 @@ def run_packed(
     if limit is not None and longest > limit:
         raise ConfigError(
             f"prefix of {prefix_tokens} + sequence of {max(batch.lengths)} = {longest} tokens is "
-            f"over the model's context of {limit}; shorten the document, prompt or response"
+            f"over the model's context of {limit}; fix: shorten the document, prompt or response"
         )
     # A cache that collects the row's KV wants every token of it.
     mask = None if logit_mask is None else host_mask(logit_mask)
@@ -152,7 +152,8 @@ def recomputing_layers(model: nn.Module) -> Iterator[None]:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
-            f"{type(model).__name__} has no gradient checkpointing; do without recomputing_layers()"
+            f"{type(model).__name__} has no gradient checkpointing; fix: do without "
+            "recomputing_layers()"
         )
     if not _checkpointing_layers(model):
         # Not reentrant: the layers' inputs need no gradient, what they attend to does.

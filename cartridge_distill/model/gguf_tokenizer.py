@@ -63,13 +63,14 @@ def sentencepiece_tokenizer(gguf: Gguf) -> PreTrainedTokenizerFast:
 
     if (model := of("model")) != "llama":
         raise ConfigError(
-            f"{name}: its vocabulary is of the kind {model!r}, not SentencePiece's ('llama')"
+            f"{name}: its vocabulary is of the kind {model!r}, not SentencePiece's ('llama'); "
+            "fix: take the model's folder from the Hub"
         )
     pieces, scores, kinds = of("tokens"), of("scores"), of("token_type")
     if not pieces or not scores or not kinds or not len(pieces) == len(scores) == len(kinds):
         raise ConfigError(
             f"{name}: tokens, scores and kinds of its vocabulary are not as many; the file is "
-            "damaged, or was written without them"
+            "damaged, or was written without them; fix: take another copy of it"
         )
     unknown = of("unknown_token_id")
     tokenizer = Tokenizer(
@@ -155,24 +156,25 @@ def check_survives(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         if list(before) != list(after):
             raise ConfigError(
                 f"The tokenizer does not survive saving: {text[:40]!r} has {len(before)} tokens "
-                f"before and {len(after)} after it. {fix}"
+                f"before and {len(after)} after it; fix: {fix}"
             )
         back = loaded.decode(after, clean_up_tokenization_spaces=False)
         if back != text:
             raise ConfigError(
-                f"The tokenizer loses text: {text[:40]!r} comes back as {back[:40]!r}. {fix}"
+                f"The tokenizer loses text: {text[:40]!r} comes back as {back[:40]!r}; fix: {fix}"
             )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
         if getattr(tokenizer, name) != getattr(loaded, name):
             raise ConfigError(
                 f"The tokenizer does not survive saving: its {name} is "
-                f"{getattr(tokenizer, name)!r} before and {getattr(loaded, name)!r} after it. {fix}"
+                f"{getattr(tokenizer, name)!r} before and {getattr(loaded, name)!r} after it; fix: "
+                f"{fix}"
             )
     whole = share_of_whole_words(loaded)
     if whole < _WHOLE:
         raise ConfigError(
             f"The tokenizer takes words apart that are in its vocabulary: only {whole:.0%} of a "
-            f"sample of them are one token. {fix}"
+            f"sample of them are one token; fix: {fix}"
         )
 
 

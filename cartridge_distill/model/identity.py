@@ -169,8 +169,8 @@ def model_identity(name_or_path: str | Path, commit: str | None = None) -> str:
         if commit is None:
             raise ConfigError(
                 f"{str(name_or_path)!r} is no folder, and its revision on the Hub is not known, so "
-                "answers cannot be kept for it; give the folder of a snapshot as model.path, or "
-                "no teacher_cache"
+                "answers cannot be kept for it; fix: give the folder of a snapshot as model.path, "
+                "or no teacher_cache"
             )
         return f"{name_or_path}@{commit}"
     digest = hashlib.sha256()

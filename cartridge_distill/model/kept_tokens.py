@@ -162,8 +162,8 @@ class KeptTokens:
         if stored[0].dtype != key.dtype or stored[0].device != key.device:
             raise ConfigError(
                 f"layer {layer} makes keys in {key.dtype} on {key.device}, and those of the kept "
-                f"prompts are in {stored[0].dtype} on {stored[0].device}: the model was changed. "
-                "Make a new teacher"
+                f"prompts are in {stored[0].dtype} on {stored[0].device}: the model was changed; "
+                "fix: make a new teacher"
             )
         return stored
 

@@ -99,7 +99,7 @@ class PackedLayout:
         if missing:
             raise ConfigError(
                 f"layers {missing} did not use the packed attention: their sequences saw each "
-                "other and not the prefix. This model class is not supported"
+                "other and not the prefix. This model class is not supported; fix: use another"
             )
 
     def allowed(self, window: int | None) -> Tensor:

@@ -41,13 +41,13 @@ def check_supported(config: PreTrainedConfig) -> None:
     if kinds:
         raise ConfigError(
             f"{text.model_type}: layers of kind {sorted(kinds)} keep more than keys and values; "
-            "use a model with full or sliding-window attention only"
+            "fix: use a model with full or sliding-window attention only"
         )
     KvShape.of(config)
     if moving := sorted(_rope_types(getattr(text, "rope_parameters", None)) & _BY_LONGEST):
         raise ConfigError(
             f"{text.model_type}: rope_type={moving} scales positions by the longest one of a "
-            "forward, so that packed sequences would change each other; use a model without it"
+            "forward, so that packed sequences would change each other; fix: use a model without it"
         )
 
 
@@ -74,7 +74,7 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"{type(model).__name__} does not take its attention from transformers' attention "
-            "interface; without it a cartridge cannot be attached"
+            "interface; without it a cartridge cannot be attached; fix: use another model"
         )
     model.set_attn_implementation(ATTENTION_NAME)
     model.requires_grad_(False)

@@ -35,7 +35,7 @@ from cartridge_distill.model.attention import ATTENTION_NAME
 from cartridge_distill.model.float32_forward import InFloat32
 from cartridge_distill.model.forward import run_packed
 from cartridge_distill.model.packing import pack
-from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, with_fix
 
 DOCUMENT, BEHIND = 8, 4
 """Tokens of the document, and of each of the two sequences behind it."""
@@ -51,6 +51,7 @@ HALF_TOLERANCE = 2e-2
 """The same for a model in bfloat16 or float16: some round in between to the dtype of their weights
 (the weights of experts, for one), where the last bit of float32 may decide."""
 
+_ANOTHER = "use another model"
 _FURTHEST = 2**17  # for a model that names no longest context
 
 
@@ -74,7 +75,10 @@ def check_own_attention(model: PreTrainedModel) -> None:
     config = text_config(model.config)
     furthest = getattr(config, "max_position_embeddings", None) or _FURTHEST
     if furthest < DOCUMENT + 2 * BEHIND:
-        raise ConfigError(f"{name} has a context of {furthest} tokens, too short for a cartridge")
+        raise ConfigError(
+            f"{name} has a context of {furthest} tokens, too short for a cartridge; fix: use "
+            "another model"
+        )
     ids = _ordinary_ids(model.config, DOCUMENT + 2 * BEHIND).to(device)
     document, short, far = ids.split([DOCUMENT, BEHIND, BEHIND])
     starts = (DOCUMENT, furthest - BEHIND)
@@ -92,7 +96,7 @@ def check_own_attention(model: PreTrainedModel) -> None:
             if not _differ(own, wide, 1e-6) and _has_windowed_layers(config):
                 raise ConfigError(
                     f"{name} has {_shown(windows)}, and does the same with {WINDOW}: what it does "
-                    "with more tokens could not be compared"
+                    "with more tokens could not be compared; fix: use another model"
                 )
         model.set_attn_implementation(ATTENTION_NAME)
         packed, prefix = packed_run(_read, model, document)
@@ -107,8 +111,8 @@ def check_own_attention(model: PreTrainedModel) -> None:
                 f"{name} computes its attention from more than queries, keys, values and windows, "
                 f"or counts its positions in another way: {what} has other logits packed, by "
                 f"{float((ours - theirs).abs().max()):.2g} (their standard deviation is "
-                f"{float(theirs.std()):.2g}). A cartridge would be trained on wrong numbers; use "
-                "another model"
+                f"{float(theirs.std()):.2g}). A cartridge would be trained on wrong numbers; fix: "
+                "use another model"
             )
 
 
@@ -173,10 +177,12 @@ def _named(what: str) -> Callable[..., Any]:
         except torch.OutOfMemoryError:
             raise
         except CartridgeDistillError as error:
-            raise ConfigError(f"{what}: {error}") from error
+            raise ConfigError(with_fix(f"{what}: {error}", _ANOTHER)) from error
         except Exception as error:  # of a model's own code: anything
             reason = (str(error) or "no message").splitlines()[0]
-            raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
+            raise ConfigError(
+                with_fix(f"{what}: {type(error).__name__}: {reason}", _ANOTHER)
+            ) from error
 
     return call
 

@@ -83,6 +83,6 @@ def cartridge_from_text(
     if input_ids.shape[0] < num_tokens:
         raise ConfigError(
             f"the document has {input_ids.shape[0]} tokens, the cartridge {num_tokens}; "
-            "use fewer cartridge tokens or a longer document"
+            "fix: use fewer cartridge tokens or a longer document"
         )
     return TrainableCache(prefix_from_tokens(model, input_ids[:num_tokens]), num_frozen_tokens)

@@ -60,7 +60,10 @@ def render_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             chat template cannot be split behind a system message.
     """
     if not text.strip():
-        raise DocumentError("The document is empty: there is no text to compute a prefix from.")
+        raise DocumentError(
+            "the document is empty: there is no text to compute a prefix from; fix: give one with "
+            "text"
+        )
     contents = Contents(tokenizer, [text])
     marked = contents.mark(text)
     rendered = _system_rendering(tokenizer, marked)
@@ -138,8 +141,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         started = turns.pop()["content"]
         if not turns:
             raise ConfigError(
-                "The conversation has only a started assistant answer. Put the user's message "
-                "that it answers before it."
+                "the conversation has only a started assistant answer; fix: put the user's message "
+                "that it answers before it"
             )
     if tokenizer.chat_template is None:
         return contents.ids(_plain_chat(turns) + (started or ""))
@@ -152,25 +155,25 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         roles = ", ".join(turn["role"] for turn in turns)
         raise ConfigError(
             f"The tokenizer's chat template refuses a conversation of the roles [{roles}]: "
-            f"{error}. Use roles that the model's template knows."
+            f"{error}; fix: use roles that the model's template knows"
         ) from error
     return contents.ids(rendered)
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
     if len(messages) == 0:
-        raise ConfigError("The conversation is empty: a prompt needs at least one message.")
+        raise ConfigError("the conversation is empty; fix: give a prompt one message at least")
     turns = []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             raise ConfigError(
-                f"Message {number} has the role {role!r}; it must be one of {', '.join(_ROLES)}."
+                f"Message {number} has the role {role!r}; fix: make it one of {', '.join(_ROLES)}"
             )
         if not isinstance(content, str):
             raise ConfigError(
                 f"Message {number} ({role}) has content of type {type(content).__name__}; "
-                "only text is supported."
+                "fix: give text"
             )
         turns.append({"role": role, "content": content})
     return turns
@@ -222,8 +225,8 @@ def _answer_opening(
         raise ConfigError(
             "The tokenizer's chat template opens a thought for the model "
             f"({generation[-30:]!r}) and does not show where an answer begins, so an answer cannot "
-            "be started. Use open questions (--recipe open), or a template that writes the "
-            "assistant's messages."
+            "be started; fix: use open questions (--recipe open), or a template that writes the "
+            "assistant's messages"
         )
     return generation
 

@@ -79,13 +79,14 @@ def all_questions(groups: Sequence[Group]) -> tuple[list[Column], list[Marked]]:
     first = groups[0].runs[0].questions
     if first is None or not first.asked:
         return [], []
-    columns = [_column(groups, 0, name) for name in sorted(first.tables, key=condition_order)]
-    tables = [first.tables[column.condition] for column in columns]
+    asked = {_column(groups, 0, name): table for name, table in first.tables.items()}
     for place, group in enumerate(groups[1:], 1):
         other = group.runs[0].questions
         if other is not None and other.asked == first.asked and TRAINED in other.tables:
-            columns.append(_column(groups, place, TRAINED))
-            tables.append(other.tables[TRAINED])
+            asked[_column(groups, place, TRAINED)] = other.tables[TRAINED]
+    # In the order of the table above them: each group's cartridge beside the others'.
+    columns = sorted(asked, key=lambda column: (condition_order(column.condition), column.place))
+    tables = [asked[column] for column in columns]
     marks = [table["likelihood_correct"].astype(bool).tolist() for table in tables]
     losses = [table["log_loss"].astype(float).tolist() for table in tables]
     cartridges = [at for at, column in enumerate(columns) if column.condition == TRAINED]

@@ -156,6 +156,7 @@ def render(runs: Sequence[Run]) -> str:
         samples=answers.samples(groups),
         columns=columns,
         questions=questions,
+        absent=_without_column(groups, columns),
         levels=shading.LEVELS,
         documents=_shaded(groups),
         totals=facts.totals(runs[0]) if len(runs) == 1 else [],
@@ -167,6 +168,12 @@ def render(runs: Sequence[Run]) -> str:
         plotly=_packed_plotly(),
         script_hashes=[_hash(script), _hash(get_plotlyjs())],
     )
+
+
+def _without_column(groups: Sequence[Group], columns: Sequence[answers.Column]) -> list[str]:
+    """Groups whose cartridge is not among the columns of all questions."""
+    there = {column.place for column in columns if column.condition == TRAINED}
+    return [group.name for place, group in enumerate(groups) if place not in there]
 
 
 def _shaded(groups: Sequence[Group]) -> list[tuple[str, list[shading.Shown]]]:

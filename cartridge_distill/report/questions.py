@@ -18,9 +18,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cartridge_distill.evaluation.results import PromptResult, QuestionResult
-from cartridge_distill.util.errors import ReportError
+from cartridge_distill.util.errors import ReportError, with_fix
 from cartridge_distill.util.parquet import read_rows
 
+EVALUATE_AGAIN = "evaluate again, with `cartridge-distill eval RUN`"
 # metric -> (summed over the questions, divided by the sum of); None counts the questions
 _RATIOS: dict[str, tuple[str, str | None]] = {
     "log_loss": ("log_loss", None),
@@ -101,10 +102,13 @@ def _read(
     try:
         rows = read_rows(path)
     except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: no table with the columns {wanted}: {error}") from None
+        raise ReportError(
+            with_fix(f"{path}: no table with the columns {wanted}: {error}", EVALUATE_AGAIN)
+        ) from None
     if absent := [name for name in wanted if name not in rows.columns]:
         raise ReportError(
-            f"{path}: no table with the columns {wanted}: {', '.join(absent)} is missing"
+            f"{path}: no table with the columns {wanted}: {', '.join(absent)} is missing; "
+            f"fix: {EVALUATE_AGAIN}"
         )
     if unknown := [str(name) for name in rows.columns if name not in known]:
         raise ReportError(
@@ -112,11 +116,13 @@ def _read(
         )
     has_texts = bool(told) and set(told) <= set(rows.columns)
     if rows.empty:
-        raise ReportError(f"{path} holds no {asked}")
+        raise ReportError(f"{path} holds no {asked}; fix: {EVALUATE_AGAIN}")
     tables = {name: found.sort_values(keys) for name, found in rows.groupby("condition")}
     first_name, first = next(iter(tables.items()))
     for name, table in tables.items():
         if table[keys].to_numpy().tolist() != first[keys].to_numpy().tolist():
-            raise ReportError(f"{path}: {first_name!r} and {name!r} have other {asked}s")
+            raise ReportError(
+                f"{path}: {first_name!r} and {name!r} have other {asked}s; fix: {EVALUATE_AGAIN}"
+            )
     texts = zip(*(first[name].astype(str) for name in _TOLD[:2]), strict=True) if has_texts else ()
     return Questions(tables, list(texts))

@@ -18,6 +18,7 @@ from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.evaluation.names import BEST_CHUNK, CONDITIONS, NO_DOCUMENT, TRAINED
 from cartridge_distill.evaluation.results import PROMPTS_FILE, QUESTIONS_FILE
 from cartridge_distill.report.questions import (
+    EVALUATE_AGAIN,
     Questions,
     read_prompts,
     read_questions,
@@ -28,6 +29,7 @@ from cartridge_distill.util.errors import ReportError
 from cartridge_distill.util.json_text import no_name_twice
 
 EVALUATION_FILE = "evaluation.json"
+_ANOTHER_COPY = "take another copy of the run, or delete the line"
 
 _OTHER_NAMES = {"no cartridge": NO_DOCUMENT, "retrieved chunk": BEST_CHUNK}
 
@@ -182,7 +184,7 @@ def read_run(folder: Path) -> Run:
         read_questions(evaluated / QUESTIONS_FILE),
         read_prompts(evaluated / PROMPTS_FILE),
         _read_json(evaluated / SHADING_FILE, Shading),
-        _read_json(folder / RECIPE_FILE, Recipe),
+        _read_json(folder / RECIPE_FILE, Recipe, "take another copy of the run"),
     )
 
 
@@ -213,7 +215,7 @@ def read_metrics(path: Path) -> Metrics:
             f"VERL_FILE_LOGGER_PATH={path}"
         ) from None
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path} is not UTF-8: {error}") from None
+        raise ReportError(f"{path} is not UTF-8: {error}; fix: {_ANOTHER_COPY}") from None
     by_step: dict[int, dict[str, float | None]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -233,10 +235,15 @@ def _read_line(line: str, place: str) -> tuple[int, dict[str, float | None]]:
             f"{place}: not JSON ({error}); fix: delete a line that a killed run left half written"
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("data"), dict):
-        raise ReportError(f'{place}: expected {{"step": N, "data": {{...}}}}, found {line[:80]!r}')
+        raise ReportError(
+            f'{place}: expected {{"step": N, "data": {{...}}}}, found {line[:80]!r}; '
+            f"fix: {_ANOTHER_COPY}"
+        )
     step = record.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ReportError(f"{place}: the step is {step!r}, not a whole number from 0")
+        raise ReportError(
+            f"{place}: the step is {step!r}, not a whole number from 0; fix: {_ANOTHER_COPY}"
+        )
     return step, {
         key: _number(value, key, place)
         for key, value in record["data"].items()
@@ -248,25 +255,25 @@ def _number(value: Any, key: str, place: str) -> float | None:
     if value is None:  # how veRL's log writes a NaN
         return None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ReportError(f"{place}: {key} is {value!r}, not a number")
+        raise ReportError(f"{place}: {key} is {value!r}, not a number; fix: {_ANOTHER_COPY}")
     return float(value)
 
 
-def _read_json(path: Path, kind: type[M]) -> M | None:
+def _read_json(path: Path, kind: type[M], fix: str = EVALUATE_AGAIN) -> M | None:
     if not path.exists():
         return None
     try:
         text = path.read_text(encoding="utf-8")
         return kind.model_validate(json.loads(text, object_pairs_hook=no_name_twice))
     except RecursionError:
-        raise ReportError(f"{path} is nested too deep for a file of ours") from None
+        raise ReportError(f"{path} is nested too deep for a file of ours; fix: {fix}") from None
     except json.JSONDecodeError as error:
-        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg}); fix: {fix}") from None
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path} is not UTF-8: {error}") from None
+        raise ReportError(f"{path} is not UTF-8: {error}; fix: {fix}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ReportError(f"{path}: {where}: {first['msg']}") from None
+        raise ReportError(f"{path}: {where}: {first['msg']}; fix: {fix}") from None
     except ValueError as error:  # a number of thousands of digits
-        raise ReportError(f"{path}: not JSON that is read: {error}") from None
+        raise ReportError(f"{path}: not JSON that is read: {error}; fix: {fix}") from None

@@ -180,9 +180,10 @@ class TokasaurusClient:
             if error.status not in (404, 405):
                 raise
             raise RolloutError(
-                f"{self.url} takes no uploads: it is a bare server. Put the gateway in front of it "
-                "(python -m cartridge_distill.gateway --help), or give the server's cartridge "
-                "directory as this machine sees it (--sync-dir; SYNC_DIR for the run script)"
+                f"{self.url} takes no uploads: it is a bare server; fix: put the gateway in front "
+                "of it (python -m cartridge_distill.gateway --help), or give the server's "
+                "cartridge directory as this machine sees it (--sync-dir; SYNC_DIR for the run "
+                "script)"
             ) from error
 
     async def complete(
@@ -235,8 +236,8 @@ class TokasaurusClient:
             except AnswerCutShort as error:
                 if attempt == self.settings.max_attempts:
                     raise RolloutError(
-                        f"POST {self.url}{path} failed {attempt} times; the last time: {error}. "
-                        "Look into the server's log"
+                        f"POST {self.url}{path} failed {attempt} times; the last time: {error}; "
+                        "fix: look into the server's log"
                     ) from error
                 await self._http.pause(attempt, error)
             except RolloutError as error:

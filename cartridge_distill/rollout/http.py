@@ -135,7 +135,7 @@ def auth_headers(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
         if not (value.isascii() and value.isprintable()) or " " in value:
             raise RolloutError(
                 f"{name} holds a blank, a line end or a character that no HTTP header may have; "
-                "set it anew, without what stands around it"
+                "fix: set it anew, without what stands around it"
             )
     headers = {}
     if key := environment.get("TOKASAURUS_API_KEY"):
@@ -146,7 +146,8 @@ def auth_headers(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
         headers |= {"Modal-Key": modal_key, "Modal-Secret": modal_secret}
     elif modal_key or modal_secret:
         raise RolloutError(
-            "only one of MODAL_PROXY_KEY and MODAL_PROXY_SECRET is set; Modal needs both"
+            "only one of MODAL_PROXY_KEY and MODAL_PROXY_SECRET is set, and Modal needs both; fix: "
+            "set both"
         )
     return headers
 
@@ -238,7 +239,8 @@ class RetryingHttp:
                     return Reply(response.status, response.headers, answer)
             target = onward
         raise RolloutError(
-            f"{method} {self.url}{path}: more than {MAX_REDIRECTS} redirects; is the URL right?"
+            f"{method} {self.url}{path}: more than {MAX_REDIRECTS} redirects; fix: give the "
+            "server's own URL"
         )
 
     async def _whole(self, response: aiohttp.ClientResponse, asked: str) -> bytes:
@@ -249,7 +251,7 @@ class RetryingHttp:
             if len(came) > _LARGEST_ANSWER:
                 raise RolloutError(
                     f"{asked}: the answer is over {_LARGEST_ANSWER} bytes, more than any answer of "
-                    "this protocol; is the URL right?"
+                    "this protocol; fix: look whether the URL is the server's"
                 )
         return bytes(came)
 

@@ -55,20 +55,25 @@ def next_target(asked: Target, status: int, location: str | None) -> Target | No
         there = here.join(URL(location, encoded=True)).with_fragment(None)
         origin = there.origin()
     except ValueError as error:
-        raise RolloutError(f"{said} to an address that is none") from error
+        raise RolloutError(
+            f"{said} to an address that is none; fix: give the server's own URL"
+        ) from error
     if origin != here.origin():
         raise RolloutError(
             f"{said} to {origin}, which is another host, port or scheme than {here.origin()}: it "
-            "is not followed, for the credentials and the prompts would go there. If that is the "
-            "server, give its own URL"
+            "is not followed, for the credentials and the prompts would go there; fix: if that is "
+            "the server, give its own URL"
         )
     if there.user is not None or there.password is not None:
-        raise RolloutError(f"{said} to an address with a user in it, which is not followed")
+        raise RolloutError(
+            f"{said} to an address with a user in it, which is not followed; fix: give the "
+            "server's own URL"
+        )
     if status == 303:
         return Target("GET", str(there), with_body=False, is_encoded=True)
     if asked.with_body and status in (301, 302):
         raise RolloutError(
-            f"{said}, which does not say whether the body goes along; it is not followed. Give the "
-            "URL that the server redirects to"
+            f"{said}, which does not say whether the body goes along; it is not followed; fix: "
+            "give the URL that the server redirects to"
         )
     return Target(asked.method, str(there), asked.with_body, is_encoded=True)

@@ -164,8 +164,8 @@ def serving_attention(
     """
     if serving_batch is None:
         raise ConfigError(
-            f"attention {SERVING_ATTENTION!r} was called outside the serving engine; a model that "
-            "serves cannot be used for anything else at the same time"
+            f"attention {SERVING_ATTENTION!r} was called outside the serving engine, and a model "
+            "that serves cannot be used for anything else at the same time; fix: load it once more"
         )
     batch = serving_batch
     layer = cast(int, module.layer_idx)

@@ -81,7 +81,10 @@ class Engine:
         self._threads = threads
         config = text_config(model.config)
         if config._attn_implementation != SERVING_ATTENTION:
-            raise ConfigError(f"{type(model).__name__} does not take a custom attention function")
+            raise ConfigError(
+                f"{type(model).__name__} does not take a custom attention function; fix: "
+                "use another model"
+            )
         self._query_heads: int = config.num_attention_heads
         kv, self._kv_sources = KvShape.of(config), kv_sources(config)
         self._own_layers = kv.num_layers  # the others read the KV of one of these

@@ -252,5 +252,5 @@ class ServingBatch:
         if missing:
             raise ConfigError(
                 f"layers {missing} did not use the serving attention; this model class is not "
-                "supported by the embedded server"
+                "supported by the embedded server; fix: use another model"
             )

@@ -57,16 +57,21 @@ class ServerSettings:
         require_counts(self, "prefix_cache_min_tokens", "max_connections")
         if self.prefix_cache_tokens < 0:
             raise ConfigError(
-                f"prefix_cache_tokens={self.prefix_cache_tokens}: must be 0 (keep none) or more"
+                f"prefix_cache_tokens={self.prefix_cache_tokens} is too few; fix: give 0 (keep "
+                "none) or more"
             )
         if self.max_tokens_per_request is not None and self.max_tokens_per_request < 2:
             raise ConfigError(
                 f"max_tokens_per_request={self.max_tokens_per_request}: a request needs one prompt "
-                "token and one new token at least"
+                "token and one new token; fix: give 2 or more"
             )
         if self.cartridge_memory_gb <= 0:
-            raise ConfigError(f"cartridge_memory_gb={self.cartridge_memory_gb}: must be above 0")
+            raise ConfigError(
+                f"cartridge_memory_gb={self.cartridge_memory_gb} holds no cartridge; fix: give "
+                "more than 0"
+            )
         if not 0 < self.idle_s <= MAX_IDLE_SECONDS:
             raise ConfigError(
-                f"idle_s={self.idle_s}: must be above 0 and at most {MAX_IDLE_SECONDS:.0f}"
+                f"idle_s={self.idle_s} is out of range; fix: give more than 0, at most "
+                f"{MAX_IDLE_SECONDS:.0f}"
             )

@@ -43,7 +43,10 @@ class HttpPublisher:
     ) -> None:
         self.urls = list(dict.fromkeys(map(checked_url, urls)))
         if not self.urls:
-            raise ConfigError("the HTTP transport needs the URL of at least one gateway")
+            raise ConfigError(
+                "the HTTP transport needs the URL of at least one gateway; fix: give "
+                "actor_rollout_ref.rollout.custom.tokasaurus_url"
+            )
         self.base_model = base_model
         self.settings = settings or ClientSettings()
         self._published: list[str] = []

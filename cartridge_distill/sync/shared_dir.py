@@ -14,7 +14,7 @@ from typing import Protocol
 from cartridge_distill.cartridge.formats.tokasaurus import write_snapshot
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.sync.versions import run_of, step_of
-from cartridge_distill.util.errors import ConfigError, SyncError
+from cartridge_distill.util.errors import ConfigError, SyncError, with_fix
 
 
 class CartridgePublisher(Protocol):
@@ -40,7 +40,9 @@ def oldest(published: list[str], keep: int) -> list[str]:
         ConfigError: ``keep`` below 1.
     """
     if keep < 1:
-        raise ConfigError(f"sync_keep={keep}; the served version itself must stay: at least 1")
+        raise ConfigError(
+            f"sync_keep={keep}: the served version itself must stay; fix: give 1 or more"
+        )
     return published[:-keep]
 
 
@@ -70,7 +72,11 @@ class SharedDirectoryPublisher:
         except FileExistsError as error:
             raise SyncError(f"version {version} was published before: {error}") from error
         except OSError as error:
-            raise SyncError(f"version {version} cannot be written: {error}") from error
+            raise SyncError(
+                with_fix(
+                    f"version {version} cannot be written: {error}", "let sync_dir be written to"
+                )
+            ) from error
         self._published.append(version)
 
     def retire(self, keep: int) -> list[str]:

@@ -30,8 +30,8 @@ def new_run_id(name: str) -> str:
     """
     if not is_run_name(name):
         raise ConfigError(
-            f"run name {name!r}: use letters and digits with single - or _ between them; "
-            "Tokasaurus rewrites anything else, and the id would no longer be found"
+            f"run name {name!r} cannot begin an id; fix: use letters and digits with single - or _ "
+            "between them; Tokasaurus rewrites anything else, and the id would no longer be found"
         )
     return f"{name}-{datetime.now(UTC):%Y%m%d%H%M%S}-{secrets.token_hex(2)}"
 

@@ -30,15 +30,24 @@ def require_counts(settings: object, *names: str) -> None:
     """
     for name in names:
         if getattr(settings, name) < 1:
-            raise ConfigError(f"{name}={getattr(settings, name)}: must be at least 1")
+            raise ConfigError(f"{name}={getattr(settings, name)} is too few; fix: give 1 or more")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what was probably meant, and all there are."""
+    """The fix for an unknown name: what was probably meant, and all there are."""
     names = list(known)
     meant = get_close_matches(str(name), names, n=1)
-    guess = f"; did you mean {meant[0]!r}?" if meant else ""
-    return f"{guess} (choose one of {', '.join(names)})"
+    guess = f"did you mean {meant[0]!r}? " if meant else ""
+    return f"; fix: {guess}choose one of {', '.join(names)}"
+
+
+def with_fix(said: object, fix: str) -> str:
+    """The words of an error, and ``fix`` behind them where they name none themselves.
+
+    For what is caught and raised again: who knows the file knows what to do about it.
+    """
+    words = str(said).rstrip(". ")
+    return words if "fix: " in words else f"{words}; fix: {fix}"
 
 
 class CartridgeFormatError(CartridgeDistillError, ValueError):

@@ -194,7 +194,9 @@ def replace_file(
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a directory; name a file")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} is already there")
+        raise FileExistsError(
+            f"{target} is already there; fix: name another, or overwrite it (--overwrite)"
+        )
     with named_disk(target.parent):
         _replace_file(target, write, flush)
 

@@ -92,8 +92,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{self.path} is being written by another process. Wait for its end, or give "
-                "another folder."
+                f"{self.path} is being written by another process; fix: wait for its end, or give "
+                "another folder"
             ) from error
 
     def _read(self, made_with: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
@@ -104,7 +104,7 @@ class Journal:
         if torn and not whole and not data.startswith(b"{"):
             raise ConfigError(
                 f"{self.path} is not a journal, or damaged: it has no line, and does not begin as "
-                "one. Move it away to start afresh."
+                "one; fix: move it away to start afresh"
             )
         if torn:
             self._file.truncate(whole)
@@ -120,7 +120,8 @@ class Journal:
             before, *rows = map(unsealed, found)
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"{self.path} is not a journal, or damaged: {error}. Move it away to start afresh."
+                f"{self.path} is not a journal, or damaged: {error}; fix: move it away to start "
+                "afresh"
             ) from error
         check_same_settings(
             before,

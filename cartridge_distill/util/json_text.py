@@ -6,10 +6,13 @@ Python's ``json`` refuses a byte order mark in a text, and keeps the last of two
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from cartridge_distill.util.lfs import IS_ONE, pointer_in
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -32,14 +35,22 @@ def loads(text: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        JsonError: it is none, or an object has one name twice.
+        JsonError: it is none, an object has one name twice, or a text is none.
     """
     try:
-        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=no_name_twice)
+        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=no_name_twice)
+        if _HALF.search(text):  # of a pair, mostly
+            json.dumps(found, ensure_ascii=False).encode()
     except JsonError:
         raise
+    except UnicodeEncodeError as error:
+        raise JsonError(
+            f"holds half a character ({error.object[error.start]!r}, a lone surrogate), which is "
+            "no text; write it anew"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise JsonError(f"is not JSON: {error}") from error
+    return found
 
 
 def load(path: Path) -> Any:

@@ -47,8 +47,8 @@ class KnownHosts:
         for name in more:
             if name != "*" and (_name_of(name) is None or _with_port(name)):
                 raise ConfigError(
-                    f"--allow-host {name!r}: give a host's name or address, without http:// and "
-                    "without a port, or * for every name"
+                    f"--allow-host {name!r} names no host; fix: give a host's name or address, "
+                    "without http:// and without a port, or * for every name"
                 )
         self._every_name = "*" in more
         self._every_address = host in _EVERY_ADDRESS

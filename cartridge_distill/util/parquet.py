@@ -82,14 +82,14 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
     except MemoryError as error:  # Arrow's is one
         raise ConfigError(
             f"{path} cannot be read as a Parquet table: its {path.stat().st_size} bytes need more "
-            f"than {memory / 1e9:.1f} GB of memory, which no table that was written here does. If "
-            "it is right, write it anew in several files"
+            f"than {memory / 1e9:.1f} GB of memory, which no table that was written here does; "
+            "fix: if it is right, write it anew in several files"
         ) from error
     except Exception as error:  # a damaged file can fail in any way there is
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise ConfigError(
-            f"{path} cannot be read as a Parquet table: {reason:.300}. It is damaged, or of "
-            "another kind; write it anew, or take another copy"
+            f"{path} cannot be read as a Parquet table: {reason:.300}: it is damaged, or of "
+            "another kind; fix: write it anew, or take another copy"
         ) from error
 
 

@@ -52,23 +52,23 @@ def tracked_step(run: Path) -> int | None:
     except FileNotFoundError:
         if saved := saved_steps(run):
             raise CartridgeFormatError(
-                f"{tracker} is not there, and {run} holds whole checkpoints up to step {saved[-1]}."
-                f" A run from the start would be mixed with them. {how_to_go_on(run)}"
+                f"{tracker} is not there, and {run} holds whole checkpoints up to step {saved[-1]}:"
+                f" a run from the start would be mixed with them; {how_to_go_on(run)}"
             ) from None
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise CartridgeFormatError(
-            f"{tracker} cannot be read: {error}. {how_to_go_on(run)}"
+            f"{tracker} cannot be read: {error}; {how_to_go_on(run)}"
         ) from error
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise CartridgeFormatError(
-            f"{tracker} says {text!r:.60}, not the number of a step. {how_to_go_on(run)}"
+            f"{tracker} says {text!r:.60}, not the number of a step; {how_to_go_on(run)}"
         )
     last = _last_saved(run)
     if last is not None and last != int(text):
         raise CartridgeFormatError(
             f"{tracker} says {text}, and {run / HISTORY_FILE} that step {last} was saved last, "
-            f"whose checkpoint is whole. {how_to_go_on(run)}"
+            f"whose checkpoint is whole; {how_to_go_on(run)}"
         )
     return int(text)
 
@@ -88,13 +88,13 @@ def how_to_go_on(run: Path) -> str:
     saved = saved_steps(run)
     if not saved:
         return (
-            "No whole checkpoint is there: delete the file to begin anew, or take another "
+            "fix: delete the file to begin anew, for no whole checkpoint is there, or take another "
             "trainer.default_local_dir"
         )
     last = _last_saved(run)
     newest = saved[-1] if last is None else last
     return (
-        f"To go on from the newest one: echo {newest} > {run / TRACKER}. From another: set "
+        f"fix: to go on from the newest one: echo {newest} > {run / TRACKER}. From another: set "
         "trainer.resume_mode=resume_path and trainer.resume_from_path to one of "
         f"{[str(step_folder(run, step)) for step in saved]}. For a new run, take another "
         "trainer.default_local_dir. Nothing was deleted"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from cartridge_distill.api import DistillationFailed, Run, distill, load, running
 from cartridge_distill.cli.untrained import make
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
+from tests.docs.pages import ROOT, python_blocks
 
 TEXT = "The harbour of Nordby was opened in 1884 by Clara Winther. " * 6
 
@@ -100,13 +99,24 @@ def test_every_option_of_the_example_is_one_of_the_command() -> None:
     assert (options.tokens, options.steps) == (64, 6)
 
 
-def test_the_snippet_for_generate_works_as_printed(cartridge: Path, model_folder: Path) -> None:
-    """docs/getting-started.md: a cartridge is a plain transformers cache."""
-    from cartridge_distill.cartridge.checkpoint import load_cartridge
-
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    cache = load_cartridge(str(cartridge)).as_cache()
-    length = cache.get_seq_length()
-    ids = torch.zeros(1, length + 3, dtype=torch.long)
-    made = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
-    assert made.shape == (1, length + 7)
+def test_the_readmes_snippet_for_generate_works_as_printed(
+    cartridge: Path,
+    model_folder: Path,
+    document: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As printed: the model's folder and the run alone are put in place. It reads the cartridge."""
+    (snippet,) = [body for body in python_blocks(ROOT / "README.md") if "generate" in body]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MODEL").symlink_to(model_folder)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "cartridge").symlink_to(cartridge)
+    found: dict[str, Any] = {}
+    exec(snippet, found)  # noqa: S102
+    loaded = load(cartridge, document=document, device="cpu", dtype="float32")
+    reply = loaded.generate("What is new?", max_new_tokens=64, view="full document")
+    printed = capsys.readouterr().out
+    assert reply.text and printed.startswith(reply.text)
+    assert found["answer"].shape[1] <= found["ids"].shape[1] + 64

@@ -127,7 +127,7 @@ def test_a_model_that_is_not_the_manifests_is_named(tmp_path: Path) -> None:
     import numpy as np
 
     from cartridge_distill.model.demo_model import CONVERSION, MANIFEST, SMOLLM2
-    from tests.training.test_decode_gguf import write
+    from tests.training.gguf_files import write
 
     files = tmp_path / "files"
     files.mkdir()

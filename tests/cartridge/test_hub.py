@@ -114,7 +114,7 @@ def test_pushing_again_replaces_a_cartridge_and_nothing_else(source: Path, tmp_p
 
 
 def test_formats_that_do_not_go(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="hazyresearch.*holds some of"):
+    with pytest.raises(ConfigError, match="hazyresearch.*; fix: choose some of"):
         push(source, tmp_path / "a", formats=["hazyresearch"])
     odd = write_cartridge(stored(tokens=20), tmp_path / "odd", "native")
     push(odd, tmp_path / "b")

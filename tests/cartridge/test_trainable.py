@@ -80,7 +80,7 @@ def test_random_is_seeded_and_shaped_like_the_model() -> None:
 @pytest.mark.parametrize("frozen", [0, 16, 20])
 def test_frozen_counts_that_nobody_can_read_are_refused(frozen: int) -> None:
     prefix = random_cartridge(tiny_model(), 16).prefix()
-    with pytest.raises(ConfigError, match="must be 1..15"):
+    with pytest.raises(ConfigError, match="fix: give 1 to 15"):
         TrainableCache.from_prefix(prefix, frozen)
 
 

@@ -24,22 +24,10 @@ from cartridge_distill.data import command as prepare
 from cartridge_distill.data.documents.reading import read_documents
 from cartridge_distill.data.records import sha256_of
 from cartridge_distill.evaluation import command as evaluate
+from tests.cli.commands import COMMANDS, PASSED_ON
 from tests.data.documents.made import write_pdf
 from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import child_environment
-
-COMMANDS = (
-    *"doctor distill prepare train demo init info".split(),
-    *"eval chat report convert compose push pull serve".split(),
-)
-PASSED_ON = {
-    "eval": "--untrained",
-    "chat": "--start",
-    "train": "--response-tokens",
-    "prepare": "--recipe",
-    "demo": "--prompts",
-    "distill": "--response-tokens",
-}
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -73,7 +73,7 @@ def test_a_run_in_a_cartridges_place(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ([], "nothing to evaluate; fix: name a run's folder"),
         (["RUN"], "is a run without a cartridge yet"),
-        (["DONE"], "does not say it; fix: give --data"),
+        (["DONE"], "does not say its data; fix: give --data"),
         (["DONE", "--data", "no/data"], "--data no/data: there is no such folder; fix: name one"),
         (["DONE", "--data", "RUN", "--out", "FILE/x"], "is no folder; fix: give another --out"),
         (["DONE", "--dat", "x"], "--dat: no such option; fix: did you mean --data"),

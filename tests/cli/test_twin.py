@@ -99,6 +99,27 @@ def test_serve_and_chat_look_before_they_load(run: Path, twin: str, older: str) 
     assert "does not say which weights" in look(unknown, *check(unknown)).warnings[0]
 
 
+@pytest.mark.parametrize("engine", ["embedded", "vllm"])
+def test_serve(engine: str, run: Path, twin: str) -> None:
+    typed = ["serve", str(run), "--model", twin, "--engine", engine, "--port", "0"]
+    done = CliRunner().invoke(cli.app, typed)
+    assert done.exit_code == 1 and OTHER in done.output and "--allow-other-model" in done.output
+
+
+def test_serve_with_vllm_warns(run: Path, twin: str, older: str) -> None:
+    """Without vLLM's Python it prints the line that starts it."""
+
+    def serve(*typed: str) -> str:
+        done = CliRunner().invoke(cli.app, ["serve", *typed, "--engine", "vllm"])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    said = serve(str(run), "--model", twin, "--allow-other-model")
+    assert "warning: " in said and "its answers may mean nothing" in said
+    assert "does not say which weights" in serve("--cartridge", f"a={older}", "--model", twin)
+    assert "warning: " not in serve(str(run))
+
+
 def test_weights_that_come_with_the_loading_are_compared_then(
     run: Path, twin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,7 +255,7 @@ def test_a_document_that_fits_is_its_own_only_part(demo: list[Source]) -> None:
     ("arguments", "says"),
     [
         (("other", 10, 2), "'other' is unknown"),
-        (("started", 0, 2), "not 0"),
+        (("started", 0, 2), "--rows 0 .*; fix: give 1 or more"),
         (("started", 10, 10_000), "fewer --val-rows"),
     ],
 )

@@ -309,8 +309,8 @@ def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"questions": 1}, "at least 2"),
-        ({"temperature": 0.0}, "above 0"),
+        ({"questions": 1}, "too few.*; fix: .* 2 or more"),
+        ({"temperature": 0.0}, "; fix: give more than 0"),
         ({"attempts": 0}, "attempts"),
     ],
 )
@@ -410,3 +410,12 @@ def test_another_wording_of_the_right_answer_is_no_wrong_one() -> None:
         Asked("3", "a", "Who built it?", "Marten Holt"),
     ]
     assert set(with_options(asked, 0)[0].options) == {"Ada Brandt", "Marten Holt"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e400", "-Infinity"])
+def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, number: str) -> None:
+    """It was the right answer "nan"."""
+    path = tmp_path / "q.json"
+    path.write_text(f'[{{"question": "When?", "answer": {number}}}]')
+    with pytest.raises(ConfigError, match=r"'answer' is (nan|-?inf), no number"):
+        add_questions([source()], path, seed=0)

@@ -242,10 +242,10 @@ def test_kept_prompts_take_what_they_may_where_they_are_kept() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"row_tokens": 0}, "row_tokens=0: must be at least 1"),
-        ({"trained_tokens": 9000}, "trained_tokens=9000: must be 1 to row_tokens=8192"),
-        ({"prompts_kept_mib": -1}, "prompts_kept_mib=-1: must be 0 or more"),
-        ({"backend": "sdpa"}, "backend='sdpa': choose flex, grouped or dense"),
+        ({"row_tokens": 0}, "row_tokens=0 is too few; fix: give 1 or more"),
+        ({"trained_tokens": 9000}, "trained_tokens=9000 .*; fix: give 1 to row_tokens=8192"),
+        ({"prompts_kept_mib": -1}, "prompts_kept_mib=-1 .*; fix: give 0 or more"),
+        ({"backend": "sdpa"}, "backend='sdpa' .*; fix: choose flex, grouped or dense"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -125,3 +125,8 @@ def marked_blocks(page: Path, name: str) -> list[str]:
     """The blocks of shell behind the comment ``<!-- commands: NAME -->``, in order."""
     mark = re.escape(f"<!-- commands: {name} -->")
     return re.findall(rf"^{mark}\n```bash\n(.*?)^```$", text_of(page), re.M | re.S)
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The blocks of Python, in order."""
+    return re.findall(r"^```python\n(.*?)^```$", text_of(page), re.M | re.S)

@@ -21,7 +21,7 @@ from tests.docs.pages import (
     pages,
     text_of,
 )
-from tests.test_layers import GLUE_ROOMS, ROOMS
+from tests.rooms import GLUE_ROOMS, ROOMS
 
 PAGES = pages()
 BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}

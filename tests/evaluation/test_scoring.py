@@ -127,7 +127,7 @@ def test_options_are_scored_from_the_end_of_the_stem(tokenizer: PreTrainedTokeni
     assert str(tokenizer.decode(asked.stem)).endswith("<assistant>Ann has")
     decoded = [str(tokenizer.decode(option)) for option in asked.options]
     assert decoded == [f" {text}" for text in OPTIONS]
-    with pytest.raises(ConfigError, match="none of them empty"):
+    with pytest.raises(ConfigError, match="empty or null; fix: fill it"):
         Question("one", "What?", ("", "a", "b", "c", "d"), 1)
 
 

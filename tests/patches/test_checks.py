@@ -88,10 +88,10 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
         (f"{CARTRIDGE}.topk", 0, "set a whole number, 1 or more"),
         (f"{CARTRIDGE}.on_policy_fraction", -0.5, "set a number from 0 to 1"),
         (f"{CARTRIDGE}.on_policy_fraction", "half", "[step, fraction] pairs"),
-        (f"{CARTRIDGE}.on_policy_fraction", [[8, 0.5], [4, 1.0]], "steps must increase"),
+        (f"{CARTRIDGE}.on_policy_fraction", [[8, 0.5], [4, 1.0]], "fix: let the steps increase"),
         (f"{CARTRIDGE}.num_frozen_tokens", 4096, "set it below 2048"),
         (f"{CARTRIDGE}.num_frozen_tokens", 0, "set a whole number, 1 or more"),
-        (f"{CARTRIDGE}.num_tokens", 100, "96 is the nearest"),
+        (f"{CARTRIDGE}.num_tokens", 100, "fix: set 96, the nearest"),
         (f"{CARTRIDGE}.num_tokens", 8000, "the model's context is 8192"),
         (f"{CARTRIDGE}.documents", None, "`cartridge-distill prepare`"),
         (f"{CARTRIDGE}.documents", "no/such/file.parquet", "there is no file"),
@@ -123,7 +123,7 @@ def test_validation_takes_a_file_of_questions(base: DictConfig, tmp_path: Path) 
         ("trainer.del_local_ckpt_after_load", True, "del_local_ckpt_after_load=False"),
         ("trainer.max_actor_ckpt_to_keep", 0, "1 or more, or null"),
         (f"{CARTRIDGE}.max_staleness", -1, "0 (strictly on-policy) or more"),
-        (f"{ACTOR}.ppo_mini_batch_size", 3, "set it to data.train_batch_size=8"),
+        (f"{ACTOR}.ppo_mini_batch_size", 3, "whole part of data.train_batch_size=8; fix: "),
         ("trainer.test_freq", 5, "trainer.test_freq=-1"),
         ("trainer.test_freq", "often", "a whole number, -1 for none"),
         ("trainer.val_before_train", True, "trainer.val_before_train=False"),
@@ -197,7 +197,7 @@ def test_samples_must_divide_over_the_ranks(base: DictConfig) -> None:
 def test_several_servers_may_be_named(base: DictConfig) -> None:
     key = f"{ROLLOUT}.custom.tokasaurus_url"
     check_run_config(changed(base, key, ["http://one:10210", "https://two"]))
-    with pytest.raises(ConfigError, match="'two:10210': set a URL with http://"):
+    with pytest.raises(ConfigError, match="'two:10210'.*fix: begin it with http://"):
         check_run_config(changed(base, key, ["http://one:10210", "two:10210"]))
 
 
@@ -235,6 +235,7 @@ def settings(**changes: Any) -> SimpleNamespace:
         attention="auto",
         teacher_cache_documents=8,
         teacher_cache_prompt_mib=256,
+        eval_own_text_tokens=0,
         max_logprob_diff=1e-3,
         max_staleness=0,
         async_steps=0,
@@ -292,6 +293,8 @@ def test_core_accepts_good_settings() -> None:
         {"teacher_cache_documents": 0},
         {"teacher_cache_prompt_mib": -1},
         {"teacher_cache_prompt_mib": 0.5},
+        {"eval_own_text_tokens": -1},
+        {"eval_own_text_tokens": True},
         {"max_logprob_diff": 0},
         {"max_logprob_diff": "auto"},
         {"async_steps": -1},

@@ -59,7 +59,7 @@ def test_each_way_out_that_is_named_is_one() -> None:
     wrong = {"rows": 21, "steps": 6}
     [problem] = length(**wrong).problems()
     for name, key in (("epochs", EPOCHS), ("steps", STEPS)):
-        [value] = re.findall(rf"(?:Set|or) {re.escape(key)}=(\d+)", problem)
+        [value] = re.findall(rf"(?:set|or) {re.escape(key)}=(\d+)", problem)
         assert length(**(wrong | {name: int(value)})).problems() == []
     [rows] = re.findall(r"prepare (\d+) rows", problem)
     assert length(**(wrong | {"rows": int(rows)})).problems() == []

@@ -1,14 +1,21 @@
-"""A small document with questions, and a folder of plain text."""
+"""A small document with questions, a folder of plain text, and commands typed over them."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.patches.conftest import patched, pristine  # noqa: F401  (fixtures)
+from tests.training.conftest import child_environment
 
+SMALL = ["--tokens", "32", "--steps", "2", "--batch", "4", "--response-tokens", "4"]
+SMALL += ["--threads", "1", "--device", "cpu"]
+Typed = Callable[..., "subprocess.CompletedProcess[str]"]
 WORDS = (
     "The harbour master keeps the keys of the old museum.",
     "He opens it at nine on weekdays, and at noon on Sundays.",
@@ -54,3 +61,23 @@ def handbook(tmp_path: Path) -> Path:
     (folder / "a.txt").write_text(" ".join(WORDS))
     (folder / "b.txt").write_text(" ".join(reversed(WORDS)))
     return folder
+
+
+@pytest.fixture
+def typed(
+    patched: Path,  # noqa: F811
+    tmp_path: Path,
+) -> Typed:
+    """Types a command of ``cartridge-distill`` in ``tmp_path``; returns its end."""
+
+    def run(*words: object, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cartridge_distill.cli.main", *map(str, words)],
+            env=child_environment(patched, **extra),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+
+    return run

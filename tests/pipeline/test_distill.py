@@ -5,36 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cartridge_distill.cartridge.run_folder import model_of, resolve_cartridge
+from tests.pipeline.conftest import SMALL, Typed
 from tests.training.conftest import child_environment
 from verl_patches import distill
 from verl_patches.launching import checks
-
-SMALL = ["--tokens", "32", "--steps", "2", "--batch", "4", "--response-tokens", "4"]
-SMALL += ["--threads", "1", "--device", "cpu"]
-Typed = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def typed(patched: Path, tmp_path: Path) -> Typed:
-    """Types a command of ``cartridge-distill`` in ``tmp_path``; returns its end."""
-
-    def run(*words: object, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cartridge_distill.cli.main", *map(str, words)],
-            env=child_environment(patched, **extra),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -48,6 +27,7 @@ def typed(patched: Path, tmp_path: Path) -> Typed:
         ({"--out": "file/run"}, "is no folder; fix: give another --out"),
         ({"--tokens": "17"}, "--tokens 17 is no multiple of 16.*fix: give 16 or 32"),
         ({"--tokens": "4096"}, "--tokens 4096: the cartridge begins .*fix: give --tokens 144"),
+        ({"--tokens": "160"}, "--tokens 160: the cartridge begins .*fix: give --tokens 144"),
         ({"--steps": "0"}, "--steps 0 is too few; fix: give 1 or more"),
         ({"--log-to": "excel"}, "excel is no logger here"),
         (
@@ -90,6 +70,24 @@ def test_what_cannot_end_well_is_refused_before_anything_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_cartridge_far_longer_than_the_documents_is_refused_without_torch(
+    handbook: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """torch and transformers take seconds to import; here they cannot be."""
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from verl_patches.distill import main; sys.exit(main())"
+    )
+    words = [str(handbook), "--model", str(model_folder), *SMALL, "--tokens", "4096"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--out", str(tmp_path / "run")],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "the longest has 149; fix: give --tokens 144" in done.stderr
+
+
 def test_a_dry_run_says_the_cost_and_writes_nothing(
     typed: Typed, handbook: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -124,8 +122,9 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     assert "trained cartridge" in done.stdout
     following = lines[lines.index("next:") + 1 :]
     assert [
-        next(w for w in line.split() if w in ("chat", "serve", "push")) for line in following
-    ] == ["chat", "serve", "push"]
+        next(w for w in line.split() if w in ("chat", "serve", "distill", "push"))
+        for line in following
+    ] == ["chat", "serve", "distill", "push"]
     assert all("runs/mine" in line for line in following)
     assert (run / "report.html").is_file() and (run / "evaluation" / "evaluation.json").is_file()
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))

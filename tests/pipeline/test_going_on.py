@@ -56,5 +56,19 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert logged == [1, 2, 3, 4, 5]
     assert json.loads((run / "cartridge" / "cartridge.json").read_text())["step"] == 5
     assert (run / "report.html").is_file() and (run / "train.1.log").is_file()
+    lines = done.stdout.splitlines()
+    (line,) = [line for line in lines[lines.index("next:") + 1 :] if " distill " in line]
+    further = [*typed[:4], *shlex.split(line.partition(" distill ")[2])]
+    more = subprocess.run(further, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert more.returncode == 0, more.stdout + more.stderr
+    made = json.loads((tmp_path / "run-2" / "cartridge" / "cartridge.json").read_text())
+    assert made["step"] == 5 and made["recipe"]["cartridge.init"] == "checkpoint"
+    assert _first_loss(tmp_path / "run-2") != _first_loss(run)  # it begins where that one ended
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert not [line for line in left.splitlines() if str(run) in line]
+
+
+def _first_loss(run: Path) -> float:
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    loss: float = json.loads(first)["data"]["actor/loss"]
+    return loss

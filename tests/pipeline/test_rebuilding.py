@@ -12,7 +12,7 @@ import pytest
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_meta, save_cartridge
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 from cartridge_distill.util.processes import Supervisor
-from tests.pipeline.test_distill import SMALL, Typed, typed  # noqa: F401  (a fixture)
+from tests.pipeline.conftest import SMALL, Typed
 from tests.tiny import random_cartridge, tiny_model
 from verl_patches.pipeline import checks, stages
 from verl_patches.pipeline.settings import Distillation, as_run
@@ -79,7 +79,7 @@ def test_data_and_evaluation_are_told(
 @pytest.mark.integration
 @pytest.mark.timeout(1500)
 def test_a_document_that_changed(
-    typed: Typed,  # noqa: F811
+    typed: Typed,
     model_folder: Path,
     tmp_path: Path,
 ) -> None:

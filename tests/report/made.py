@@ -215,3 +215,22 @@ def write_recipes(folder: Path, seeds: int = 3) -> list[Path]:
                 )
             )
     return runs
+
+
+ATTACK = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+
+
+def attacked(folder: Path) -> Path:
+    """A run whose every text from outside is an attack."""
+    sample = {
+        "question": ATTACK,
+        "right_answer": ATTACK,
+        "answers": {"trained cartridge": ATTACK, ATTACK: ATTACK},
+    }
+    conditions = [*evaluation()["conditions"], condition(ATTACK, 3, 1, 1, 0.5)]
+    return write_run(
+        folder,
+        name=ATTACK,
+        overrides=(ATTACK,),
+        evaluated=evaluation(samples=[sample], conditions=conditions, model=ATTACK),
+    )

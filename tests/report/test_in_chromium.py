@@ -19,7 +19,6 @@ from playwright.sync_api import expect
 from cartridge_distill.report.page import write_report
 from tests.report import made
 from tests.report.screenshot import INSTALL, chromium, find_chromium, main, open_report
-from tests.report.test_page import attacked
 from tests.training.conftest import ROOT, child_environment
 
 expect.set_options(timeout=60_000)  # a busy machine draws slowly
@@ -57,7 +56,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "short": write_report(
             [made.write_run(folder / "short", lines=made.metrics(4))], folder / "short.html"
         ),
-        "attacked": write_report([attacked(folder / "run")], folder / "attacked.html"),
+        "attacked": write_report([made.attacked(folder / "run")], folder / "attacked.html"),
     }
 
 

@@ -19,27 +19,9 @@ from cartridge_distill.report.reading import read_run
 from cartridge_distill.util.errors import ReportError
 from tests.report import made
 
-ATTACK = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
-
-
-def attacked(folder: Path) -> Path:
-    """A run whose every text from outside is an attack."""
-    sample = {
-        "question": ATTACK,
-        "right_answer": ATTACK,
-        "answers": {"trained cartridge": ATTACK, ATTACK: ATTACK},
-    }
-    conditions = [*made.evaluation()["conditions"], made.condition(ATTACK, 3, 1, 1, 0.5)]
-    return made.write_run(
-        folder,
-        name=ATTACK,
-        overrides=(ATTACK,),
-        evaluated=made.evaluation(samples=[sample], conditions=conditions, model=ATTACK),
-    )
-
 
 def test_texts_from_outside_stay_text(tmp_path: Path) -> None:
-    page = write_report([attacked(tmp_path / "run")], tmp_path / "r.html").read_text()
+    page = write_report([made.attacked(tmp_path / "run")], tmp_path / "r.html").read_text()
     assert "<script>document.title" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;document.title") >= 5
 
@@ -150,7 +132,8 @@ def test_questions_of_several_runs_have_a_column_for_each_cartridge(tmp_path: Pa
     head = re.search(r'class="marks">\s*<thead>(.*?)</thead>', page, re.S)
     assert head is not None
     names = re.findall(r"</span>([^<]+)</th>", head.group(1))
-    assert [*names[-2:]] == ["full document", "two"] and "one" in names and "three" not in names
+    assert [*names[-3:]] == ["one", "two", "full document"]
+    assert "No column for three: it was asked other questions, or none." in page
 
 
 def test_the_document_is_shaded_and_its_text_whole(tmp_path: Path) -> None:
@@ -181,6 +164,25 @@ def test_the_data_of_the_page_can_be_taken_away(tmp_path: Path) -> None:
     assert run["metrics"]["32"]["actor/loss"] == made.metrics()[-1]["data"]["actor/loss"]
     assert len(run["questions"]) == 150 and run["evaluation"]["confidence"] == 0.95
     assert run["recipe"]["seed"] == 0
+
+
+def test_two_runs_are_told_apart_everywhere(tmp_path: Path) -> None:
+    """Two folders of one recipe: cartridges side by side, whose text it is, no word of seeds."""
+    runs = [made.write_run(tmp_path / name) for name in ("mine", "mine-2")]
+    for run in runs:
+        made.write_questions(run)
+    made.write_shading(runs[1])
+    page = write_report(runs, tmp_path / "r.html").read_text()
+    marks = re.search(r'<table class="marks">.*?</thead>', page, re.S)
+    assert marks is not None
+    columns = re.findall(r"</span>([^<]+)</th>", marks.group())
+    assert [name.partition(" (")[0] for name in columns] == [
+        *("no document", "best chunk", "untrained cartridge", "demo", "demo", "full document")
+    ]
+    assert columns[3].endswith("mine)") and columns[4].endswith("mine-2)")
+    assert re.search(r"<summary>demo \([^<]*mine-2\): light<small>", page)
+    assert "greatest of the seeds" not in page and "No column for" not in page
+    assert "those a cartridge gets wrong" in page and "those every cartridge gets right" in page
 
 
 def test_seeds_are_a_mean_in_a_band(tmp_path: Path) -> None:

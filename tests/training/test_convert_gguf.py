@@ -22,7 +22,7 @@ from cartridge_distill.model.gguf_tokenizer import (
 )
 from cartridge_distill.util.errors import ConfigError
 from tests.tiny import byte_tokenizer
-from tests.training.test_decode_gguf import gemma3_tensors, write
+from tests.training.gguf_files import gemma3_tensors, write
 
 # The union with the best score is joined first, wherever it stands.
 WORDS = {"▁a": -1.0, "▁an": -2.0, "na": -3.0, "an": -4.0, "▁anan": -5.0, "▁bana": -6.0}

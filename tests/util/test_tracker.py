@@ -46,7 +46,7 @@ def test_a_run_that_went_back_goes_on_from_where_it_saved_last(tmp_path: Path) -
         save(tmp_path, step)
     assert tracked_step(tmp_path) == 5
     (tmp_path / TRACKER).unlink()
-    with pytest.raises(CartridgeFormatError, match="To go on from the newest one: echo 5 >"):
+    with pytest.raises(CartridgeFormatError, match="fix: to go on from the newest one: echo 5 >"):
         tracked_step(tmp_path)
 
 

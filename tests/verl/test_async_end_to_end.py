@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.sync.versions import run_of, step_of, version_id
-from tests.verl.test_end_to_end import ROWS, STEPS, World, world  # noqa: F401  (a fixture)
-from tests.verl.test_mixing_end_to_end import check_counts
+from tests.verl.authors import check_counts
+from tests.verl.world import ROWS, STEPS, World
 from verl_patches.trainer.history import HISTORY_FILE
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -38,7 +38,7 @@ SETTINGS = [
 class Server:
     """What came to the server, in order: of which version each rollout of the student's is."""
 
-    def __init__(self, world: World) -> None:  # noqa: F811
+    def __init__(self, world: World) -> None:
         self.of_student: list[int] = []
         self.impostor: int | None = None  # a version under whose name another one answers
         self.held: int | None = None  # a version whose rollouts are not answered
@@ -60,7 +60,7 @@ class Server:
 
 
 def test_a_run_with_rollouts_ahead_until_a_version_answers_under_anothers_name(
-    world: World,  # noqa: F811
+    world: World,
 ) -> None:
     """One step ahead, both authors; the last batch is of the version before the one it names."""
     server = Server(world)
@@ -106,7 +106,7 @@ def one_of(pattern: str, parent: int) -> psutil.Process:
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # three runs
 def test_a_run_that_was_killed_trains_each_batch_once(
-    world: World,  # noqa: F811
+    world: World,
 ) -> None:
     """Two steps ahead, killed while rollouts are in flight, and gone on with."""
     status, log = world.run(*SETTINGS, f"trainer.default_local_dir={world.folder}/strict")

@@ -277,7 +277,7 @@ def test_a_checkpoint_is_the_cartridge_and_proves_the_base_unchanged(
 
 def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
     settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
-    with pytest.raises(ConfigError, match="holds 2 documents; set actor.cartridge.init_document"):
+    with pytest.raises(ConfigError, match="holds 2 documents; fix: set actor.cartridge.init_doc"):
         initial_document(settings, engine.teacher.documents.ids)
 
 

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from tests.verl.test_end_to_end import ROWS, STEPS, World, world  # noqa: F401  (a fixture)
-from tests.verl.test_mixing_end_to_end import Asked, asked  # noqa: F401  (a fixture)
+from tests.verl.authors import Asked
+from tests.verl.world import ROWS, STEPS, World
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(400)]
 
@@ -24,8 +24,8 @@ SETTINGS = [
 
 
 def test_general_rows_go_through_the_whole_loop(
-    world: World,  # noqa: F811
-    asked: Asked,  # noqa: F811
+    world: World,
+    asked: Asked,
 ) -> None:
     file = world.folder / "train.parquet"
     rows = pd.read_parquet(file)

@@ -26,7 +26,7 @@ from tests.tiny import (
     tiny_model,
     write_cartridge,
 )
-from tests.verl.test_rollout_proxy import PATIENCE, SAMPLING, sync
+from tests.verl.proxy_rig import PATIENCE, SAMPLING, sync
 from verl_patches.rollout.agent_loop import CartridgeAgentLoop
 from verl_patches.rollout.teacher import EPOCH, PLAN, rollout_teacher
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer

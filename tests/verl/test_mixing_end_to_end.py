@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,8 @@ import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
-from cartridge_distill.model.prompts import render_document
-from cartridge_distill.sync.versions import run_of, step_of, version_id
-from tests.tiny import byte_tokenizer
-from tests.verl.test_end_to_end import ROWS, STEPS, World, world  # noqa: F401  (a fixture)
-from tests.verl.test_resume_end_to_end import _as_it_was_after
+from tests.verl.authors import Asked, check_counts
+from tests.verl.world import ROWS, STEPS, World, as_it_was_after
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -33,53 +27,8 @@ SETTINGS = [
 ]
 
 
-class Asked:
-    """What came to the server, by author; the probe of each new version left out."""
-
-    def __init__(self, world: World) -> None:  # noqa: F811
-        text = json.loads((world.folder / "documents.jsonl").read_text())["text"]
-        self.document = render_document(byte_tokenizer(), text)
-        self.of_student: list[dict[str, Any]] = []
-        self.of_teacher: list[dict[str, Any]] = []
-        self.stale_from = 10**6  # from this version on the server serves version 0 under its name
-        self._lock = threading.Lock()
-        world.proxy.spoil = self.note
-
-    def note(self, _: int, body: dict[str, Any]) -> httpx.Response | None:
-        with self._lock:
-            if not body["cartridges"]:
-                self.of_teacher.append(body)
-            elif body["max_tokens"] > 1:
-                self.of_student.append(body)
-                [cartridge] = body["cartridges"]
-                if step_of(cartridge["id"]) >= self.stale_from:
-                    cartridge["id"] = version_id(run_of(cartridge["id"]), 0)
-        return None
-
-
-@pytest.fixture
-def asked(world: World) -> Iterator[Asked]:  # noqa: F811
-    yield Asked(world)
-
-
-def check_counts(step: dict[str, Any], before: dict[str, Any], by_student: int) -> None:
-    """One step's numbers add up, and go on from those of the step before."""
-    assert step["actor/on_policy_fraction"] == by_student / ROWS
-    hits, misses = (step[f"teacher_answers/cache_{name}"] for name in ("hits", "misses"))
-    assert hits + misses == ROWS - by_student
-    assert bool(step["tokens/generated"]) == bool(by_student)
-    assert bool(step["tokens/generated_by_teacher"]) == bool(misses)
-    assert step["tokens/trained"] == step["tokens/teacher_scored"]
-    if not hits:
-        made = step["tokens/generated"] + step["tokens/generated_by_teacher"]
-        assert made == step["tokens/trained"]
-    for name in ("generated", "generated_by_teacher", "teacher_scored", "trained"):
-        total = before.get(f"tokens/total_{name}", 0) + step[f"tokens/{name}"]
-        assert step[f"tokens/total_{name}"] == total
-
-
 def test_a_run_goes_from_off_to_on_policy_until_the_server_serves_an_old_version(
-    world: World,  # noqa: F811
+    world: World,
     asked: Asked,
 ) -> None:
     asked.stale_from = TOTAL
@@ -111,7 +60,7 @@ def test_a_run_goes_from_off_to_on_policy_until_the_server_serves_an_old_version
 
 
 @pytest.mark.long
-def test_an_answer_without_its_document_ends_the_run(world: World, asked: Asked) -> None:  # noqa: F811
+def test_an_answer_without_its_document_ends_the_run(world: World, asked: Asked) -> None:
     """A server that drops the document is the bare base model; its answers look like any others."""
 
     def spoil(_: int, body: dict[str, Any]) -> httpx.Response | None:
@@ -129,7 +78,7 @@ def test_an_answer_without_its_document_ends_the_run(world: World, asked: Asked)
 @pytest.mark.long
 @pytest.mark.timeout(600)  # two runs
 def test_a_resumed_run_counts_on_and_finds_its_answers(
-    world: World,  # noqa: F811
+    world: World,
     asked: Asked,
     tmp_path: Path,
 ) -> None:
@@ -140,7 +89,7 @@ def test_a_resumed_run_counts_on_and_finds_its_answers(
     assert sum(step["teacher_answers/cache_misses"] for step in whole) == len(asked.of_teacher) == 8
     assert len(list((tmp_path / "answers").rglob("*.json"))) == 8
 
-    stopped = _as_it_was_after(world.folder / "checkpoints", 2, world.folder / "stopped")
+    stopped = as_it_was_after(world.folder / "checkpoints", 2, world.folder / "stopped")
     (world.folder / "metrics.jsonl").unlink()
     status, log = world.run(*SETTINGS, cache, f"trainer.default_local_dir={stopped}")
     assert status == 0, log[-4000:]

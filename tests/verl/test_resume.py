@@ -253,14 +253,14 @@ def test_every_start_is_noted(tmp_path: Path) -> None:
 
 def test_a_folder_that_the_nodes_do_not_share_is_refused(tmp_path: Path) -> None:
     run_folder.check_shared(tmp_path)
-    with pytest.raises(ConfigError, match="trainer.default_local_dir must be on a disk that all"):
+    with pytest.raises(ConfigError, match="fix: .*trainer.default_local_dir on a disk that all"):
         run_folder.check_shared(tmp_path / "global_step_1" / "actor")
 
 
 def test_what_would_silently_start_over_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    with pytest.raises(ConfigError, match="saved up to step 2.*Set trainer.resume_mode=auto"):
+    with pytest.raises(ConfigError, match="saved up to step 2.*fix: set trainer.resume_mode=auto"):
         run_folder.checkpoint_to_resume("disable", tmp_path, None)
     shutil.rmtree(tmp_path / "global_step_2" / "actor")
     with pytest.raises(CartridgeFormatError, match="not complete.*global_step_1"):

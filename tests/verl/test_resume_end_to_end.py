@@ -6,9 +6,6 @@ version's step.
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,14 +14,8 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 from cartridge_distill.cartridge.checkpoint import load_cartridge, read_meta
 from cartridge_distill.sync.versions import new_run_id, run_of, step_of, version_id
 from tests.gateway.rig import TOKEN, Rig, upload_bytes
-from tests.verl.test_end_to_end import (  # noqa: F401  (world is a fixture)
-    OVER_HTTP,
-    STEPS,
-    World,
-    world,
-)
+from tests.verl.world import OVER_HTTP, STEPS, World, as_it_was_after
 from verl_patches.rollout.run_ids import RUNS_FILE
-from verl_patches.trainer.history import HISTORY_FILE
 from verl_patches.trainer.run_folder import TRACKER
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -42,7 +33,7 @@ SETTINGS = [
 ]
 
 
-def stopped_and_gone_on_with(world: World, *settings: str, ranks: int) -> None:  # noqa: F811
+def stopped_and_gone_on_with(world: World, *settings: str, ranks: int) -> None:
     """A whole run, and one that goes on from where it stood: the same numbers at every step."""
     status, log = world.run(*SETTINGS, *settings)
     assert status == 0, log[-4000:]
@@ -53,7 +44,7 @@ def stopped_and_gone_on_with(world: World, *settings: str, ranks: int) -> None: 
         f"global_step_{n}"
         for n in range(TOTAL - 2, TOTAL + 1)  # the last three stay
     ]
-    stopped = _as_it_was_after(run, STOPPED, world.folder / "stopped")
+    stopped = as_it_was_after(run, STOPPED, world.folder / "stopped")
     (world.folder / "metrics.jsonl").unlink()
     status, log = world.run(
         *SETTINGS,
@@ -84,14 +75,14 @@ def stopped_and_gone_on_with(world: World, *settings: str, ranks: int) -> None: 
         torch.testing.assert_close(last[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def starts(world: World) -> tuple[str, str]:  # noqa: F811
+def starts(world: World) -> tuple[str, str]:
     """The ids under which the run was started, the first and the second time."""
     first, second = (world.folder / "stopped" / RUNS_FILE).read_text().split()
     return first, second
 
 
 @pytest.mark.long
-def test_a_run_that_was_stopped_goes_on_with_two_ranks(world: World) -> None:  # noqa: F811
+def test_a_run_that_was_stopped_goes_on_with_two_ranks(world: World) -> None:
     other = world.folder / "cartridges" / version_id(new_run_id("run"), 1)
     other.mkdir(parents=True)  # of somebody else's run, under the same name
     stopped_and_gone_on_with(world, ranks=2)
@@ -108,7 +99,7 @@ def test_a_run_that_was_stopped_goes_on_with_two_ranks(world: World) -> None:  #
 
 @pytest.mark.long
 def test_a_run_over_http_that_was_stopped_goes_on(
-    world: World,  # noqa: F811
+    world: World,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TOKASAURUS_API_KEY", TOKEN)
@@ -120,16 +111,3 @@ def test_a_run_over_http_that_was_stopped_goes_on(
         _, second = starts(world)
         kept = [version_id(second, step) for step in (TOTAL - 1, TOTAL)]
         assert rig.on_disk() == sorted([other, *kept])
-
-
-def _as_it_was_after(run: Path, step: int, target: Path) -> Path:
-    """What a run that died after this step leaves, and half a save of the next one."""
-    shutil.copytree(run / f"global_step_{step}", target / f"global_step_{step}")
-    (target / TRACKER).write_text(str(step))
-    shutil.copy(run / RUNS_FILE, target)
-    shutil.copy(run / HISTORY_FILE, target)  # with lines of later steps, as a killed save leaves
-    shutil.copytree(
-        run / f"global_step_{step + 1}" / "actor" / "cartridge",
-        target / f"global_step_{step + 1}" / "actor" / "cartridge",
-    )
-    return target

@@ -25,22 +25,9 @@ from tests.tiny import (
     write_cartridge,
 )
 from tests.two_servers import Answer, Asked, serving
+from tests.verl.proxy_rig import PATIENCE, SAMPLING, sync
 from verl_patches.rollout.tokasaurus_rollout.replica import server_urls
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
-
-PATIENCE = {
-    "max_attempts": 2,
-    "backoff_s": 0.01,
-    "startup_timeout_s": 1.0,
-    "connect_timeout_s": 1.0,
-}
-SAMPLING = {
-    "temperature": 0.7,
-    "top_p": 1.0,
-    "top_k": -1,
-    "repetition_penalty": 1.0,
-    "logprobs": True,
-}
 
 
 @pytest.fixture
@@ -52,12 +39,6 @@ async def proxy(start_server: Any, tmp_path: Path) -> Any:
     made = TokasaurusHttpServer(start_server().url, 6, vocab_size=259, client_options=PATIENCE)
     yield made
     await made.close()
-
-
-async def sync(proxy: Any, version: str) -> None:
-    """What the adapter does with each version."""
-    await proxy.expect(version)
-    await proxy.activate(version)
 
 
 async def test_each_answer_is_labelled_with_the_version_that_made_it(proxy: Any) -> None:

@@ -27,7 +27,7 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 from cartridge_distill.util.processes import Supervisor, tail
 from tests.gateway.rig import TOKEN, Rig, until
 from tests.verl.engine_rig import free_port
-from tests.verl.test_end_to_end import OVER_HTTP, ROOT, World, world  # noqa: F401  (a fixture)
+from tests.verl.world import OVER_HTTP, ROOT, World
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -93,7 +93,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def test_two_nodes_train_as_one_rank(
-    world: World,  # noqa: F811
+    world: World,
     cluster: Cluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
 from cartridge_distill.util.extras import NEEDED
-from tests.cli.test_commands import COMMANDS, PASSED_ON
+from tests.cli.commands import COMMANDS, PASSED_ON
 from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import ROOT
 from tests.wheel.conftest import Installed

@@ -15,7 +15,7 @@ import pytest
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, load_cartridge, save_cartridge
 from cartridge_distill.util.extras import NEEDED
-from tests.cli.test_commands import COMMANDS
+from tests.cli.commands import COMMANDS
 from tests.tiny import random_cartridge, tiny_model
 from tests.training.conftest import ROOT
 

@@ -48,9 +48,10 @@ class CartridgeSettings:
     sync_dtype: str = "auto"
     run_name: str | None = None
     seed: int = 0
-    # A plain loop asks for nothing ahead; the engine's checks want to read that.
+    # A plain loop asks for nothing ahead and validates nothing; the checks want to read that.
     async_steps: ClassVar[int] = 0
     async_check_fraction: ClassVar[float] = 0.25
+    eval_own_text_tokens: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)

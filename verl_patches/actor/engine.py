@@ -103,7 +103,8 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         if self._is_offload_param or self._is_offload_optimizer:
             raise ConfigError(
                 "actor.fsdp_config.param_offload / optimizer_offload are for trained weights; a "
-                "frozen base and a cartridge of megabytes stay on the device: set both to False"
+                "frozen base and a cartridge of megabytes stay on the device; fix: set both to "
+                "False"
             )
 
     # ---------------------------------------------------------------- set-up
@@ -308,7 +309,7 @@ class CartridgeEngine(FSDPEngineWithLMHead):
         if self.staleness > allowed:
             raise OffPolicyError(
                 f"optimizer step {self.staleness + 1} on one batch of rollouts, and "
-                f"actor.cartridge.max_staleness={allowed}; set actor.ppo_mini_batch_size to "
+                f"actor.cartridge.max_staleness={allowed}; fix: set actor.ppo_mini_batch_size to "
                 "data.train_batch_size, or allow staleness"
             )
 
@@ -344,7 +345,10 @@ class CartridgeEngine(FSDPEngineWithLMHead):
             ConfigError: ``actor.cartridge.eval_questions`` is not set.
         """
         if self.validation is None:
-            raise ConfigError("actor.cartridge.eval_questions is null: nothing to validate on")
+            raise ConfigError(
+                "actor.cartridge.eval_questions is null: nothing to validate on; fix: set it, or "
+                "trainer.test_freq=-1"
+            )
         return self.validation.run(self.cartridge.prefix())
 
     # ---------------------------------------------------------------- what leaves the engine

@@ -167,7 +167,7 @@ def restore(engine: Any, directory: Path) -> None:
     if saved.meta.step != state.step:
         raise CartridgeFormatError(
             f"{directory}: the cartridge is of step {saved.meta.step}, the training state of step "
-            f"{state.step}: they are not of one save. Go on from another checkpoint"
+            f"{state.step}: they are not of one save; fix: go on from another checkpoint"
         )
     # In place: the optimizer keeps them.
     engine.cartridge.load_state_dict(dict(saved.snapshot.items()))
@@ -193,7 +193,8 @@ def _optimizer_tensors(engine: Any) -> dict[str, dict[str, Tensor]]:
             if type(value) is not Tensor:
                 raise CartridgeFormatError(
                     f"the optimizer keeps {key!r} as {type(value).__name__}, and only plain "
-                    "tensors are saved; set actor.optim.optimizer to one of torch.optim, e.g. AdamW"
+                    "tensors are saved; fix: set actor.optim.optimizer to one of torch.optim, e.g. "
+                    "AdamW"
                 )
         found[name] = values
     return found
@@ -203,7 +204,10 @@ def _set_optimizer(engine: Any, state: TrainingState, where: Path) -> None:
     names = _names(engine)
     if state.step and set(state.optimizer) != set(names):
         strange = sorted(set(state.optimizer) ^ set(names))
-        raise CartridgeFormatError(f"{where}: the optimizer state does not fit at {strange[:4]}")
+        raise CartridgeFormatError(
+            f"{where}: the optimizer state does not fit at {strange[:4]}; fix: go on with the "
+            "settings that it was saved with"
+        )
     whole = engine.optimizer.state_dict()
     # Settings stay those of this run's configuration (they are equal, they were compared).
     whole["state"] = {

@@ -42,7 +42,7 @@ def initial_cartridge(settings: Any, module: Any, teacher: Teacher, model: str) 
         if cartridge.num_tokens != settings.num_tokens:
             raise ConfigError(
                 f"{settings.checkpoint_path} holds {cartridge.num_tokens} tokens, "
-                f"actor.cartridge.num_tokens is {settings.num_tokens}; make them equal"
+                f"actor.cartridge.num_tokens is {settings.num_tokens}; fix: make them equal"
             )
     elif settings.init == "random":
         cartridge = TrainableCache.from_random(
@@ -70,7 +70,7 @@ def initial_document(settings: Any, known: list[str]) -> str:
         return str(settings.init_document)
     if len(known) > 1:
         raise ConfigError(
-            f"{settings.documents} holds {len(known)} documents; set "
+            f"{settings.documents} holds {len(known)} documents; fix: set "
             "actor.cartridge.init_document to the one to start from, e.g. "
             + pasted_setting("actor_rollout_ref.actor.cartridge.init_document", known[0])
         )

@@ -24,7 +24,7 @@ def load_base(model_config: Any, engine_config: Any) -> Any:
     """
     if engine_config.model_dtype is None:
         raise ConfigError(
-            "actor.fsdp_config.model_dtype is null; say bfloat16 (GPU) or float32 (CPU)"
+            "actor.fsdp_config.model_dtype is null; fix: say bfloat16 (GPU) or float32 (CPU)"
         )
     model = load_model(
         model_config.local_path,
@@ -35,7 +35,7 @@ def load_base(model_config: Any, engine_config: Any) -> Any:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(
                 "actor_rollout_ref.model.enable_gradient_checkpointing=True: "
-                f"{type(model).__name__} has none; set it to False"
+                f"{type(model).__name__} has none; fix: set it to False"
             )
     return model
 
@@ -45,4 +45,5 @@ def load_validation(settings: Any, tokenizer: Any, teacher: Teacher) -> Validati
     if settings.eval_questions is None:
         return None
     questions = load_questions(Path(settings.eval_questions).expanduser())
-    return Validation(tokenizer, questions, teacher)
+    tokens = settings.eval_own_text_tokens
+    return Validation(tokenizer, questions, teacher, own_text_tokens=tokens)

@@ -86,8 +86,8 @@ class LogprobDifferences:
             f"server and trainer disagree on a chosen token's log-prob by {largest:.3g} "
             f"(server {self.server[worst]:.4f}, trainer {self.trainer[worst]:.4f}, "
             f"token {int(self.tokens[worst])}, written by the {self.author}), bound {limit:g}: "
-            f"{_CAUSES[self.author]}. "
-            "For a bfloat16 server set actor.cartridge.max_logprob_diff=null, which compares with "
+            f"{_CAUSES[self.author]}; fix: serve what is trained. For a bfloat16 server set "
+            "actor.cartridge.max_logprob_diff=null, which compares with "
             "the rounding instead"
         )
 
@@ -272,7 +272,8 @@ class RoundingCheck:
         if problem := level.add(figures):
             raise OffPolicyError(
                 f"server and trainer disagree on the log-probs of tokens written by the {author}: "
-                f"{problem}: {_CAUSES[author]}. If the server is right and only rounds more than "
+                f"{problem}: {_CAUSES[author]}; fix: serve what is trained. If the server is right "
+                "and only rounds more than "
                 "the trainer, bound the largest difference instead, with "
                 "actor.cartridge.max_logprob_diff (0.5 suits bfloat16)"
             )

@@ -57,7 +57,7 @@ class Samples:
         if "rollout_log_probs" not in data:
             raise RolloutError(
                 "the rollouts carry no log-probs; "
-                "set actor_rollout_ref.rollout.calculate_log_probs=True"
+                "fix: set actor_rollout_ref.rollout.calculate_log_probs=True"
             )
         logprobs = list(data["rollout_log_probs"].unbind())
         response_masks = []
@@ -126,7 +126,7 @@ def later_tokens(response_mask: Tensor, skip_first: int) -> Tensor:
         longest = max(int(row.bool().sum()) for row in response_mask.unbind())
         raise RolloutError(
             f"actor.cartridge.skip_first_tokens={skip_first} leaves nothing to train on: the "
-            f"longest answer of the batch has {longest} tokens; set it lower, or allow longer "
+            f"longest answer of the batch has {longest} tokens; fix: set it lower, or allow longer "
             "answers (data.max_response_length)"
         )
     return torch.nested.as_nested_tensor(

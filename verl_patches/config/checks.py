@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, with_fix
 from cartridge_distill.util.lfs import about, pointer_in
 from cartridge_distill.util.parquet import read_rows
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
@@ -45,38 +45,40 @@ def _batch_problems(config: DictConfig) -> Iterator[str]:
     yield from _mini_batch_problems(batch, mini, staleness, ahead)
     ranks = (_get(config, "trainer.nnodes") or 1) * (_get(config, "trainer.n_gpus_per_node") or 1)
     if not isinstance(count, int) or count < 1:
-        yield f"{ROLLOUT}.n={count!r}: rollouts per prompt; set a whole number, 1 or more"
+        yield f"{ROLLOUT}.n={count!r}: rollouts per prompt; fix: set a whole number, 1 or more"
     elif isinstance(mini, int) and (mini * count) % ranks:
         yield (
             f"{ACTOR}.ppo_mini_batch_size={mini} x {ROLLOUT}.n={count} samples on {ranks} ranks "
             "(trainer.nnodes x trainer.n_gpus_per_node): veRL would fill up with samples that have "
-            f"no document; make the product a multiple of {ranks}"
+            f"no document; fix: make the product a multiple of {ranks}"
         )
     temperature = _get(config, f"{ROLLOUT}.temperature")
     if not isinstance(temperature, int | float) or not temperature > 0:
         yield (
             f"{ROLLOUT}.temperature={temperature!r}: log-probs are of logits divided by it; "
-            "set a number above 0 (0.7 is usual)"
+            "fix: set a number above 0 (0.7 is usual)"
         )
 
 
 def _mini_batch_problems(batch: Any, mini: Any, staleness: Any, ahead: Any) -> Iterator[str]:
     if isinstance(staleness, bool) or not isinstance(staleness, int) or staleness < 0:
         yield (
-            f"{KEY}.max_staleness={staleness!r}: optimizer steps on one batch after the first; set "
-            "a whole number, 0 (strictly on-policy) or more"
+            f"{KEY}.max_staleness={staleness!r}: optimizer steps on one batch after the first; "
+            "fix: set a whole number, 0 (strictly on-policy) or more"
         )
         return
     key = f"{ACTOR}.ppo_mini_batch_size"
     if not isinstance(mini, int) or not isinstance(batch, int) or mini < 1 or batch % mini:
-        yield f"{key}={mini!r}: set it to data.train_batch_size={batch!r}, or a whole part of it"
+        yield (
+            f"{key}={mini!r}: no whole part of data.train_batch_size={batch!r}; fix: set it to one"
+        )
     elif batch // mini > staleness + 1:
         otherwise = f"{KEY}.max_staleness={batch // mini - 1}"
         if ahead:
             otherwise += f" and {KEY}.async_steps=0"
         yield (
             f"{key}={mini!r}: {batch // mini} optimizer steps on one batch of rollouts, the last "
-            f"of them {batch // mini - 1} steps off-policy; set it to "
+            f"of them {batch // mini - 1} steps off-policy; fix: set it to "
             f"data.train_batch_size={batch!r}, or allow that with {otherwise}"
         )
 
@@ -109,7 +111,9 @@ def _rows(config: DictConfig, split: str) -> int | None:
             total += len(read_rows(file))
         except (ConfigError, OSError) as error:
             reason = about(file) if pointer_in(file) else str(error)
-            raise ConfigError(f"data.{split}_files: {reason}") from error
+            raise ConfigError(
+                with_fix(f"data.{split}_files: {reason}", "let it be read")
+            ) from error
     most = _get(config, f"data.{split}_max_samples")
     return min(total, most) if isinstance(most, int) and most > 0 else total
 
@@ -131,7 +135,8 @@ def _run_length_problems(config: DictConfig) -> Iterator[str]:
     generated, batch = _get(config, "data.gen_batch_size"), _get(config, BATCH)
     if generated not in (None, batch):
         yield (
-            f"data.gen_batch_size={generated!r}: a step takes {BATCH}={batch!r} prompts; remove it"
+            f"data.gen_batch_size={generated!r}: a step takes {BATCH}={batch!r} prompts; fix: "
+            "remove it"
         )
 
 
@@ -139,7 +144,7 @@ def _saving_problems(config: DictConfig) -> Iterator[str]:
     key = "trainer.max_actor_ckpt_to_keep"
     keep = _get(config, key)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        yield f"{key}={keep!r}: checkpoints that stay; set a whole number, 1 or more, or null"
+        yield f"{key}={keep!r}: checkpoints that stay; fix: set a whole number, 1 or more, or null"
 
 
 def _rate_problems(config: DictConfig) -> Iterator[str]:
@@ -147,7 +152,7 @@ def _rate_problems(config: DictConfig) -> Iterator[str]:
     decay, scheduler = _get(config, key), _get(config, kind)
     if decay is not None and scheduler != "constant":
         yield (
-            f"{key}={decay!r} with {kind}={scheduler!r}: two schedules for one rate; set "
+            f"{key}={decay!r} with {kind}={scheduler!r}: two schedules for one rate; fix: set "
             f"{kind}=constant, or {key}=null"
         )
 
@@ -157,7 +162,8 @@ def _cluster_problems(config: DictConfig) -> Iterator[str]:
     folder = str(_get(config, key))
     if joins_a_cluster(config) and not Path(folder).expanduser().is_absolute():
         yield (
-            f"{key}={folder!r}: a cluster's workers run in other folders than this process; set "
+            f"{key}={folder!r}: a cluster's workers run in other folders than this process; fix: "
+            "set "
             + shell_quoted(f"{key}={hydra_value(Path(folder).absolute())}")
             + ", on a disk that all nodes share"
         )
@@ -171,17 +177,17 @@ def _length_problems(config: DictConfig) -> Iterator[str]:
     ):
         length, mirrored = _get(config, data_key), _get(config, rollout_key)
         if not isinstance(length, int) or length < 1:
-            yield f"{data_key}={length!r}: set a whole number of tokens, 1 or more"
+            yield f"{data_key}={length!r}: no number of tokens; fix: set a whole one, 1 or more"
             return
         if mirrored is not None and mirrored != length:
-            yield f"{rollout_key}={mirrored!r}: differs from {data_key}={length!r}; remove it"
+            yield f"{rollout_key}={mirrored!r}: differs from {data_key}={length!r}; fix: remove it"
         lengths.append(length)
     tokens, context = _get(config, f"{KEY}.num_tokens"), _model_context(config)
     if context is not None and isinstance(tokens, int) and tokens + sum(lengths) > context:
         yield (
             f"{KEY}.num_tokens={tokens} + data.max_prompt_length={lengths[0]} + "
             f"data.max_response_length={lengths[1]} = {tokens + sum(lengths)} tokens, the model's "
-            f"context is {context}; make one of them smaller"
+            f"context is {context}; fix: make one of them smaller"
         )
 
 
@@ -203,7 +209,7 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
     if not urls:
         yield (
             f"{key}={urls!r}: no inference server; "
-            "set its base URL, e.g. http://127.0.0.1:10210, or a list of them"
+            "fix: set its base URL, e.g. http://127.0.0.1:10210, or a list of them"
         )
         urls = []
     for url in [urls] if isinstance(urls, str) else urls:
@@ -211,31 +217,31 @@ def _server_problems(config: DictConfig) -> Iterator[str]:
             checked_url(str(url))
         except ConfigError as error:
             shown = "" if "@" in str(url) else f"={url!r}"  # a password is not repeated
-            yield f"{key}{shown}: set a URL with http:// or https:// ({error})"
+            yield with_fix(f"{key}{shown}: {error}", "set a URL with http:// or https://")
     if fixed := _get(config, f"{ROLLOUT}.custom.cartridges"):
         yield (
             f"{ROLLOUT}.custom.cartridges={OmegaConf.to_container(fixed)!r}: the server would join"
             " fixed cartridges to the trained one, the trainer's forward would not have them; "
-            "set it to []"
+            "fix: set it to []"
         )
     tokens = _get(config, f"{KEY}.num_tokens")
     if isinstance(tokens, int) and tokens % PAGE_TOKENS:
         near = max(PAGE_TOKENS, round(tokens / PAGE_TOKENS) * PAGE_TOKENS)
         yield (
             f"{KEY}.num_tokens={tokens}: the server's model process dies unless it is a multiple "
-            f"of its page size, {PAGE_TOKENS}; {near} is the nearest"
+            f"of its page size, {PAGE_TOKENS}; fix: set {near}, the nearest"
         )
     if _get(config, f"{KEY}.transport") == "shared_dir" and not _get(config, f"{KEY}.sync_dir"):
         yield (
             f"{KEY}.sync_dir=None: new cartridge versions have nowhere to go; "
-            "set the server's cartridge directory as this machine sees it, or "
+            "fix: set the server's cartridge directory as this machine sees it, or "
             f"{KEY}.transport=http to upload to a gateway"
         )
 
 
 def _document_problems(config: DictConfig) -> Iterator[str]:
     documents = _get(config, f"{KEY}.documents")
-    fix = "set the documents file that `cartridge-distill prepare` wrote beside the prompts"
+    fix = "fix: set the documents file that `cartridge-distill prepare` wrote beside the prompts"
     if not documents:
         yield f"{KEY}.documents=None: the teacher has nothing to read; {fix}"
     elif not Path(str(documents)).expanduser().is_file():
@@ -247,10 +253,13 @@ def _validation_problems(config: DictConfig) -> Iterator[str]:
     key = f"{KEY}.eval_questions"
     every, first = _get(config, "trainer.test_freq"), _get(config, "trainer.val_before_train")
     if isinstance(every, bool) or not isinstance(every, int):
-        yield f"trainer.test_freq={every!r}: steps between validations; a whole number, -1 for none"
+        yield (
+            f"trainer.test_freq={every!r}: steps between validations; fix: set a whole number, "
+            "-1 for none"
+        )
         return
     questions = _get(config, key)
-    fix = "set the eval.json that `cartridge-distill prepare` wrote beside the prompts"
+    fix = "fix: set the eval.json that `cartridge-distill prepare` wrote beside the prompts"
     if questions is None:
         for name, value, off in (
             ("test_freq", every if every > 0 else None, "-1"),
@@ -272,7 +281,7 @@ def _critic_problems(config: DictConfig) -> Iterator[str]:
     if enabled or (enabled is None and estimator == "gae"):
         yield (
             f"critic.enable={enabled!r} with algorithm.adv_estimator={estimator!r}: "
-            "there is no reward to criticise; set critic.enable=False"
+            "there is no reward to criticise; fix: set critic.enable=False"
         )
 
 
@@ -283,7 +292,7 @@ def _machine_problems(config: DictConfig) -> Iterator[str]:
         if cpus is not None:
             yield (
                 f"{key}={cpus!r}: the run joins a Ray cluster that is there already, and that has "
-                f"the CPUs it was started with; set {key}=null"
+                f"the CPUs it was started with; fix: set {key}=null"
             )
         return
     if cpus is None:
@@ -291,8 +300,8 @@ def _machine_problems(config: DictConfig) -> Iterator[str]:
     if isinstance(cpus, int) and cpus < MIN_RAY_CPUS:
         yield (
             f"{key}={_get(config, key)!r} (Ray would have {cpus}): veRL's data queue takes several "
-            f"and hangs silently for want of one; they are only counted, not used up: "
-            f"set {key}=8 whatever the machine has"
+            f"and hangs silently for want of one; they are only counted, not used up; "
+            f"fix: set {key}=8 whatever the machine has"
         )
 
 

@@ -26,10 +26,13 @@ def path_of(name: str) -> Path:
 def problem(key: str, name: str) -> str | None:
     """Why veRL would not read the file that a setting means; None where it would."""
     if "::" in name:
-        return f"{key}={name!r}: veRL's reader takes '::' for a chain of places; rename the folder"
+        return (
+            f"{key}={name!r}: veRL's reader takes '::' for a chain of places; fix: rename the "
+            "folder"
+        )
     if glob.has_magic(_ESCAPED.sub("", name)):
         return (
             f"{key}={name!r}: veRL's reader takes *, ? and [ for patterns, and reads every file "
-            f"that fits; name one file, {named(Path(name))!r} for this very name"
+            f"that fits; fix: name one file, {named(Path(name))!r} for this very name"
         )
     return None

@@ -126,7 +126,7 @@ def fixed_problems(config: DictConfig) -> Iterator[str]:
         value = OmegaConf.select(config, key, default=None)
         # `0 == False` in Python, and use_remove_padding=0 means what it says; a string does not
         if value not in allowed:
-            yield f"{key}={value!r}: {why}; set {key}={_spell(allowed[0])}"
+            yield f"{key}={value!r}: {why}; fix: set {key}={_spell(allowed[0])}"
 
 
 def _spell(value: Any) -> str:

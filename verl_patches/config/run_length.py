@@ -61,30 +61,30 @@ class RunLength:
         ):
             if not _is_whole(value, 1) and not (value is None and key == STEPS):
                 or_null = ", or null for all of the epochs" if key == STEPS else ""
-                yield f"{key}={value!r}: {what}; set a whole number, 1 or more{or_null}"
+                yield f"{key}={value!r}: {what}; fix: set a whole number, 1 or more{or_null}"
         if not (_is_whole(self.save_every, 1) or self.save_every == -1):
             yield (
                 f"{SAVE}={self.save_every!r}: steps between saved cartridges, the last step always "
-                "among them; set a whole number, 1 or more, or -1 to save none"
+                "among them; fix: set a whole number, 1 or more, or -1 to save none"
             )
 
     def _together(self) -> Iterator[str]:
         if self.val_rows == 0:
-            yield "data.val_files has no rows; veRL wants one prompt there, at least"
+            yield "data.val_files has no rows; fix: prepare one prompt for it, at least"
         if self.rows is None:
             return
         an_epoch = self.rows // self.batch
         if an_epoch == 0:
             yield (
                 f"data.train_files has {self.rows} rows, {BATCH}={self.batch}: that is not one "
-                f"step; set {BATCH}={max(1, self.rows)} or less, or prepare {self.batch} rows or "
-                "more"
+                f"step; fix: set {BATCH}={max(1, self.rows)} or less, or prepare {self.batch} rows "
+                "or more"
             )
         elif self.steps is not None and self.steps > an_epoch * self.epochs:
             yield (
                 f"{STEPS}={self.steps}, but the run would end after {an_epoch * self.epochs}: "
                 f"{self.rows} rows of {BATCH}={self.batch} are {an_epoch} steps an epoch, and "
-                f"{EPOCHS}={self.epochs}. The last step would not be saved. Set "
+                f"{EPOCHS}={self.epochs}. The last step would not be saved; fix: set "
                 f"{EPOCHS}={-(-self.steps // an_epoch)}, or {STEPS}={an_epoch * self.epochs}, or "
                 f"prepare {self.steps * self.batch} rows"
             )

@@ -66,4 +66,4 @@ def unread_problems(config: DictConfig) -> Iterator[str]:
         if isinstance(value, DictConfig | ListConfig):
             value = OmegaConf.to_container(value)
         if value is not None and value not in allowed:
-            yield f"{key}={value!r}: nothing reads it here: {why}; remove it"
+            yield f"{key}={value!r}: nothing reads it here: {why}; fix: remove it"

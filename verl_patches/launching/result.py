@@ -65,8 +65,9 @@ def check_place(run: Path) -> None:
     try:
         check_replaceable(target)
     except CartridgeFormatError as error:
+        what = str(error).partition("; fix: ")[0]  # another target is not to be had here
         raise CartridgeFormatError(
-            f"the run's cartridge is to lie at {target}: {error}; fix: move it away, or give "
+            f"the run's cartridge is to lie at {target}: {what}; fix: move it away, or give "
             "another --out"
         ) from None
 

@@ -12,17 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.files import check_writable
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.processes import say
 from verl_patches.launching import checks
+from verl_patches.launching.command import model_path
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.result import check_place
 from verl_patches.launching.resuming import check_saved
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
 _HEADS_UP = 50_000_000
+_SURELY_ENOUGH = 16  # bytes a token: a file of so many is not looked into before the data stage
+_TEMPLATE_TOKENS = 256  # that a chat template may put around a document
 # Checkpoints (three times the cartridge each): three newest, the best, and one being written. The
 # versions that are served, and RUN/cartridge.
 _CARTRIDGES_ON_DISK = 3 * 5 + 5
@@ -78,6 +82,7 @@ def check_first(settings: Distillation) -> None:
     check_writable(settings.out, "--out")
     check_place(settings.out)
     checks.check_model_name(settings.model)
+    check_length(settings)
     run = as_run(settings, settings.server or "http://127.0.0.1")
     checks.check_loggers(run)
     checks.check_verl()
@@ -89,6 +94,52 @@ def check_first(settings: Distillation) -> None:
             raise checks.NotReady(
                 f"{error}; or leave --server out, and one is started here"
             ) from None
+
+
+def check_length(settings: Distillation) -> None:
+    """Is a document clearly shorter than the cartridge that is to begin as its first tokens?
+
+    Needs no torch: transformers' tokenizers do, for seconds. Says nothing where it cannot be sure
+    (a model without ``tokenizer.json`` here, records from the network, a large file, a few tokens
+    more or less); the data stage counts every token.
+
+    Raises:
+        ConfigError: all of them are.
+        DocumentError: one cannot be read.
+    """
+    vocabulary = Path(model_path(settings.model)) / "tokenizer.json"
+    place = Path(settings.documents).expanduser()
+    if settings.begins_elsewhere or settings.init_document or not vocabulary.is_file():
+        return
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    if not files or any(file.stat().st_size > _SURELY_ENOUGH * settings.tokens for file in files):
+        return
+    from tokenizers import Tokenizer
+
+    from cartridge_distill.data.documents.source import load_sources
+
+    count = Tokenizer.from_file(str(vocabulary))
+    texts = [source.text for source in load_sources(str(place), lambda line: None)]
+    longest = max(len(count.encode(text, add_special_tokens=False).ids) for text in texts)
+    if longest + _TEMPLATE_TOKENS < settings.tokens:
+        raise shorter_than_the_cartridge(settings, longest, "the text of the longest")
+
+
+def shorter_than_the_cartridge(
+    settings: Distillation, longest: int, what: str = "the longest"
+) -> ConfigError:
+    """The refusal of a cartridge that no document is long enough for.
+
+    Args:
+        longest: tokens of the longest document.
+        what: was counted: the document as it is rendered, or its text alone.
+    """
+    fewer = longest // PAGE_TOKENS * PAGE_TOKENS
+    fix = f"give --tokens {fewer} or fewer, or a longer document" if fewer else "give a longer one"
+    return ConfigError(
+        f"--tokens {settings.tokens}: the cartridge begins as the first tokens of a document, and "
+        f"{what} has {longest}; fix: {fix}"
+    )
 
 
 def check_model(settings: Distillation) -> Any:

@@ -20,6 +20,7 @@ from cartridge_distill.util.processes import Supervisor, say
 from verl_patches import launch
 from verl_patches.launching.following import duration
 from verl_patches.pipeline import checks, costs, stages
+from verl_patches.pipeline.more_steps import more_steps
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 from verl_patches.pipeline.state import DATA, EVALUATION, REPORT, TRAINING, State, begin
 
@@ -136,6 +137,7 @@ def print_end(settings: Distillation, state: State, took: str | None = None) -> 
     say_next(
         next_command("chat", out),
         next_command("serve", out),
+        next_command(*more_steps(settings)),
         next_command("push", out, "OWNER/NAME"),
     )
 

@@ -31,7 +31,7 @@ MAY_CHANGE = ("out", "server", "engine", "engine_python", "threads", "log_to", "
 """Settings that a run may go on with others of; nothing that was made depends on them."""
 
 
-_INIT = "actor_rollout_ref.actor.cartridge.init"
+INIT = "actor_rollout_ref.actor.cartridge.init"
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class Distillation:
                 f"--engine {self.engine} starts a server, and --server names one that is there; "
                 "fix: give one of them"
             )
-        if self.rebuild is not None and self.override(_INIT) is not None:
+        if self.rebuild is not None and self.override(INIT) is not None:
             raise ConfigError(
-                f"--rebuild {self.rebuild} begins with that run's cartridge, and {_INIT}="
-                f"{self.override(_INIT)} with another; fix: leave one of them out"
+                f"--rebuild {self.rebuild} begins with that run's cartridge, and {INIT}="
+                f"{self.override(INIT)} with another; fix: leave one of them out"
             )
         for name, least in (("test_every", 0), ("save_every", 1)):
             value = getattr(self, name)
@@ -149,12 +149,12 @@ class Distillation:
 
     @property
     def init_document(self) -> str | None:
-        return self.override(f"{_INIT}_document")
+        return self.override(f"{INIT}_document")
 
     @property
     def begins_elsewhere(self) -> bool:
         """Whether the cartridge begins as something else than a document."""
-        return self.rebuild is not None or self.override(_INIT) not in (None, "text")
+        return self.rebuild is not None or self.override(INIT) not in (None, "text")
 
     @property
     def rebuilt_cartridge(self) -> str:
@@ -228,7 +228,7 @@ def as_run(
             f"{actor}.optim.lr_scheduler_type=cosine",
             f"{actor}.optim.min_lr_ratio=0.1",
             *needed_on_a_gpu(settings),
-            *(f"{_INIT}_document={hydra_value(name)}" for name in first),
+            *(f"{INIT}_document={hydra_value(name)}" for name in first),
             *_rebuilding(settings),
             *settings.overrides,
         ),
@@ -240,7 +240,7 @@ def _rebuilding(settings: Distillation) -> list[str]:
     if settings.rebuild is None:
         return []
     where = hydra_value(settings.rebuilt_cartridge)
-    return [f"{_INIT}=checkpoint", f"actor_rollout_ref.actor.cartridge.checkpoint_path={where}"]
+    return [f"{INIT}=checkpoint", f"actor_rollout_ref.actor.cartridge.checkpoint_path={where}"]
 
 
 def needed_on_a_gpu(settings: Distillation) -> list[str]:

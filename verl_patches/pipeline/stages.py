@@ -17,12 +17,10 @@ from pathlib import Path
 
 import httpx
 
-from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.cartridge.run_folder import METRICS_FILE
 from cartridge_distill.data.records import load_questions
 from cartridge_distill.engines.vllm.launch import PackagePath, ServeCommand, check_python
 from cartridge_distill.engines.vllm.options import Options
-from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.next_command import shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, wait_for
 from verl_patches import launch
@@ -30,6 +28,7 @@ from verl_patches.launching.command import environment
 from verl_patches.launching.following import log_file
 from verl_patches.launching.result import Result, publish
 from verl_patches.launching.settings import Run
+from verl_patches.pipeline.checks import shorter_than_the_cartridge
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
 # vLLM imports and compiles for a minute or two before it looks at the model.
@@ -125,13 +124,7 @@ def prepared(settings: Distillation, data: Path) -> Prepared:
     if chosen is None and not settings.begins_elsewhere:
         long_enough = [name for name, tokens in lengths.items() if tokens >= settings.tokens]
         if not long_enough:
-            longest = max(lengths.values())
-            fewer = longest // PAGE_TOKENS * PAGE_TOKENS
-            raise ConfigError(
-                f"--tokens {settings.tokens}: the cartridge begins as the first tokens of a "
-                f"document, and the longest has {longest}; fix: give --tokens {fewer} or fewer, or "
-                "a longer document"
-            )
+            raise shorter_than_the_cartridge(settings, max(lengths.values()))
         if len(lengths) > 1:
             chosen = long_enough[0]
             say(f"   the cartridge begins as the first tokens of {chosen}")

@@ -57,7 +57,7 @@ class CartridgeAgentLoop(AgentLoopBase):
         if len(prompt_ids) > limit:
             raise ConfigError(
                 f"prompt of {len(prompt_ids)} tokens is over data.max_prompt_length={limit} "
-                f"(row {kwargs.get('index')}); raise it or shorten the prompt"
+                f"(row {kwargs.get('index')}); fix: raise it or shorten the prompt"
             )
         metrics: dict[str, Any] = {}
         by_student = PLAN not in kwargs or bool(kwargs[PLAN][kwargs["session_id"]])

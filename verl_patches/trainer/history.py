@@ -55,7 +55,7 @@ class History:
             return cls([line for line in lines if line["step"] <= step])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CartridgeFormatError(
-                f"{file} is damaged ({error!r}); the checkpoints do not depend on it: move it "
+                f"{file} is damaged ({error!r}); the checkpoints do not depend on it; fix: move it "
                 "away, and the run goes on without the numbers of the steps before"
             ) from error
 

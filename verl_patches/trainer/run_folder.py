@@ -93,8 +93,8 @@ def claim(run: Path, wait_s: float = 60.0) -> int:
             if time.monotonic() >= deadline:
                 os.close(handle)
                 raise ConfigError(
-                    f"another run trains in {run} (it holds {LOCK}): wait for its end, or end it, "
-                    "or give another trainer.default_local_dir"
+                    f"another run trains in {run} (it holds {LOCK}); fix: wait for its end, or end "
+                    "it, or give another trainer.default_local_dir"
                 ) from None
         if not is_told:
             is_told = True
@@ -107,7 +107,7 @@ def step_of_folder(folder: Path) -> int:
     step = step_number(folder)
     if step is None:
         raise ConfigError(
-            f"trainer.resume_from_path={str(folder)!r}: name a checkpoint's own folder, "
+            f"trainer.resume_from_path={str(folder)!r}: no checkpoint's; fix: name its own folder, "
             "<run>/global_step_<number>"
         )
     return step
@@ -126,7 +126,7 @@ def last_complete(run: Path) -> Path | None:
     folder = step_folder(run, step)
     if not has_both_parts(folder):
         raise CartridgeFormatError(
-            f"{run / TRACKER} names {folder}, which is not complete. {how_to_go_on(run)}"
+            f"{run / TRACKER} names {folder}, which is not complete; {how_to_go_on(run)}"
         )
     return folder
 
@@ -147,20 +147,20 @@ def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None
     if mode == "resume_path":
         if not given:
             raise ConfigError(
-                f"trainer.resume_from_path={given!r} with resume_mode=resume_path; name one of "
-                f"{[str(other) for other in _saved(run)]}"
+                f"trainer.resume_from_path={given!r} with resume_mode=resume_path; fix: name one "
+                f"of {[str(other) for other in _saved(run)]}"
             )
         folder = Path(given).expanduser().absolute()
         step_of_folder(folder)
         if not is_whole(folder):
             raise ConfigError(
-                f"trainer.resume_from_path={given!r}: there is no complete checkpoint; it should "
-                f"be one of {[str(other) for other in _saved(folder.parent)]}"
+                f"trainer.resume_from_path={given!r}: there is no complete checkpoint; fix: "
+                f"name one of {[str(other) for other in _saved(folder.parent)]}"
             )
         if folder.parent.resolve() != run.resolve() and (there := saved_steps(run)):
             raise ConfigError(
                 f"trainer.resume_from_path={given!r}, and {run} holds a run saved up to step "
-                f"{there[-1]}: its checkpoints and new ones would be mixed. Set "
+                f"{there[-1]}: its checkpoints and new ones would be mixed; fix: set "
                 "trainer.resume_mode=auto to go on with that one, or give another "
                 "trainer.default_local_dir"
             )
@@ -169,7 +169,7 @@ def checkpoint_to_resume(mode: str, run: Path, given: str | None) -> Path | None
     if mode == "disable" and found is not None:
         raise ConfigError(
             f"trainer.resume_mode=disable, and {run} holds a run saved up to step "
-            f"{step_of_folder(found)}: its checkpoints and new ones would be mixed. Set "
+            f"{step_of_folder(found)}: its checkpoints and new ones would be mixed; fix: set "
             "trainer.resume_mode=auto to go on with it, give another trainer.default_local_dir, "
             "or delete the folder"
         )
@@ -184,8 +184,8 @@ def check_shared(saved: Path) -> None:
     """
     if not saved.is_dir():
         raise ConfigError(
-            f"rank 0 has saved {saved} and this node does not see it: on several nodes "
-            "trainer.default_local_dir must be on a disk that all of them share"
+            f"rank 0 has saved {saved} and this node does not see it; fix: on several nodes "
+            "put trainer.default_local_dir on a disk that all of them share"
         )
 
 
@@ -221,7 +221,7 @@ def read_data_position(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a damaged file can fail in any way there is
         reason = str(error).split("\n", 1)[0] or type(error).__name__
         raise CartridgeFormatError(
-            f"{file} cannot be read as a data position: {reason}. {how_to_go_on(folder.parent)}"
+            f"{file} cannot be read as a data position: {reason}; {how_to_go_on(folder.parent)}"
         ) from error
     check_same_run(saved_about, about, folder)
     return position

@@ -82,7 +82,7 @@ class CartridgeTrainer(PPOTrainerSync):
             if (reason := why(error)) is None:
                 raise
             message = f"a process died while the run was starting ({reason})"
-            raise ProcessDied(f"{message}. {self._how_to_go_on()}") from error
+            raise ProcessDied(f"{message}; {self._how_to_go_on()}") from error
         finally:
             watch.stop()
         print("[cartridge] the server has the version to start from", flush=True)
@@ -136,8 +136,8 @@ class CartridgeTrainer(PPOTrainerSync):
 
     def _how_to_go_on(self) -> str:
         return (
-            "Start the same command again: with trainer.resume_mode=auto it goes on from the last "
-            f"step that was saved in {self._run_folder}"
+            "fix: start the same command again: with trainer.resume_mode=auto it goes on from the "
+            f"last step that was saved in {self._run_folder}"
         )
 
     # ---------------------------------------------------------------- checkpoints
@@ -239,10 +239,11 @@ class CartridgeTrainer(PPOTrainerSync):
         """Instead of veRL's rewards: the engine's own scores on held-out questions."""
         start = time.monotonic()
         scores = self.actor_rollout_wg.validate_cartridge()[0]
+        own = f"  on own text KL {scores['student_kl']:.3f}" if "student_kl" in scores else ""
         print(
             f"[cartridge] validation at step {self.global_steps}/{self.total_training_steps}"
             f"  KL {scores['kl']:.4f}  log-loss {scores['log_loss']:.3f}"
-            f"  accuracy {scores['accuracy']:.3f}  {time.monotonic() - start:.1f}s",
+            f"  accuracy {scores['accuracy']:.3f}{own}  {time.monotonic() - start:.1f}s",
             flush=True,
         )
         note_validation(self._run_folder, self.global_steps, scores["kl"])

@@ -87,7 +87,7 @@ class ActorWatch:
                     raise ProcessDied(self._message(name, words))
 
     def _message(self, name: str, words: str) -> str:
-        return f"the {name} died ({words}). {self._fix}"
+        return f"the {name} died ({words}); {self._fix}"
 
     def _look(self) -> None:
         signs: dict[str, Any] = {}

@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from cartridge_distill.cartridge.formats import hazyresearch, native, peft, tokasaurus
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.model_card import CARD_FILE, is_written_here
-from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.errors import CartridgeFormatError, with_fix
 
 Format = Literal["native", "hazyresearch", "tokasaurus", "peft"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+_ANOTHER_COPY = "take another copy of it, or save it anew with what wrote it"
 
 # Best first: a repository may hold several, and ours says most.
 _DIRECTORIES: tuple[tuple[Format, tuple[str, ...]], ...] = (
@@ -51,7 +52,7 @@ def find(names: Iterable[str]) -> tuple[Format, tuple[str, ...]] | None:
         (int(match[1]), match[0]) for match in map(_UPSTREAM_NAME.fullmatch, pickles) if match
     ]
     if len(pickles) > 1 and len(numbered) < len(pickles):
-        raise CartridgeFormatError(f"several .pt files, {', '.join(pickles)}: name the one")
+        raise CartridgeFormatError(f"several .pt files, {', '.join(pickles)}; fix: name the one")
     newest = max(numbered)[1] if numbered else pickles[0]
     config = (tokasaurus.TOKASAURUS_CONFIG,) if tokasaurus.TOKASAURUS_CONFIG in there else ()
     return "hazyresearch", (newest, *config)
@@ -69,7 +70,9 @@ def locate(path: Path) -> tuple[Format, Path]:
                 return format, path.parent
         return "hazyresearch", path
     if not path.is_dir():
-        raise CartridgeFormatError(f"{path} is no file and no directory")
+        raise CartridgeFormatError(
+            f"{path} is no file and no directory; fix: name the one of a cartridge"
+        )
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     try:
         found = find(names)
@@ -78,7 +81,8 @@ def locate(path: Path) -> tuple[Format, Path]:
     if found is None:
         raise CartridgeFormatError(
             f"{path} holds no cartridge: neither {native.WEIGHTS_FILE} nor "
-            f"{peft.ADAPTER_WEIGHTS} nor a .pt file (it has {', '.join(names[:8]) or 'no files'})"
+            f"{peft.ADAPTER_WEIGHTS} nor a .pt file (it has {', '.join(names[:8]) or 'no files'}); "
+            "fix: name the folder that does"
         )
     format, files = found
     return format, path / files[0] if format == "hazyresearch" else path
@@ -91,6 +95,13 @@ def read_local(path: Path) -> StoredCartridge:
         CartridgeFormatError: it cannot be read, with the reason.
     """
     format, place = locate(path)
+    try:
+        return _read(path, format, place)
+    except CartridgeFormatError as error:
+        raise CartridgeFormatError(with_fix(error, _ANOTHER_COPY)) from error
+
+
+def _read(path: Path, format: Format, place: Path) -> StoredCartridge:
     if format == "native":
         return native.read(place)
     if format == "peft":
@@ -121,7 +132,7 @@ def write_local(
         "peft": peft.write,
     }
     if format not in writers:
-        raise CartridgeFormatError(f"no format {format!r}; there are {', '.join(FORMATS)}")
+        raise CartridgeFormatError(f"no format {format!r}; fix: choose one of {', '.join(FORMATS)}")
     if overwrite:
         check_replaceable(target)
     writers[format](cartridge, target, overwrite)
@@ -135,26 +146,32 @@ def check_replaceable(target: Path) -> None:
             one. A model card counts as such a thing when somebody has written in it.
     """
     if target.is_symlink():
-        raise CartridgeFormatError(f"{target} is a link; it is not replaced. Name what it leads to")
+        raise CartridgeFormatError(
+            f"{target} is a link, and is not replaced; fix: name what it leads to"
+        )
     if target.is_file():
         try:
             hazyresearch.check_keys(target)
         except CartridgeFormatError as error:
-            raise CartridgeFormatError(f"{target} is not replaced: {error}") from None
+            raise CartridgeFormatError(
+                with_fix(f"{target} is not replaced: {error}", "name another target")
+            ) from None
     if not target.is_dir() or not any(target.iterdir()):
         return
     if any(entry.is_dir() for entry in target.iterdir()):
-        raise CartridgeFormatError(f"{target} has folders in it; it is not replaced")
+        raise CartridgeFormatError(
+            f"{target} has folders in it, and is not replaced; fix: name another target"
+        )
     locate(target)
     strange = sorted(entry.name for entry in target.iterdir() if entry.name not in _WRITTEN)
     if strange:
         raise CartridgeFormatError(
-            f"{target} holds more than a cartridge: {', '.join(strange[:4])}; it is not replaced. "
-            "Move that away, or name another target"
+            f"{target} holds more than a cartridge: {', '.join(strange[:4])}; it is not replaced; "
+            "fix: move that away, or name another target"
         )
     card = target / CARD_FILE
     if card.is_file() and not is_written_here(card.read_text(encoding="utf-8", errors="replace")):
         raise CartridgeFormatError(
             f"{card} is not as it was written here: somebody has changed it. {target} is not "
-            "replaced; move the card away, or name another target"
+            "replaced; fix: move the card away, or name another target"
         )

@@ -59,8 +59,8 @@ def read(path: Path, mapped: bool = False) -> StoredCartridge:
         parts[ours] = found[names[0]]
         if not all(_same(found[names[0]], found[name]) for name in names[1:]):
             raise CartridgeFormatError(
-                f"{path}: {' and '.join(names)} differ; they are two names of the same tokens. "
-                "Save it with one of them"
+                f"{path}: {' and '.join(names)} differ; they are two names of the same tokens; "
+                "fix: save it with one of them"
             )
     return StoredCartridge(checked_snapshot(parts, str(path)), CartridgeMeta(base_model=None))
 

@@ -36,8 +36,8 @@ def refuse_unknown(found: Iterable[object], known: Collection[str], where: str) 
         raise CartridgeFormatError(
             f"{where} has keys that are not known here: {', '.join(strange[:_SHOWN])}{more}. They "
             "may change what the keys and values mean (how many tokens of a layer are valid, for "
-            "instance), so they are not left out silently. Save the cartridge without them, with "
-            "the code that wrote it"
+            "instance), so they are not left out silently; fix: save the cartridge without them, "
+            "with the code that wrote it"
         )
 
 

@@ -30,7 +30,7 @@ from cartridge_distill.cartridge.formats.stored_cartridge import (
 )
 from cartridge_distill.cartridge.snapshot import PARTS
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.errors import CartridgeFormatError, with_fix
 from cartridge_distill.util.files import replace_directory, replace_file
 from cartridge_distill.util.sealed import sealed
 
@@ -38,6 +38,7 @@ WEIGHTS_FILE = "cartridge.safetensors"
 META_FILE = "cartridge.json"
 FILES = (WEIGHTS_FILE, META_FILE)
 _FORMAT = "cartridge-distill/1"
+_ANOTHER_COPY = "take another copy of it"
 
 
 def read(path: Path) -> StoredCartridge:
@@ -82,13 +83,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     file = path / META_FILE
     if not file.is_file():
-        raise CartridgeFormatError(f"{file} is not there; {path} is no cartridge of ours")
+        raise CartridgeFormatError(
+            f"{file} is not there, so {path} is no cartridge of ours; fix: name the folder of one"
+        )
     try:
         described = json_text.load(file)
     except json_text.JsonError as error:
-        raise CartridgeFormatError(f"{file} {error}") from error
+        raise CartridgeFormatError(with_fix(f"{file} {error}", _ANOTHER_COPY)) from error
     if not isinstance(described, dict) or described.get("format") != _FORMAT:
-        raise CartridgeFormatError(f"{file} does not say format={_FORMAT!r}")
+        raise CartridgeFormatError(f"{file} does not say format={_FORMAT!r}; fix: {_ANOTHER_COPY}")
     return described
 
 

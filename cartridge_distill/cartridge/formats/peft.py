@@ -110,7 +110,7 @@ def read(path: Path) -> StoredCartridge:
     if sha256 is not None and (found := _sha256(table_PE, frozen, layers, heads)) != sha256:
         raise CartridgeFormatError(
             f"{weights}: the tensor, or a number of {ADAPTER_CONFIG}, is not what was written: "
-            f"SHA-256 {found}, and the file says {sha256!r:.80}. Take another copy of both"
+            f"SHA-256 {found}, and the file says {sha256!r:.80}; fix: take another copy of both"
         )
     parts = split_layers(*_layers_of(table_PE, layers, heads), frozen)
     meta = CartridgeMeta(
@@ -131,7 +131,7 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
     if not (isinstance(heads, int) and isinstance(size, int)):
         raise CartridgeFormatError(
             f"its layers differ in heads or head size (kv_heads={heads}, head_dim={size}), and "
-            "this format has one shape for all; write it as native, hazyresearch or tokasaurus"
+            "this format has one shape for all; fix: write it as native, hazyresearch or tokasaurus"
         )
     config = {
         "auto_mapping": None,
@@ -185,7 +185,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / ADAPTER_CONFIG
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise CartridgeFormatError(
-            f"{path / ADAPTER_WEIGHTS} is missing; save the adapter with safe_serialization=True"
+            f"{path / ADAPTER_WEIGHTS} is missing; fix: save the adapter with "
+            "safe_serialization=True"
         )
     try:
         config = json_text.load(file)

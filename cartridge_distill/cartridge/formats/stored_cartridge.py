@@ -144,8 +144,8 @@ class StoredCartridge:
         """
         if self.meta.base_model is None:
             raise CartridgeFormatError(
-                "the cartridge does not say which model it is for (a .pt file cannot); name the "
-                "model with base_model"
+                "the cartridge does not say which model it is for (a .pt file cannot); fix: name "
+                "the model with base_model"
             )
         return self.meta.base_model
 

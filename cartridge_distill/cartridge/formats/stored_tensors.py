@@ -68,8 +68,8 @@ def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         # What zipfile makes of a changed byte: an unknown method, a password that is asked for.
         raise CartridgeFormatError(
-            f"{path}: {record.filename!r:.60} is not as it was written: {error}. Take another copy "
-            "of the file"
+            f"{path}: {record.filename!r:.60} is not as it was written: {error}; fix: take another "
+            "copy of the file"
         ) from error
 
 

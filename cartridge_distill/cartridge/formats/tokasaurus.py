@@ -68,8 +68,9 @@ def write(cartridge: StoredCartridge, path: Path, overwrite: bool = False) -> No
     tokens = cartridge.snapshot.num_tokens
     if tokens % PAGE_TOKENS:
         raise CartridgeFormatError(
-            f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus; its "
-            "model worker dies of such a cartridge"
+            f"{tokens} tokens are not a multiple of {PAGE_TOKENS}, the page of Tokasaurus, whose "
+            f"model worker dies of such a cartridge; fix: train one of a multiple of {PAGE_TOKENS} "
+            "tokens"
         )
     write_snapshot(
         cartridge.snapshot, path, cartridge.base_model(), overwrite=overwrite, checksums=True

@@ -11,6 +11,7 @@
 ``page_marks``     powers, indices, fractions and formulas of a page, written out
 ``pdf``            a PDF by the reader that makes words of it
 ``pdf_powers``     raised numbers of a PDF, told from the digits before them
+``pdf_lines``      what the fonts of a PDF's lines say: headings and code
 ``page_lines``     pages to one text: running heads, page numbers, divided words
 ``numbered``       numbered headings of a text without marks
 ``manual_page``    a manual page as a terminal shows it

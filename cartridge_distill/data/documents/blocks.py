@@ -11,7 +11,10 @@ appears is one level deeper), a line in capitals (or of a script without them) o
 indented, as in a manual page, or a line whose number continues the numbers of the headings before
 (`numbered.py`).
 
-In both, a short line by itself that begins like a title, does not end like a sentence and stands
+*Typeset* (a PDF in which the fonts say what is code): as plain text, and code is also each
+paragraph whose lines are all indented by four.
+
+In all, a short line by itself that begins like a title, does not end like a sentence and stands
 over ordinary prose is a heading, too.
 """
 
@@ -26,7 +29,7 @@ from typing import Literal, get_args
 from cartridge_distill.data.documents.numbered import numbered_headings
 from cartridge_distill.util.errors import DocumentError
 
-Form = Literal["markdown", "plain"]
+Form = Literal["markdown", "plain", "typeset"]
 
 PLAIN_HEADING = 6
 
@@ -72,6 +75,8 @@ def blocks(text: str, form: Form) -> list[Block]:
     found = marked_blocks(text, form)
     with_titles = [*found]
     for number, (block, after) in enumerate(pairwise(found)):
+        if form == "typeset" and after.code:
+            continue  # its headings are known; this says what the code is
         if _titles(text, block, form) and not after.depth and not _titles(text, after, form):
             title = _bare(text[block.start : block.end], form)
             with_titles[number] = Block(block.start, block.end, PLAIN_HEADING, title)
@@ -88,7 +93,7 @@ def marked_blocks(text: str, form: Form) -> list[Block]:
         raise DocumentError(
             f"the form {form!r} is unknown; fix: one of {', '.join(get_args(Form))}"
         )
-    return list((_markdown if form == "markdown" else _plain)(text))
+    return list(_markdown(text) if form == "markdown" else _plain(text, form == "typeset"))
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
@@ -203,12 +208,15 @@ def _markdown_prose(text: str, start: int, end: int) -> Block:
 # --- plain text -----------------------------------------------------------------------------------
 
 
-def _plain(text: str) -> Iterator[Block]:
+def _plain(text: str, typeset: bool) -> Iterator[Block]:
     styles: list[tuple[str, bool]] = []  # of underlines, in the order of their appearance
     numbered = numbered_headings(text)
     literal: int | None = None  # the indentation of a paragraph that announces code
     for paragraph in _paragraphs(text):
         if literal is not None and min(_column(line) for _, line in paragraph) > literal:
+            yield Block(paragraph[0][0], _end(paragraph[-1]), code=True)
+            continue
+        if typeset and all(line.startswith("    ") for _, line in paragraph):
             yield Block(paragraph[0][0], _end(paragraph[-1]), code=True)
             continue
         literal = _column(paragraph[-1][1]) if paragraph[-1][1].rstrip().endswith("::") else None

@@ -9,7 +9,7 @@ Everything else, the marks of headings, lists, tables and emphasis included, is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 
 import yaml
 
@@ -17,9 +17,10 @@ from cartridge_distill.data.documents.blocks import marked_blocks
 from cartridge_distill.data.documents.page_marks import power
 
 _FRONT = re.compile(r"\A(---|\+\+\+)[ \t]*\n(.*?)^(?:\1|\.\.\.)[ \t]*$\n?", re.S | re.M)
+_NOTHING = ("", "~", "null")  # in YAML
 _TOML_TITLE = re.compile(r"""^title\s*=\s*["'](.+)["']\s*$""", re.M)
 _QUOTE = re.compile(r"^ {0,3}>[> ]*(?<=[> ])", re.M)
-_COMMENT = re.compile(r"<!--.*?-->", re.S)
+_COMMENT = (re.compile(r"<!--.*?-->", re.S), re.compile("-->"))
 _CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
 _LABEL = r"\[(?P<said>(?:[^\[\]\\]|\\.|\[[^\[\]]*\])*)\]"  # one pair of brackets may be inside
 _ADDRESS = r"\((?:<[^<>\n]*>|(?:[^()\s\\]|\\.|\([^()\s]*\))*)(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)"
@@ -44,10 +45,24 @@ _TAGS = (  # of HTML; what may as well be a placeholder (<title>, <output>) is n
     *("sup", "svg", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "tt", "u", "ul", "var"),
     *("video", "wbr"),
 )
-_UNSEEN = re.compile(r"<(script|style|svg|template)\b[^<>]*>.*?</\1\s*>", re.I | re.S)
+_UNSEEN = [
+    (
+        re.compile(rf"<{name}\b[^<>]*>.*?</{name}\s*>", re.I | re.S),
+        re.compile(rf"</{name}\s*>", re.I),
+    )
+    for name in ("script", "style", "svg", "template")
+]
 _FRACTION = re.compile(r"(\d?)<sup>(\d+)</sup>\s*[/\u2044]\s*<sub>(\d+)</sub>", re.I)
-_MATH = re.compile(r"\$\$.+?\$\$|\$(?![\s\d])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.S)
-_GENERATED = re.compile(r"^[ \t]*\[(?:TOC|\[_TOC_\])\][ \t]*$|\{%[^\n]*?%\}", re.I | re.M)
+_MATH_BEGINS = re.compile(r"\$\$|\$(?![\s\d])|\\\(|\\\[")
+_MATH = {
+    "$$": re.compile(r"\$\$.+?\$\$", re.S),
+    "$": re.compile(r"\$[^$\n]+?(?<!\s)\$(?!\d)"),
+    "\\(": re.compile(r"\\\(.+?\\\)", re.S),
+    "\\[": re.compile(r"\\\[.+?\\\]", re.S),
+}
+_GENERATED = re.compile(
+    r"^[ \t]*\[(?:TOC|\[_TOC_\])\][ \t]*$|\{%(?:(?!\{%)[^\n])*?%\}", re.I | re.M
+)
 _ATTRIBUTES = re.compile(r"^( {0,3}#{1,6}[^\n]*?)[ \t]*\{[#.:][^{}\n]*\}[ \t]*$", re.M)
 _POWER = re.compile(r"<(sup|sub)>([^<>\n]*)</\1>", re.I)
 _TAG = re.compile(rf"</?(?:{'|'.join(_TAGS)})(?=[\s/>])[^<>]*>", re.I)
@@ -56,6 +71,7 @@ _AUTOLINK = re.compile(r"<((?:https?|mailto|ftp):[^<>\s]+)>")
 
 def clean_markdown(text: str) -> tuple[str | None, str]:
     """(title of the front matter, the text without what is not text)."""
+    text = text.replace("\x00", "")  # it marks what is put aside
     title = None
     front = _FRONT.match(text)
     if front and ":" in front.group(2) + front.group(1).replace("+", ":"):
@@ -73,11 +89,14 @@ def _front_title(front: re.Match[str]) -> str | None:
         found = _TOML_TITLE.search(front.group(2))
         return found.group(1) if found else None
     try:
-        said = yaml.safe_load(front.group(2))
-    except yaml.YAMLError:
+        # Every value as the text that stands there: 1.10 is no number, and 2026-02-30 no error.
+        said = yaml.load(front.group(2), yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
         return None
     title = said.get("title") if isinstance(said, dict) else None
-    return str(title).strip() or None if title is not None else None
+    if not isinstance(title, str) or title.strip() in _NOTHING:
+        return None
+    return title.strip()
 
 
 def _parts(text: str) -> Iterator[tuple[bool, str]]:
@@ -95,14 +114,17 @@ def _clean(text: str, known: Set[str]) -> str:
     """Prose without markup; `known` are the labels of addresses that are defined somewhere."""
     spans: list[str] = []
 
+    def put_back(said: str) -> str:
+        return re.sub(r"\x00(\d+)\x00", lambda match: spans[int(match.group(1))], said)
+
     def put_aside(match: re.Match[str]) -> str:
-        spans.append(match.group())
+        spans.append(put_back(match.group()))  # code may stand in a formula
         return f"\x00{len(spans) - 1}\x00"
 
     text = _CODE_SPAN.sub(put_aside, text)
-    text = _MATH.sub(put_aside, text)
-    text = _COMMENT.sub("", text)
-    text = _UNSEEN.sub("", text)
+    text = _without_math(text, put_aside)
+    for pattern, end in (_COMMENT, *_UNSEEN):
+        text = _without_closed(text, pattern, end)
     text = _GENERATED.sub("", text)
     text = _ATTRIBUTES.sub(r"\1", text)
     text = _CONTENTS.sub("", text)
@@ -120,4 +142,32 @@ def _clean(text: str, known: Set[str]) -> str:
     text = _FRACTION.sub(lambda m: f"{m[1]}{' ' * bool(m[1])}{m[2]}/{m[3]}", text)
     text = _POWER.sub(lambda m: power(m[1].lower(), m[2].strip()), text)
     text = _TAG.sub("", text)
-    return re.sub(r"\x00(\d+)\x00", lambda match: spans[int(match.group(1))], text)
+    return put_back(text)
+
+
+# Many beginnings without an end would each be looked for to the end of the text.
+
+
+def _without_closed(text: str, pattern: re.Pattern[str], end: re.Pattern[str]) -> str:
+    """Without what has a beginning and an end; behind the last end nothing is looked for."""
+    last = 0
+    for found in end.finditer(text):
+        last = found.end()
+    return pattern.sub("", text[:last]) + text[last:]
+
+
+def _without_math(text: str, put_aside: Callable[[re.Match[str]], str]) -> str:
+    """With a sign for each formula."""
+    parts: list[str] = []
+    at, without_end = 0, set()
+    for begins in _MATH_BEGINS.finditer(text):
+        kind = begins.group()
+        if begins.start() < at or kind in without_end:
+            continue
+        found = _MATH[kind].match(text, begins.start())
+        if found is not None:
+            parts += (text[at : found.start()], put_aside(found))
+            at = found.end()
+        elif kind != "$":  # that one ends with its line
+            without_end.add(kind)
+    return "".join([*parts, text[at:]])

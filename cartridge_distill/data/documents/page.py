@@ -26,8 +26,9 @@ from cartridge_distill.data.documents.page_tags import with_end_tags
 from cartridge_distill.util.errors import DocumentError
 
 _UNSEEN = (
-    *("head", "script", "style", "template", "noscript", "svg", "iframe", "object", "canvas"),
-    *("audio", "video", "map", "input", "button", "select", "textarea", "datalist", "dialog"),
+    *("head", "title", "script", "style", "template", "noscript", "svg", "iframe", "object"),
+    *("canvas", "audio", "video", "map", "input", "button", "select", "textarea", "datalist"),
+    "dialog",
 )
 _HIDING_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 _HIDING_CLASSES = frozenset(

@@ -36,11 +36,21 @@ _ENDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "tr": (("tr", "caption", "colgroup"), frozenset(("table", "thead", "tbody", "tfoot"))),
     **{name: (_ROWS, frozenset(("table",))) for name in ("thead", "tbody", "tfoot")},
 }
+# What may stand in a head; anything else ends it.
+_OF_A_HEAD = frozenset(
+    ("base", "basefont", "bgsound", "link", "meta", "title", "noscript", "noframes", "style")
+    + ("script", "template", "head", "html")
+)
+_DEEPEST = 2_000  # levels: many times what a reader of the page gets through
 _PARAGRAPHS_END = frozenset(("table", "td", "th", "caption", "button", "object"))
 
 
 def with_end_tags(html: str) -> str:
-    """The same page with the end tags that may be left out."""
+    """The same page with the end tags that may be left out.
+
+    Raises:
+        RecursionError: it nests its tags too deeply.
+    """
     writer = _Writer()
     writer.feed(html)
     writer.close()
@@ -62,6 +72,8 @@ class _Writer(HTMLParser):
         self.parts.append(self.get_starttag_text() or f"<{tag}>")
         if tag not in _VOID:
             self._open.append(tag)
+            if len(self._open) > _DEEPEST:
+                raise RecursionError(f"tags are nested more than {_DEEPEST} deep")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._imply(tag)
@@ -75,6 +87,8 @@ class _Writer(HTMLParser):
         self.parts.append(f"</{tag}>")
 
     def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "head" and data.strip():
+            self.handle_endtag("head")
         raw = bool(self._open) and self._open[-1] in ("script", "style")
         self.parts.append(data if raw else escape(data, quote=False))
 
@@ -82,6 +96,8 @@ class _Writer(HTMLParser):
         pass
 
     def _imply(self, tag: str) -> None:
+        if self._open and self._open[-1] == "head" and tag not in _OF_A_HEAD:
+            self.handle_endtag("head")
         if tag in _ENDS_PARAGRAPH:
             self._end(("p",), _PARAGRAPHS_END)
         if tag in _HEADINGS and self._open and self._open[-1] in _HEADINGS:

@@ -19,8 +19,10 @@ import pypdfium2 as pdfium
 from pypdf import PasswordType, PdfReader
 from tqdm import tqdm
 
+from cartridge_distill.data.documents.blocks import Form
 from cartridge_distill.data.documents.page_lines import plain_letters, text_of_pages
-from cartridge_distill.data.documents.pdf_powers import page_text
+from cartridge_distill.data.documents.pdf_lines import marked_pages
+from cartridge_distill.data.documents.pdf_powers import page_lines
 from cartridge_distill.data.documents.quality import measure
 from cartridge_distill.util.errors import DocumentError
 
@@ -41,6 +43,7 @@ class Pdf:
     title: str | None
     text: str
     notes: tuple[str, ...]
+    form: Form
 
 
 def read_pdf(data: bytes, name: str) -> Pdf:
@@ -51,7 +54,7 @@ def read_pdf(data: bytes, name: str) -> Pdf:
     """
     reader = _opened(data, name)
     title = _attempt(lambda: reader.metadata.title if reader.metadata else None, name)
-    pages = _attempt(lambda: _by_pypdf(reader, name), name)
+    pages, form = _attempt(lambda: _by_pypdf(reader, name), name)
     notes = [f"{len(pages)} pages"]
     text = text_of_pages(pages)
     quality = measure(text)
@@ -62,7 +65,7 @@ def read_pdf(data: bytes, name: str) -> Pdf:
         better = other_quality.badness < quality.badness - _CLEARLY or not quality.words
         if (better or _glued_in_between(text, other_text)) and other_quality.words:
             notes.append("read by PDFium, whose text reads more like words than pypdf's")
-            pages, text, quality = other, other_text, other_quality
+            pages, text, quality, form = other, other_text, other_quality, "plain"
     empty = [number for number, page in enumerate(pages, 1) if not page.strip()]
     if len(empty) == len(pages):
         raise DocumentError(
@@ -78,7 +81,7 @@ def read_pdf(data: bytes, name: str) -> Pdf:
         more = ", ..." if len(empty) > _PAGES_NAMED else ""
         numbers = ", ".join(map(str, empty[:_PAGES_NAMED])) + more
         notes.append(f"no text on {len(empty)} of them ({numbers}): blank or scanned")
-    return Pdf((title or "").strip() or None, text, tuple(notes))
+    return Pdf((title or "").strip() or None, text, tuple(notes), form)
 
 
 def _glued_in_between(text: str, other: str) -> bool:
@@ -114,10 +117,11 @@ def _attempt(action: Callable[[], T], name: str) -> T:
         ) from e
 
 
-def _by_pypdf(reader: PdfReader, name: str) -> list[str]:
+def _by_pypdf(reader: PdfReader, name: str) -> tuple[list[str], Form]:
     # A bar that shows itself after three seconds.
     pages = tqdm(reader.pages, desc=name, unit=" pages", leave=False, delay=3, disable=None)
-    return [plain_letters(page_text(page)) for page in pages]
+    texts, form = marked_pages([page_lines(page) for page in pages])
+    return [plain_letters(text) for text in texts], form
 
 
 def _by_pdfium(data: bytes) -> list[str]:

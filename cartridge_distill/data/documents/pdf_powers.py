@@ -1,4 +1,4 @@
-"""A PDF page's text by pypdf, in which a raised number is told from the digits before it.
+"""The lines of a PDF's page by pypdf, in which a raised number is told from the digits before it.
 
 In a PDF 10 to the power of 5 is a 10 and a smaller 5 behind it, and as text both are 105. So a
 number that is set smaller, directly behind a digit, gets a sign: `^`, or `_` where the page says
@@ -15,26 +15,32 @@ from typing import Any
 
 from pypdf import PageObject
 
+from cartridge_distill.data.documents.pdf_lines import Line, is_of_one_width
+
 _NUMBER = re.compile(r"[+\-\u2212\u2013]?\d{1,4}(?=\D|$)")
 _SMALLER = 0.85  # of the size before
 _MOVED = 0.1  # of the size before, up or down
 
 
-def page_text(page: PageObject) -> str:
-    """The text of a page, powers and indices marked."""
-    parts: list[str] = []
+def page_lines(page: PageObject) -> list[Line]:
+    """The lines of a page with their fonts, powers and indices marked."""
+    lines = [Line()]
     before = ("", 0.0, 0.0)  # the last text that is no white space: itself, its size, its height
 
     def visit(text: str, cm: list[float], tm: list[float], font: Any, size: float) -> None:
         nonlocal before
         size *= abs(tm[3] or 1.0) * abs(cm[3] or 1.0)
         height = tm[5] * (cm[3] or 1.0) + cm[5]
-        parts.append(_sign(text, size, height, before) + text)
+        one_width = is_of_one_width(font)
+        for number, part in enumerate((_sign(text, size, height, before) + text).split("\n")):
+            if number:
+                lines.append(Line())
+            lines[-1].add(part, round(size, 1), one_width)
         if text:
             before = (text, size, height)
 
     page.extract_text(visitor_text=visit)
-    return "".join(parts)
+    return lines
 
 
 def _sign(text: str, size: float, height: float, before: tuple[str, float, float]) -> str:

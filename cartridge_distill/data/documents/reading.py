@@ -158,7 +158,7 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
     if not text.strip():
         raise DocumentError(f"{path} holds no text; fix: put some in, or take it out")
     text = text.strip("\n").rstrip()
-    text = text if form == "plain" else text.strip()
+    text = text.strip() if form == "markdown" else text
     return ReadFile(document_id or path.name, title or path.stem, text, form, tuple(notes))
 
 
@@ -241,7 +241,7 @@ def _html(data: bytes, name: str) -> _Read:
 
 def _pdf(data: bytes, name: str) -> _Read:
     found = read_pdf(data, name)
-    return found.title, found.text, found.notes, "plain"
+    return found.title, found.text, found.notes, found.form
 
 
 def _noted(note: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cartridge_distill.data.records import Question
 from cartridge_distill.data.words import normalised, words
-from cartridge_distill.util.errors import ConfigError
+from cartridge_distill.util.errors import ConfigError, with_fix
 
 MOST_WRONG = 4
 """With the right one five options, as LongHealth's questions have."""
@@ -59,7 +59,7 @@ def _with_options(one: Asked, asked: Sequence[Asked], seed: int) -> Question:
     if not wrong:
         raise ConfigError(
             f"{one.where}: there is nothing to choose from but the right answer {one.answer!r}; "
-            "give 'wrong' answers, or more questions about the same document"
+            "fix: give 'wrong' answers, or more questions about the same document"
         )
     options = [one.answer, *wrong]
     random.Random(f"{seed}/{one.document_id}/{one.question}").shuffle(options)
@@ -70,7 +70,7 @@ def _with_options(one: Asked, asked: Sequence[Asked], seed: int) -> Question:
             *(one.stem, one.also, one.kind),
         )
     except ConfigError as error:
-        raise ConfigError(f"{one.where}: {error}") from None
+        raise ConfigError(with_fix(f"{one.where}: {error}", "change one of them")) from None
 
 
 def _answers_of_others(one: Asked, asked: Sequence[Asked]) -> list[str]:

@@ -21,6 +21,7 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from cartridge_distill.data.documents.source import Source
 from cartridge_distill.data.questions.options import Asked, with_options
 from cartridge_distill.data.words import normalised
 from cartridge_distill.util import json_text
-from cartridge_distill.util.errors import ConfigError, DocumentError
+from cartridge_distill.util.errors import ConfigError, DocumentError, with_fix
 from cartridge_distill.util.lfs import refuse_pointers
 
 KINDS = (".csv", ".json", ".jsonl")
@@ -128,7 +129,7 @@ def _csv_rows(data: bytes, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
     try:
         text = decode(data, str(path)).text
     except DocumentError as error:
-        raise ConfigError(f"--questions: {error}") from error
+        raise ConfigError(with_fix(f"--questions: {error}", "save it as UTF-8")) from error
     header = text.lstrip("\ufeff").partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     try:
@@ -170,7 +171,7 @@ def _json_rows(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json_text.loads(json_text.decode(data))
     except json_text.JsonError as error:
-        raise ConfigError(f"--questions {path} {error}") from error
+        raise ConfigError(with_fix(f"--questions {path} {error}", "write JSON there")) from error
     if not isinstance(rows, list):
         raise ConfigError(
             f"--questions {path} holds a {type(rows).__name__}; fix: write a JSON list of objects "
@@ -186,7 +187,7 @@ def _json_lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 yield f"{path}:{number}", json_text.loads(line)
     except json_text.JsonError as error:
-        raise ConfigError(f"--questions {path} {error}") from error
+        raise ConfigError(with_fix(f"--questions {path} {error}", "write JSON there")) from error
 
 
 def _checked(where: str, row: Any) -> _Entry:
@@ -236,6 +237,8 @@ def _text(value: Any, name: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         shown = "null" if value is None else f"a {type(value).__name__}"
         raise ConfigError(f"{where}: {name!r} is {shown}, not a text; fix: fill it")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name!r} is {value}, no number; fix: write it as a text")
     if not str(value).strip():
         raise ConfigError(f"{where}: {name!r} is empty; fix: fill it")
     return " ".join(str(value).split())

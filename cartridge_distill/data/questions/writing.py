@@ -79,13 +79,13 @@ class QuestionSettings:
         require_counts(self, "write_tokens", "attempts", "concurrency")
         if self.questions < 2:
             raise ConfigError(
-                f"{self.questions} questions: at least 2; the wrong answers of "
-                "one are the right ones of others"
+                f"{self.questions} questions are too few, for the wrong answers of one are the "
+                "right ones of others; fix: ask for 2 or more"
             )
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature={self.temperature}: must be above 0, or the model asks the same "
-                "again and again"
+                f"temperature={self.temperature}: the model would ask the same again and again; "
+                "fix: give more than 0"
             )
 
 

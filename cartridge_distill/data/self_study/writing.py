@@ -58,11 +58,14 @@ class StudySettings:
         require_counts(self, "chunk_tokens", "write_tokens", "prompt_tokens")
         require_counts(self, "attempts", "concurrency")
         if self.prompts < 2:
-            raise ConfigError(f"{self.prompts} prompts: at least 2, one to train on and one apart.")
+            raise ConfigError(
+                f"{self.prompts} prompts are too few; fix: give 2 or more, one to train on and one "
+                "apart"
+            )
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature={self.temperature}: must be above 0, or the model writes the same "
-                "again and again."
+                f"temperature={self.temperature}: the model would write the same again and again; "
+                "fix: give more than 0"
             )
 
 
@@ -207,12 +210,14 @@ def study_rows(
         ConfigError: a fraction that makes no sense, or fewer than two prompts.
     """
     if not 0 < held_out < 1:
-        raise ConfigError(f"--held-out {held_out}: must be a fraction between 0 and 1.")
+        raise ConfigError(
+            f"--held-out {held_out} is out of range; fix: give a part between 0 and 1"
+        )
     if len(written) < 2:
         raise ConfigError(
-            f"{len(written)} good prompts are not enough, one is trained on and one kept aside. "
-            "The journal self_study.jsonl holds what was written; use a larger model, a longer "
-            "--write-tokens or more --attempts."
+            f"{len(written)} good prompts are not enough, one is trained on and one kept aside; "
+            "fix: use a larger model, a longer --write-tokens or more --attempts. The journal "
+            "self_study.jsonl holds what was written"
         )
     rows = []
     asked: dict[str, str] = {}  # prompt -> the document it was first asked about

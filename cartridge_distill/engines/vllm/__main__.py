@@ -94,7 +94,10 @@ def _options(given: argparse.Namespace) -> Options:
     for text in given.cartridge:
         name, equals, source = text.partition("=")
         if not equals or not name or not source or name in sources:
-            raise ConfigError(f"--cartridge {text!r}: say NAME=SOURCE, each name once")
+            raise ConfigError(
+                f"--cartridge {text!r} has no name, or one that was given; fix: say NAME=SOURCE, "
+                "each name once"
+            )
         sources[name] = place_of(source)
     return Options(cartridges=sources)
 

@@ -251,17 +251,17 @@ def _check_config(config: Any) -> None:
     if transfer is None or transfer.kv_connector != CONNECTOR:
         raise ConfigError(
             "this server has the front for cartridges and not their connector: what stands for a "
-            "cartridge would be computed as text. Start it with the --kv-transfer-config that "
+            "cartridge would be computed as text; fix: start it with the --kv-transfer-config that "
             "`cartridge-distill serve --engine vllm` prints"
         )
     if model.logprobs_mode != "processed_logprobs":
         raise ConfigError(
             f"--logprobs-mode {model.logprobs_mode}: answers promise the log-probs of what was "
-            "sampled from; say --logprobs-mode processed_logprobs"
+            "sampled from; fix: say --logprobs-mode processed_logprobs"
         )
     if model.generation_config != "vllm":
         raise ConfigError(
             f"--generation-config {model.generation_config}: defaults of the model's own "
-            "generation_config.json would change how requests are sampled; say "
+            "generation_config.json would change how requests are sampled; fix: say "
             "--generation-config vllm"
         )

@@ -34,7 +34,12 @@ from cartridge_distill.engines.vllm.placing import layer_number, slots
 from cartridge_distill.engines.vllm.planning import Load, Plan, Planner
 from cartridge_distill.engines.vllm.resident import DeviceKv, Residents
 from cartridge_distill.engines.vllm.versions import known
-from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError, ConfigError
+from cartridge_distill.util.errors import (
+    CartridgeDistillError,
+    CartridgeFormatError,
+    ConfigError,
+    with_fix,
+)
 
 # vLLM shows what its own loggers say, and these are below them.
 logger = logging.getLogger("vllm.cartridges")
@@ -244,7 +249,7 @@ def _write_layer(name: str, layer: Any, kv: DeviceKv, tokens: slice, mapping: to
     if write is None:
         raise ConfigError(
             f"vLLM's attention {type(layer.impl).__name__} has no do_kv_cache_update, which writes "
-            "cartridges; choose another --attention-backend"
+            "cartridges; fix: choose another --attention-backend"
         )
     with torch.no_grad():
         write(layer, key, value, layer.kv_cache, mapping)
@@ -261,25 +266,25 @@ def _check_config(config: Any, kv_cache_config: Any) -> None:
         (
             transfer.kv_load_failure_policy != "fail",
             f"kv_load_failure_policy={transfer.kv_load_failure_policy!r}: what fails to load would "
-            "be computed from placeholders; say 'fail'",
+            "be computed from placeholders; fix: say 'fail'",
         ),
         (
             transfer.kv_role != "kv_consumer",
-            f"kv_role={transfer.kv_role!r}: say 'kv_consumer'; nothing is written out here",
+            f"kv_role={transfer.kv_role!r}: nothing is written out here; fix: say 'kv_consumer'",
         ),
         (
             config.speculative_config is not None,
-            "speculative decoding: the draft model has no cartridge; leave it out",
+            "speculative decoding: the draft model has no cartridge; fix: leave it out",
         ),
         (
             config.cache_config.cache_dtype not in ("auto", _dtype_name(config)),
             f"kv-cache-dtype={config.cache_config.cache_dtype}: cartridges in a rounded cache were "
-            "not tried; leave it out",
+            "not tried; fix: leave it out",
         ),
         (
             getattr(parallel, "decode_context_parallel_size", 1) != 1
             or getattr(parallel, "prefill_context_parallel_size", 1) != 1,
-            "context parallelism: blocks of one request lie on several ranks; leave it out",
+            "context parallelism: blocks of one request lie on several ranks; fix: leave it out",
         ),
         (
             getattr(config.model_config, "use_mla", False),
@@ -287,7 +292,9 @@ def _check_config(config: Any, kv_cache_config: Any) -> None:
         ),
     ):
         if wrong:
-            raise ConfigError(f"cartridges are not served with {what}")
+            raise ConfigError(
+                with_fix(f"cartridges are not served with {what}", "use another model")
+            )
     for group in kv_cache_config.kv_cache_groups if kv_cache_config is not None else ():
         if (
             not hasattr(group.kv_cache_spec, "block_size")
@@ -295,7 +302,7 @@ def _check_config(config: Any, kv_cache_config: Any) -> None:
         ):
             raise ConfigError(
                 "cartridges are not served with a model that has a state in place of keys and "
-                f"values ({type(group.kv_cache_spec).__name__})"
+                f"values ({type(group.kv_cache_spec).__name__}); fix: use another model"
             )
 
 

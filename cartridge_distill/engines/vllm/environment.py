@@ -55,5 +55,6 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         raise ConfigError(
-            f"`{' '.join(command)}` ended with {done.returncode}; its own words are above"
+            f"`{' '.join(command)}` ended with {done.returncode}; its own words are above; fix: "
+            "what they say, and the same command again"
         )

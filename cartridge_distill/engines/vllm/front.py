@@ -83,11 +83,12 @@ def _install(server: Any) -> None:
     engine = getattr(state, "engine_client", None)
     if config is None or engine is None:
         raise ConfigError(
-            "vLLM's HTTP server has no engine where it was expected (app.state.engine_client)"
+            "vLLM's HTTP server has no engine where it was expected (app.state.engine_client); "
+            "fix: install a vLLM that is known (docs/vllm.md)"
         )
     if config.kv_transfer_config is None:
         raise ConfigError(
-            "this server has the front for cartridges and no connector; start it with the "
+            "this server has the front for cartridges and no connector; fix: start it with the "
             "--kv-transfer-config that `cartridge-distill serve --engine vllm` prints"
         )
     options = Options.read(config.kv_transfer_config.kv_connector_extra_config)

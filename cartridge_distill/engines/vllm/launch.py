@@ -56,7 +56,9 @@ class ServeCommand:
         for argument in self.more:
             name = argument.partition("=")[0]
             if name in _FIXED:
-                raise ConfigError(f"{name} is set here and cannot be given to vLLM; leave it out")
+                raise ConfigError(
+                    f"{name} is set here and cannot be given to vLLM; fix: leave it out"
+                )
 
     def arguments(self, is_cpu: bool) -> list[str]:
         """What follows ``vllm serve MODEL``.
@@ -114,12 +116,15 @@ def check_python(engine_python: str | None) -> str:
     """
     if engine_python is None:
         raise ConfigError(
-            "vLLM needs an environment of its own: give its Python with --engine-python. "
+            "vLLM needs an environment of its own; fix: give its Python with --engine-python. "
             f"`python -m {MODULE} --make-environment DIR` makes one, whose Python is DIR/bin/python"
         )
     path = Path(engine_python).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--engine-python {engine_python}: there is no such file")
+        raise ConfigError(
+            f"--engine-python {engine_python}: there is no such file; fix: name the "
+            "environment's own, DIR/bin/python"
+        )
     # Not resolved: an environment's Python is a link, and finds its packages by where the link is.
     return str(path.absolute())
 

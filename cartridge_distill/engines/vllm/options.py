@@ -66,7 +66,10 @@ class Options(BaseModel):
         except ValidationError as error:
             problem = error.errors(include_input=False)[0]
             place = ".".join(str(part) for part in problem["loc"]) or "all together"
-            raise ConfigError(f"kv_connector_extra_config: {place}: {problem['msg']}") from error
+            raise ConfigError(
+                f"kv_connector_extra_config: {place}: {problem['msg']}; fix: start vLLM as "
+                "`cartridge-distill serve --engine vllm` prints it"
+            ) from error
 
     def transfer_config(self) -> dict[str, Any]:
         """The value of ``--kv-transfer-config``."""

@@ -53,7 +53,7 @@ def layer_number(name: str) -> int:
     if len(numbers) != 1:
         raise ConfigError(
             f"vLLM calls an attention layer {name!r}, which does not say which layer it is; "
-            "cartridges are not served with this model"
+            "cartridges are not served with this model; fix: use another"
         )
     return int(numbers[0])
 
@@ -69,7 +69,10 @@ def heads_of_rank(total: int, rank: int, ranks: int) -> slice:
         ConfigError: they cannot be shared out evenly.
     """
     if total % ranks and ranks % total:
-        raise ConfigError(f"{total} KV heads cannot be shared out to {ranks} ranks")
+        raise ConfigError(
+            f"{total} KV heads cannot be shared out to {ranks} ranks; fix: start vLLM with "
+            "another --tensor-parallel-size"
+        )
     if ranks >= total:
         head = rank * total // ranks
         return slice(head, head + 1)

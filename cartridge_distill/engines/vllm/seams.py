@@ -298,7 +298,9 @@ def installed_sources() -> Sources:
     """
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
-        raise ConfigError("vLLM is not installed in this environment")
+        raise ConfigError(
+            "vLLM is not installed in this environment; fix: run this in its own (docs/vllm.md)"
+        )
     return folder_sources(Path(found.origin).parents[1])
 
 

@@ -67,7 +67,7 @@ def known(version_: str) -> Known:
         raise ConfigError(
             f"vLLM {version_} is not known here; known are {', '.join(SUPPORTED)}. Cartridges go "
             "through vLLM's KV connector, which changes between releases: what an unknown one "
-            "computes is not known either. Install one of these"
+            "computes is not known either; fix: install one of these"
         )
     return found
 
@@ -86,7 +86,7 @@ def installed() -> Installed:
         is_cpu = name.endswith("-cpu") or "cpu" in (Version(found).local or "")
         return Installed(name, Version(found).base_version, is_cpu, known(found))
     raise ConfigError(
-        "vLLM is not installed in this environment. It needs one of its own: "
+        "vLLM is not installed in this environment, and needs one of its own; fix: "
         "`python -m cartridge_distill.engines.vllm --make-environment DIR` makes it; then give "
         "DIR/bin/python where --engine-python is asked for"
     )

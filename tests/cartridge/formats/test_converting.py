@@ -117,7 +117,7 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
     assert read_cartridge(convert(odd, tmp_path / "p", "peft")).snapshot.num_tokens == 20
     with pytest.raises(CartridgeFormatError, match="end it in .pt"):
         convert(odd, tmp_path / "b", "hazyresearch")
-    with pytest.raises(CartridgeFormatError, match="no format 'gguf'; there are native, "):
+    with pytest.raises(CartridgeFormatError, match="no format 'gguf'; fix: choose one of native, "):
         convert(odd, tmp_path / "b", "gguf")  # type: ignore[arg-type]
 
 

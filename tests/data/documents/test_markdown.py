@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from cartridge_distill.data.documents.markdown import clean_markdown
@@ -60,3 +62,48 @@ def test_the_title_of_the_front_matter() -> None:
 def test_brackets_that_never_close_cost_no_more_than_their_length() -> None:
     text = "[" * 20_000 + "`" * 5_001 + "<!--" * 5_000
     assert clean_markdown(text)[1]
+
+
+@pytest.mark.parametrize(
+    "never_closed", ["<!-- ", "<script> ", "<style> ", "\\( a ", "\\[ a ", "$$ a\n", "{% a ", "$a "]
+)
+def test_what_never_closes_is_looked_for_once(never_closed: str) -> None:
+    """It took four times as long with each doubling: of these, half an hour of a processor."""
+    text = (
+        "Care of the axle.\n\n" + never_closed * (1_000_000 // len(never_closed)) + "\n\nThe end."
+    )
+    left = clean_markdown(text)[1]
+    assert left.startswith("Care of the axle.") and left.endswith("The end.")
+
+
+def test_code_in_a_formula_stays_where_it_is() -> None:
+    text = "It is \\(`a` + `b`\\), $x `c` y$ and `d`; \\( never closed, <!-- closed --> $$z$$."
+    left = "It is \\(`a` + `b`\\), $x `c` y$ and `d`; \\( never closed,  $$z$$."
+    assert clean_markdown(text)[1] == left
+    # The sign that holds a place is no letter of a text.
+    assert clean_markdown("One \x000\x00 two `three` \x007\x00.")[1] == "One 0 two `three` 7."
+
+
+@pytest.mark.parametrize(
+    ("written", "title"),
+    [
+        ("2026-02-30", "2026-02-30"),
+        ("1.10", "1.10"),
+        ("9" * 5000, "9" * 5000),
+        ("null", None),
+        ("[a, b]", None),
+        ("[" * 1500, None),
+        ("&a [*a]", None),
+    ],
+)
+def test_front_matter_is_text_whatever_yaml_makes_of_it(written: str, title: str | None) -> None:
+    found = clean_markdown(f"---\ntitle: {written}\n---\nText.")
+    assert found == (title, "Text.")
+
+
+def test_front_matter_that_repeats_itself_is_not_written_out() -> None:
+    """A thousand letters that stand for a thousand million."""
+    names = "abcdefghij"
+    lists = [f"{two}: &{two} [{', '.join([f'*{one}'] * 9)}]" for one, two in pairwise(names)]
+    text = "\n".join(["---", "a: &a [x]", *lists, "title: *j", "---", "Text."])
+    assert clean_markdown(text) == (None, "Text.")

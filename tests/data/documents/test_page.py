@@ -167,3 +167,25 @@ def test_the_title_of_a_page() -> None:
 def test_a_page_without_text_is_refused() -> None:
     with pytest.raises(DocumentError, match="is a page without text"):
         read_page(b"<body><div hidden>x</div></body>", "a.html")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><head><title>The axle</title></head><body><p>{}</p></body></html>",
+        "<html><head><title>The axle</title><body><p>{}</p></body></html>",
+        "<html><head><meta charset=utf-8><title>The axle</title><p>{}</html>",
+        "<!doctype html><title>The axle</title><p>{}",
+        "<head><title>The axle</title>{}",
+    ],
+)
+def test_a_head_may_be_left_open_or_out(page: str) -> None:
+    found = read_page(page.format(LONG).encode(), "a.html")
+    assert (found.title, found.text.strip()) == ("The axle", LONG)
+
+
+@pytest.mark.parametrize("tag", ["div", "b", "ul><li", "table><tr><td"])
+def test_tags_that_never_close_are_refused_by_their_number(tag: str) -> None:
+    """Each looked through all that are open: of so many, an hour of a processor."""
+    with pytest.raises(DocumentError, match="nests its tags too deeply"):
+        read_page(f"<p>{LONG}</p>{f'<{tag}>' * 200_000}".encode(), "a.html")

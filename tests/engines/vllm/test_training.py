@@ -6,7 +6,8 @@ import pytest
 
 from tests.engines.vllm.rigs import model, vllm_python
 from tests.gateway.rig import TOKEN, Rig
-from tests.verl.test_end_to_end import OVER_HTTP, STEPS, World, world  # noqa: F401  (a fixture)
+from tests.verl.conftest import world  # noqa: F401  (a fixture)
+from tests.verl.world import OVER_HTTP, STEPS, World
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -44,7 +44,7 @@ def test_an_arm_sets_what_all_arms_leave_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"stepz": 3}, "'stepz' is unknown; did you mean 'steps'"),
+        ({"stepz": 3}, "'stepz' is unknown; fix: did you mean 'steps'"),
         ({"steps": 0}, "steps: 0; set a whole number, 1 or more"),
         ({"arms": {}}, "arms: name one at least"),
         ({"arms": {"a": {"batch": 3}}}, "arm a: 'batch' is not an arm's to set"),
@@ -54,7 +54,10 @@ def test_an_arm_sets_what_all_arms_leave_open(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, "names one twice"),
         ({"evaluate_at": [5]}, "evaluate_at: [5]; a run has 4 steps"),
         ({"measures": ["off_context"]}, "give own_text"),
-        ({"settings": {"tokens": 16}}, "settings: 'tokens' is unknown; did you mean 'num_tokens'"),
+        (
+            {"settings": {"tokens": 16}},
+            "settings: 'tokens' is unknown; fix: did you mean 'num_tokens'",
+        ),
         ({"settings": {"lr_warmup_steps": 2}}, "would be ignored at a constant rate"),
         ({"settings": {"lr_decay_to": 0.1, "lr_warmup_steps": 4}}, "lr_warmup_steps=4 of 4 steps"),
         ({"documents": "harbour"}, "documents: 'harbour' is no list"),

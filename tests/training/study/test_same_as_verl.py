@@ -15,9 +15,9 @@ pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.reading import read_tokenizer
-from tests.verl.conftest import build, group  # noqa: F401  (fixtures)
+from tests.verl.conftest import build, group, world  # noqa: F401  (fixtures)
 from tests.verl.engine_rig import SHAPES, loss_of, rollouts, step
-from tests.verl.test_end_to_end import CARTRIDGE, ROWS, STEPS, World, world  # noqa: F401
+from tests.verl.world import CARTRIDGE, ROWS, STEPS, World
 from training.study.loop import PlainLoop
 from training.study.settings import CartridgeSettings, OptimSettings, RunSettings
 from verl_patches.actor.samples import Samples

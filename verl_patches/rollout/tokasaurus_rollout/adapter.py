@@ -69,7 +69,7 @@ class ServerAdapter(BaseRollout):
             return HttpPublisher(urls, base_model, settings)
         if self.settings.sync_dir is None:
             raise ConfigError(
-                "actor_rollout_ref.actor.cartridge.sync_dir is not set; give the server's "
+                "actor_rollout_ref.actor.cartridge.sync_dir is not set; fix: give the server's "
                 "cartridge directory as the trainer sees it, or set transport=http"
             )
         return SharedDirectoryPublisher(self.settings.sync_dir, base_model)

@@ -81,7 +81,8 @@ def cartridge_ref(text: str) -> CartridgeRef:
         source, name = "local", text
     if source not in SOURCES or not name:
         raise ConfigError(
-            f"--cartridge {text!r}: write ID or SOURCE:ID with SOURCE one of {', '.join(SOURCES)}"
+            f"--cartridge {text!r} names no cartridge; fix: write ID or SOURCE:ID with SOURCE one "
+            f"of {', '.join(SOURCES)}"
         )
     return CartridgeRef(id=name, source=source)  # type: ignore[arg-type]  # checked above
 

@@ -31,7 +31,7 @@ def server_urls(custom: Any) -> list[str]:
     urls = [given] if isinstance(given, str) else list(given or [])
     if not urls:
         raise ConfigError(
-            "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; start a server with "
+            "actor_rollout_ref.rollout.custom.tokasaurus_url is not set; fix: start a server with "
             "`cartridge-distill serve` or deploy one, and give its URL"
         )
     return [checked_url(url) for url in urls]
@@ -95,10 +95,12 @@ class TokasaurusReplica(RolloutReplica):
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
         raise ConfigError(
-            "partial rollout is not supported by the tokasaurus rollout; use trainer_mode=cartridge"
+            "partial rollout is not supported by the tokasaurus rollout; fix: use "
+            "trainer_mode=cartridge"
         )
 
     async def resume_generation(self) -> None:
         raise ConfigError(
-            "partial rollout is not supported by the tokasaurus rollout; use trainer_mode=cartridge"
+            "partial rollout is not supported by the tokasaurus rollout; fix: use "
+            "trainer_mode=cartridge"
         )

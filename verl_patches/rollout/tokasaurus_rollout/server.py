@@ -128,7 +128,7 @@ class TokasaurusHttpServer:
             raise SyncError(
                 f"cartridge version {self._expected} did not arrive within "
                 f"{self.sync_timeout_s:.0f} s; the trainer that publishes it is gone, or the "
-                "upload is slower than that (rollout.custom.sync_timeout_s)"
+                "upload is slower than that; fix: raise rollout.custom.sync_timeout_s"
             ) from None
         if self._failure is not None:
             raise SyncError(f"cartridge version {self._expected} did not arrive: {self._failure}")
@@ -185,7 +185,8 @@ class TokasaurusHttpServer:
         """
         if image_data or video_data:
             raise ConfigError(
-                "the tokasaurus rollout is text only; the sample carries images or video"
+                "the tokasaurus rollout is text only, and the sample carries images or video; fix: "
+                "take them out"
             )
         _check_sampling(sampling_params)
         by_teacher = sampling_params.get("author", STUDENT) == TEACHER
@@ -232,5 +233,5 @@ def _check_sampling(params: dict[str, Any]) -> None:
         if params.get(name) not in neutral:
             raise ConfigError(
                 f"{name}={params[name]}: Tokasaurus samples from the whole distribution only; "
-                f"set it to {neutral[0]}"
+                f"fix: set it to {neutral[0]}"
             )

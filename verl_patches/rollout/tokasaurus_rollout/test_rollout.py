@@ -183,7 +183,7 @@ def build_replica(config: DictConfig) -> Any:
     try:
         replica_class = get_rollout_replica_class(rollout.name)
     except ValueError as error:
-        raise ConfigError(f"{error}. fix: python -m verl_patches apply") from error
+        raise ConfigError(f"{error}; fix: python -m verl_patches apply") from error
     return replica_class(
         replica_rank=0,
         config=rollout,
