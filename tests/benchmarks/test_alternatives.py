@@ -129,8 +129,9 @@ def test_the_formula_counts_what_torch_counts() -> None:
     model: Any = tiny_model()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(9)[None], use_cache=False, logits_to_keep=2)
+    angles = 2 * 9 * model.config.head_dim // 2  # of the rotary embedding, a product to torch
     # Plain attention computes all of the square.
-    assert floor.Shape.of(model).forward(9, 2, 81) == counter.get_total_flops()
+    assert floor.Shape.of(model).forward(9, 2, 81) == counter.get_total_flops() - angles
 
 
 def test_beginnings_in_common_count_once(done: Ours) -> None:
