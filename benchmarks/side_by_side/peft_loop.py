@@ -55,8 +55,11 @@ class PeftLoop:
         self.vocabulary: int = self.base.config.vocab_size
         self.stage = StageCpu()
 
-    def student(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
-        logits: Tensor = self.peft(input_ids=ids, attention_mask=mask, logits_to_keep=keep).logits
+    def student(self, ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
+        """PEFT moves the positions behind the cartridge."""
+        logits: Tensor = self.peft(
+            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep
+        ).logits
         return logits
 
     def rollout(self, batch: Batch, look: bool = False) -> Any:
@@ -76,7 +79,7 @@ class PeftLoop:
         longest = max(map(len, batch.prompts)) + self.work.answer_tokens
         row = 4 * width * (len(self.work.document) + longest)
         rows = plain.rows_at_once(
-            batch.prompts, self.work.answer_tokens, self.vocabulary, kv_bytes_of_row=row
+            len(batch.prompts), self.work.answer_tokens, self.vocabulary, kv_bytes_of_row=row
         )
         found = []
         for prompts, answers in parts(batch, rows):
@@ -86,14 +89,18 @@ class PeftLoop:
         return joined(found)
 
     def _teach_again(self, batch: Batch) -> TopK:
-        def forward(ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+        def forward(ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
             logits: Tensor = self.base(
-                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=keep,
             ).logits
             return logits
 
         longest = len(self.work.document) + max(map(len, batch.prompts)) + self.work.answer_tokens
-        rows = plain.rows_at_once(batch.prompts, self.work.answer_tokens, self.vocabulary)
+        rows = plain.rows_at_once(len(batch.prompts), self.work.answer_tokens, self.vocabulary)
         rows = max(1, min(rows, plain.READ_TOKENS // longest))
         found = []
         for prompts, answers in parts(batch, rows):
@@ -113,7 +120,7 @@ class PeftLoop:
             told = self.teach(batch)
         self.optimizer.zero_grad(set_to_none=True)
         count = sum(map(len, batch.answers))
-        rows = plain.rows_at_once(batch.prompts, self.work.answer_tokens, self.vocabulary)
+        rows = plain.rows_at_once(len(batch.prompts), self.work.answer_tokens, self.vocabulary)
         losses, logprobs, done = [], [], 0
         for prompts, answers in parts(batch, rows):
             with self.stage("student"):
@@ -259,7 +266,7 @@ def compare_rollouts(outcome: Outcome, made: Any, batch: Batch, forward: plain.F
     length = drawn_from.shape[1]
     answers = made.sequences[:, -length:].tolist()
     drawn = plain.chosen(drawn_from.flatten(0, 1), answers)
-    rows = plain.rows_at_once(batch.prompts, length, drawn_from.shape[-1])
+    rows = plain.rows_at_once(len(answers), length, drawn_from.shape[-1])
     again = [
         plain.chosen(plain.answer_logits(forward, prompts, some), some)
         for prompts, some in parts(Batch(batch.prompts, answers), rows)

@@ -1,4 +1,4 @@
-"""What the children share: one thread, right padding, plain forwards, the loss, a clock by stage.
+"""What the children share: one thread, padding, plain forwards, the loss, a clock by stage.
 
 Written as a user of transformers would write it, with the treatment that costs a user no effort:
 the vocabulary's product runs where an answer is predicted and nowhere else, and micro-batches are
@@ -128,37 +128,29 @@ def padded_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids.flip(1), mask.flip(1)
 
 
-Forward = Callable[[Tensor, Tensor, int], Tensor]
-"""(ids, mask, logits_to_keep) -> logits ``[B, kept, V]``."""
+Forward = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(ids, mask, positions from 0, logits_to_keep) -> logits ``[B, kept, V]``."""
 
 
 def answer_logits(
     forward: Forward, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Logits ``[N, V]`` at the places that predict the answers' tokens.
+    """Logits ``[N, V]`` at the places that predict the answers' tokens; answers of one length.
 
-    Padded on the right: a row's positions follow from its place then.
+    Padded on the left, so that the last places of all rows are the answers'; with positions, for
+    without them a padded row would stand further from what is before it.
     """
     rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    ids, mask = padded_right(rows)
-    first = min(map(len, prompts)) - 1
-    logits = forward(ids, mask, ids.shape[1] - first)
-    counts = torch.tensor([len(answer) for answer in answers])
-    starts = torch.tensor([len(prompt) - 1 - first for prompt in prompts])
-    places = torch.cat([torch.arange(int(count)) for count in counts])
-    # One look-up: the backward of a slice for each row would fill all logits with zeros each time.
-    at_row = torch.arange(len(prompts)).repeat_interleave(counts)
-    return logits[at_row, starts.repeat_interleave(counts) + places]
+    ids, mask = padded_left(rows)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return forward(ids, mask, positions, len(answers[0])).flatten(0, 1)
 
 
-def rows_at_once(
-    prompts: Sequence[Sequence[int]], answer: int, vocabulary: int, kv_bytes_of_row: int = 0
-) -> int:
+def rows_at_once(rows: int, answer: int, vocabulary: int, kv_bytes_of_row: int = 0) -> int:
     """Samples of a micro-batch that memory is spent on."""
-    kept = max(map(len, prompts)) - min(map(len, prompts)) + answer
-    by_logits = LOGIT_BYTES // (4 * vocabulary * kept)
+    by_logits = LOGIT_BYTES // (4 * vocabulary * answer)
     by_kv = KV_BYTES // kv_bytes_of_row if kv_bytes_of_row else by_logits
-    return max(1, min(by_logits, by_kv, len(prompts)))
+    return max(1, min(by_logits, by_kv, rows))
 
 
 @dataclass(frozen=True)
@@ -209,7 +201,7 @@ def read_document(model: Any, document: Sequence[int]) -> DynamicCache:
 def behind(model: Any, kept: Any) -> Forward:
     """A forward behind the keys and values of a cache of one row, which stays as it is."""
 
-    def forward(ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    def forward(ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> Tensor:
         cache = DynamicCache()
         for number, layer in enumerate(kept.layers):
             cache.update(layer.keys, layer.values, number)
@@ -220,6 +212,7 @@ def behind(model: Any, kept: Any) -> Forward:
         logits: Tensor = model(
             input_ids=ids,
             attention_mask=torch.cat([ones, mask], 1),
+            position_ids=positions + kept.get_seq_length(),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
