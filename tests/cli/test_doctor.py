@@ -210,7 +210,7 @@ def test_the_memory_of_a_step(model_folder: Path) -> None:
     _, said = ask("--model", model_folder)
     assert "--  memory: not looked at: name --model and --row-tokens" in said
     status, said = ask("--model", model_folder, "--row-tokens", 0)
-    assert status == 1 and "BAD memory: row_tokens=0: must be at least 1" in said
+    assert status == 1 and "BAD memory: row_tokens=0 is too few; fix: give 1 or more" in said
 
 
 def test_a_step_that_does_not_fit_the_gpu(

@@ -100,6 +100,8 @@ def prepare_data(
     lines = [line.replace(str(data), shorter(settings.data)) for line in lines]
     if len(lines) > _SHOWN_LINES:
         lines = [*lines[:2], f"({len(lines) - 3} more lines in data.log)", lines[-1]]
+    if len(lines) == 3:  # one document: what it is, and what becomes of it
+        lines = [lines[0], f"{lines[1]}; {lines[2]}"]
     say("== data: " + "\n   ".join(lines))
     return prepared(settings, data)
 
