@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import signal
 import sys
@@ -29,6 +28,7 @@ from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
 from verl_patches.packages import PatchError
 from verl_patches.pipeline import checks, running
+from verl_patches.pipeline.more_steps import name_of
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 from verl_patches.pipeline.state import State, check_folder
 
@@ -164,13 +164,8 @@ def parse(arguments: Sequence[str], prog: str = "cartridge-distill distill") -> 
     add_options(parser)
     parser.add_argument("override", nargs="*", metavar="name=value", help="settings of veRL")
     options = parser.parse_intermixed_args(list(arguments))
-    options.name = options.name or _name_of(options.documents)
+    options.name = options.name or name_of(options.documents)
     return options
-
-
-def _name_of(documents: str) -> str:
-    name = re.sub(r"[^0-9A-Za-z]+", "-", Path(documents).stem or Path(documents).name).strip("-")
-    return name or "mine"
 
 
 def settings_of(options: argparse.Namespace) -> Distillation:

@@ -173,13 +173,29 @@ def check_context(
     Raises:
         ConfigError: what was read, a prompt and an answer are over the model's context.
     """
+    check_lengths(
+        model,
+        view.kv_tokens,
+        prompts,
+        new,
+        f"lower {option}, or leave the condition out of --conditions",
+    )
+
+
+def check_lengths(
+    model: Any, kv_tokens: int, prompts: Sequence[Sequence[int]], new: int, fix: str
+) -> None:
+    """As :func:`check_context`, of what is known before anything was read.
+
+    Raises:
+        ConfigError: what was read, a prompt and an answer are over the model's context.
+    """
     limit = getattr(text_config(model.config), "max_position_embeddings", None)
     longest = max(len(prompt) for prompt in prompts)
-    if limit is not None and view.kv_tokens + longest + new > limit:
+    if limit is not None and kv_tokens + longest + new > limit:
         raise ConfigError(
-            f"{view.kv_tokens} KV tokens, a question of {longest} and an answer of up to {new} "
-            f"are over the model's context of {limit}; fix: lower {option}, or leave "
-            "the condition out of --conditions"
+            f"{kv_tokens} KV tokens, a question of {longest} and an answer of up to {new} "
+            f"are over the model's context of {limit}; fix: {fix}"
         )
 
 

@@ -99,6 +99,10 @@ class FullDocument:
             self._kept = document_id, View(prefix, ids)
         return self._kept[1]
 
+    def forget(self) -> None:
+        """Gives the kept document's KV back."""
+        self._kept = None
+
 
 class BestChunk:
     """The chunk that retrieval finds, as a document of its own, within a budget of KV tokens."""

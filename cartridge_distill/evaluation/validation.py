@@ -16,6 +16,7 @@ model equally often, and all know the result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ import torch
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.data.records import Question
 from cartridge_distill.distill.teacher import Teacher
-from cartridge_distill.evaluation.answers import Sampling
+from cartridge_distill.evaluation.answers import Sampling, check_lengths
 from cartridge_distill.evaluation.conditions import Fixed, FullDocument
 from cartridge_distill.evaluation.data import check_documents, in_chunks
 from cartridge_distill.evaluation.measures import SCORES, MeasureRows, measured
 from cartridge_distill.evaluation.names import ANSWER_TOKENS, TRAINED
 from cartridge_distill.evaluation.own_text import OwnTexts
-from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids
+from cartridge_distill.evaluation.prompts import AskedQuestion, end_ids, started_prompt
 from cartridge_distill.evaluation.scoring import (
     TeacherAnswers,
     best,
@@ -80,10 +81,21 @@ class Validation:
         }
         self._told: list[TeacherAnswers] = []
         self._own_texts: OwnTexts | None = None
+        self._document = FullDocument(teacher, apart=True)
         if own_text_tokens:
-            document = FullDocument(teacher, apart=True)
+            for asked in chain.from_iterable(self._chunks):
+                read = len(self._document_ids[asked.question.document_id])
+                check_lengths(
+                    teacher.model,
+                    read,
+                    [started_prompt(tokenizer, asked.question.question, "")],
+                    own_text_tokens,
+                    "lower actor.cartridge.eval_own_text_tokens",
+                )
             sampling = Sampling(temperature=0.0, max_new_tokens=own_text_tokens)
-            self._own_texts = OwnTexts(teacher.model, tokenizer, document, [], questions, sampling)
+            self._own_texts = OwnTexts(
+                teacher.model, tokenizer, self._document, [], questions, sampling
+            )
         self.questions = len(questions)
 
     @property
@@ -119,7 +131,10 @@ class Validation:
     def _on_own_texts(self, prefix: Prefix | None) -> dict[str, float]:
         if self._own_texts is None:
             return {}
-        rows = MeasureRows(self._own_texts.greedy(Fixed(TRAINED, prefix)))
+        try:
+            rows = MeasureRows(self._own_texts.greedy(Fixed(TRAINED, prefix)))
+        finally:
+            self._document.forget()  # the trainer needs the memory
         ratios = {name: SCORES[name](rows) for name in measured(rows)}
         return {
             name: sum(ratio.values) / sum(ratio.weights)

@@ -333,8 +333,10 @@ class VersionStore:
             try:
                 move_into_place(folder, self.folder(version_id))
             except BaseException:
-                # Renamed, and not certain to outlive a crash: nobody was told of it.
-                self.discard(version_id)
+                # Renamed, and not certain to outlive a crash: nobody was told of it. Where it was
+                # not renamed, what lies in its place is not ours.
+                if not folder.exists():
+                    self.discard(version_id)
                 raise
         return info
 

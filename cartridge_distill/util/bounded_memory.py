@@ -21,7 +21,9 @@ _ONE_AT_A_TIME = threading.Lock()
 def bounded_memory(num_bytes: int) -> Iterator[None]:
     """This process gets ``num_bytes`` more memory within, at most; then there is a MemoryError.
 
-    What other threads take meanwhile counts too. On a system other than Linux nothing is bounded.
+    What other threads take meanwhile counts too, and a process that one of them starts keeps the
+    bound: not in a process whose other threads do either. On a system other than Linux nothing is
+    bounded.
 
     Raises:
         MemoryError: it was not enough; or an error of a library that makes one of it.

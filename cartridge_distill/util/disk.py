@@ -29,6 +29,7 @@ _FAILED = (
 )
 # What torch's writer calls itself in its errors, which have no error number.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")
+_PIECE_BYTES = 2**20
 _POPULATE_READ = 22  # MADV_POPULATE_READ of linux/mman.h
 _NUMBER_IN_WORDS = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
@@ -81,8 +82,8 @@ def reading_disk(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (DiskFull, DiskFailed):
-        raise
+    except CartridgeDistillError:
+        raise  # it quotes the file, whose words are not the system's
     except Exception as error:
         number = _number(error)
         if number not in _FAILED:
@@ -104,6 +105,9 @@ def fetch_from_disk(file: BinaryIO) -> None:
     """
     if os.fstat(file.fileno()).st_size == 0:
         return
+    # Other threads go on while it is read; they would not during ``madvise``.
+    for start in range(0, os.fstat(file.fileno()).st_size, _PIECE_BYTES):
+        os.pread(file.fileno(), _PIECE_BYTES, start)
     with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         try:
             mapped.madvise(_POPULATE_READ)

@@ -34,6 +34,7 @@ MEMORY, MEMORY_PER_BYTE = 2**30, 128
 """What reading may take: so much, and so much more for each byte of the file."""
 HASHES = b"cartridge_distill.sha256"
 """Of the schema's metadata: the columns' names with their hashes, as JSON."""
+_BY_HAND = "If pyarrow changed it, drop the old hashes: table.replace_schema_metadata(None)"
 _BATCH_ROWS = 256  # decoded between two looks at the size
 
 
@@ -149,10 +150,10 @@ def _check_hashes(table: pa.Table, hashes: Mapping[str, str], whole: bool) -> No
         ValueError: one is not.
     """
     if absent := sorted(hashes.keys() - set(table.column_names)) if whole else []:
-        raise ValueError(f"its columns {', '.join(absent)} are not there")
+        raise ValueError(f"its columns {', '.join(absent)} are not there. {_BY_HAND}")
     for name in table.column_names:
         if _hash(table.column(name)) != hashes.get(name):
-            raise ValueError(f"its column {name!r} is not as it was written")
+            raise ValueError(f"its column {name!r} is not as it was written. {_BY_HAND}")
 
 
 def _hash(column: pa.ChunkedArray) -> str:

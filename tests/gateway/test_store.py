@@ -11,6 +11,7 @@ from cartridge_distill.gateway.metrics import Metrics
 from cartridge_distill.gateway.process import ServerDown
 from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.util.disk import DiskFailed
 from tests.gateway.rig import until
 
 HEADER = UploadHeader(
@@ -39,6 +40,15 @@ def store(tmp_path: Path) -> VersionStore:
     made = VersionStore(tmp_path / "cartridges", keep=1, max_bytes=10**9, metrics=Metrics())
     made.open()
     return made
+
+
+def test_what_lies_in_a_versions_place_and_is_not_ours_stays(store: VersionStore) -> None:
+    place = store.folder("run-step-000000")
+    place.mkdir()
+    (place / "users.txt").write_text("mine")
+    with pytest.raises(DiskFailed):
+        put(store, 0)
+    assert (place / "users.txt").read_text() == "mine"
 
 
 def ids(store: VersionStore) -> list[str]:

@@ -14,7 +14,12 @@ from verl_patches.pipeline.settings import INIT, Distillation
 
 
 def settings(**changes: Any) -> Distillation:
-    given = {"documents": "handbook", "model": "owner/model", "out": Path("runs/mine").absolute()}
+    given = {
+        "documents": "handbook",
+        "name": "handbook",
+        "model": "owner/model",
+        "out": Path("runs/mine").absolute(),
+    }
     return Distillation(**{**given, **changes})
 
 
@@ -24,6 +29,8 @@ def settings(**changes: Any) -> Distillation:
         {},
         {"tokens": 32, "lr": 0.5, "prompt_recipe": "open", "questions": "q.csv", "save_every": 2},
         {"threads": 1, "server": "http://box:1", "log_to": "wandb", "test_every": 0, "seed": 3},
+        {"name": "Mine"},
+        {"overrides": (f"+{INIT}=random", f"++{INIT}_document=a")},
         {"overrides": (f"{INIT}=random", f"{INIT}_document=a", "data.shuffle=False")},
     ],
 )
@@ -40,11 +47,11 @@ def test_it_is_the_same_run_from_its_cartridge(
     again = distill.settings_of(options)
     assert command == "distill" and again.out == Path("runs/mine-2").absolute()
     for field in fields(Distillation):
-        if field.name not in ("out", "name", "overrides"):
+        if field.name not in ("out", "overrides"):
             assert getattr(again, field.name) == getattr(before, field.name), field.name
     cartridge = Path("runs/mine/cartridge").absolute()
     begin = "actor_rollout_ref.actor.cartridge"
-    kept = [said for said in before.overrides if not said.startswith(INIT)]
+    kept = [said for said in before.overrides if not said.lstrip("+").startswith(INIT)]
     said = [f"{begin}.init=checkpoint", f"{begin}.checkpoint_path={cartridge}"]
     assert list(again.overrides) == [*kept, *said]
     assert again.begins_elsewhere

@@ -25,7 +25,7 @@ from cartridge_distill.util.disk import (
     named_disk,
     reading_disk,
 )
-from cartridge_distill.util.errors import SyncError
+from cartridge_distill.util.errors import CartridgeFormatError, SyncError
 from cartridge_distill.util.journal import Journal
 from cartridge_distill.util.parquet import write_table
 from tests.failing_disks import Disk, unreadable
@@ -183,6 +183,9 @@ def test_what_is_read_names_the_file_and_only_a_failing_disk_is_one(tmp_path: Pa
         path.read_bytes()
     with pytest.raises(ValueError), reading_disk(path):
         raise ValueError("damaged")
+    # A file's own words are no error of the system's.
+    with pytest.raises(CartridgeFormatError), reading_disk(path):
+        raise CartridgeFormatError("its record '[errno 5]' is compressed")
     path.touch()
     with unreadable(path), pytest.raises(DiskFailed, match="Input/output error"):
         with reading_disk(path):

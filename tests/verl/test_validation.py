@@ -98,7 +98,15 @@ def test_own_texts_are_scored_as_the_evaluation_scores_them(
         )
         assert "student_kl_17_64" not in scores[-1]  # no text is so long
         assert 0 <= scores[-1]["generated_match"] <= 1
+        assert engine.validation._document._kept is None  # the trainer needs its memory
         assert "student_kl" not in run(model_folder, tmp_path / "none", validate=True)[1][0]
+
+
+def test_own_texts_over_the_context_are_refused_before_the_run(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with process_group(), pytest.raises(ConfigError, match=r"fix: lower .*eval_own_text_tokens"):
+        run(model_folder, tmp_path / "run", validate=True, own_text=100_000)
 
 
 def test_a_question_about_no_document_stops_the_run_before_it_begins(

@@ -7,6 +7,7 @@ folder of its own. Optimizer and schedule begin anew; the cartridge does not.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from verl_patches.pipeline.settings import INIT, Distillation
 _CHECKPOINT = "actor_rollout_ref.actor.cartridge.checkpoint_path"
 _OPTIONS = {"prompt_recipe": "--recipe"}
 _SAID_ANYHOW = ("device", "dtype")  # their defaults are this machine's
-# The name follows from the documents; a rebuild has been done.
+# A rebuild has been done. The name follows from the documents, or was given.
 _LEFT_OUT = ("documents", "model", "out", "name", "rebuild", "overrides")
 
 
@@ -35,10 +36,18 @@ def more_steps(settings: Distillation) -> list[str]:
             continue
         if field.name in _SAID_ANYHOW or value != usual:
             words += [_OPTIONS.get(field.name, f"--{field.name.replace('_', '-')}"), str(value)]
+    if settings.name != name_of(settings.documents):
+        words += ["--name", settings.name]
     begins = (f"{INIT}=", f"{INIT}_document=", f"{_CHECKPOINT}=")
-    words += [said for said in settings.overrides if not said.startswith(begins)]
+    words += [said for said in settings.overrides if not said.lstrip("+").startswith(begins)]
     cartridge = hydra_value(settings.out / CARTRIDGE_FOLDER)
     return [*words, f"{INIT}=checkpoint", f"{_CHECKPOINT}={cartridge}"]
+
+
+def name_of(documents: str) -> str:
+    """What a run is called where no ``--name`` says it."""
+    name = re.sub(r"[^0-9A-Za-z]+", "-", Path(documents).stem or Path(documents).name).strip("-")
+    return name or "mine"
 
 
 def next_folder(run: Path) -> Path:

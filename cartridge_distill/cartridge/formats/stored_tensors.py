@@ -45,7 +45,8 @@ def check_archive(file: BinaryIO, path: Path, with_checksums: bool = False) -> N
                     f"{record.file_size} bytes of a file of {size}; torch.save compresses nothing"
                 )
             # torch's reader takes it for read, and leaves what lay in memory in its place.
-            if record.external_attr & _FOLDER or record.compress_size != record.file_size:
+            folder = record.is_dir() or record.external_attr & _FOLDER
+            if (folder and record.file_size) or record.compress_size != record.file_size:
                 raise CartridgeFormatError(
                     f"{path}: {record.filename!r:.60} says that it is a folder, or that it has "
                     f"{record.compress_size} of its {record.file_size} bytes; fix: take another "

@@ -68,7 +68,8 @@ def is_of_one_width(font: Any) -> bool:
     if _ONE_WIDTH.search(str(font.get("/BaseFont", ""))):
         return True
     descriptor = font.get("/FontDescriptor")
-    flags = descriptor.get_object().get("/Flags", 0) if descriptor is not None else 0
+    described = descriptor.get_object() if descriptor is not None else None
+    flags = described.get("/Flags", 0) if isinstance(described, dict) else 0
     return bool(isinstance(flags, int) and flags & _FIXED_PITCH)
 
 
