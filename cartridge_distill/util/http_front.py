@@ -102,7 +102,7 @@ class Front:
         try:
             await self._app(scope, body.receive, watched)
         except _Refused:
-            pass
+            pass  # it ended the request; its reason is in ``body.refusal``, which is told below
         except Exception:
             # Nothing is lost here: it is raised, logged as a failure of ours, or the consequence of
             # a body that was refused, which the client is told below.
