@@ -18,9 +18,9 @@ from cartridge_distill.cartridge.formats.detect import check_replaceable
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.loading import load_model
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.model.reading import read_model_config, read_tokenizer
 from cartridge_distill.util.errors import ConfigError
@@ -67,7 +67,7 @@ def make(
         source = one_document(document, lambda line: typer.echo(line, err=True))
         ids = render_document(read_tokenizer(model), source.text)
         loaded: Any = load_model(model, torch.float32, "cpu")
-        cartridge = cartridge_from_text(loaded, torch.tensor(ids), tokens, frozen)
+        cartridge = first_cartridge(loaded, torch.tensor(ids), tokens, frozen)
         meta.document_sha256 = sha256_of(source.text)
         meta.document_title = source.title
         meta.recipe["init"] = {"from": "text"}
