@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.beginnings import BEGINNINGS
 from cartridge_distill.distill.loss import LOSSES, get_loss
 from cartridge_distill.distill.mixing import Schedule
 from cartridge_distill.model.attention import BACKENDS as ATTENTIONS
-from cartridge_distill.model.beginning import BEGINNINGS
 from cartridge_distill.sync.versions import is_run_name
 from cartridge_distill.util.errors import ConfigError, nearest
 

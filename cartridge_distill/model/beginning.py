@@ -11,14 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cartridge_distill.cartridge.beginnings import ATTENDED, BEGINNINGS, SPANS, TEXT
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.model.attended import attended_prefix
 from cartridge_distill.model.prefill import prefix_from_tokens
 from cartridge_distill.util.errors import ConfigError, nearest
 
-TEXT, SPANS, ATTENDED = "text", "spans", "attended"
-BEGINNINGS = (TEXT, SPANS, ATTENDED)
 SPAN_TOKENS = 16
 
 
@@ -35,7 +34,7 @@ def first_cartridge(
         model: the base model, from :func:`cartridge_distill.model.loading.load_model`.
         input_ids: ``[>= num_tokens]`` ids from
             :func:`cartridge_distill.model.prompts.render_document`, begin-of-text token included.
-        init: one of :data:`BEGINNINGS`.
+        init: one of ``BEGINNINGS``.
 
     Raises:
         ConfigError: the document is shorter than the cartridge; or ``init`` is unknown, or not to

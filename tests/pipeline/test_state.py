@@ -149,6 +149,18 @@ def test_several_documents_begin_as_the_one_that_was_chosen(wanted: Distillation
     assert [o for o in run.overrides if o.startswith(key)] == [f"{key}=a.txt"]
 
 
+def test_what_the_cartridge_begins_as(wanted: Distillation) -> None:
+    key = "actor_rollout_ref.actor.cartridge.init"
+    spans = replace(wanted, init="spans")
+    assert f"{key}=spans" in as_run(spans).overrides and not spans.begins_elsewhere
+    mine = replace(spans, overrides=(f"{key}=attended",))  # the last one counts
+    said = [each for each in as_run(mine).overrides if each.startswith(f"{key}=")]
+    assert said == [f"{key}=spans", f"{key}=attended"] and not mine.begins_elsewhere
+    assert replace(spans, overrides=(f"{key}=random",)).begins_elsewhere
+    again = as_run(replace(spans, rebuild="runs/old")).overrides
+    assert [each for each in again if each.startswith(f"{key}=")] == [f"{key}=checkpoint"]
+
+
 def test_a_server_that_was_given_gets_its_versions_by_upload(wanted: Distillation) -> None:
     assert as_run(wanted).sync_dir == wanted.out / "cartridges"
     given = as_run(replace(wanted, server="http://h:1"), "http://h:1")

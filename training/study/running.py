@@ -194,8 +194,9 @@ class Study:
             say(f"==== {told}")
             if name not in evaluations:
                 evaluations = {name: self._evaluation(by_name[name])}
-                with alone(self.lock("document", name)):
-                    evaluations[name].baseline()
+                with alone(self.lock("document", name), wait=False) as mine:
+                    if mine:  # else another process measures them while this one trains
+                        evaluations[name].baseline()
             self._one(by_name[name], arm, seed, place, evaluations[name])
 
         share(self.grid.runs, lambda each: self.lock("run", *each), one)
@@ -236,6 +237,8 @@ class Study:
             )
         while True:
             if loop.step in grid.evaluate_at:
+                with alone(self.lock("document", document.name)):
+                    evaluation.baseline()
                 self._evaluate(loop, place, evaluation)
             if loop.step == grid.steps:
                 break
