@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cartridge_distill.cartridge.beginnings import BEGINNINGS, TEXT
+from cartridge_distill.cartridge.beginnings import ATTENDED, BEGINNINGS, TEXT
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, NO_DOCUMENT, UNTRAINED
@@ -149,7 +149,8 @@ def untrained(
             f"training began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
         )
     row = torch.tensor(ids, device=device_of(teacher.model))
-    prefix = first_prefix(teacher.model, row, tokens, frozen, init)
+    read = teacher.prefix(document_id) if init == ATTENDED else None
+    prefix = first_prefix(teacher.model, row, tokens, frozen, init, read)
     return Fixed(UNTRAINED, prefix, ids[:tokens] if init == TEXT else None)
 
 

@@ -37,7 +37,11 @@ _SCORE_BUDGET = 32 * 1024 * 1024  # scores held at once
 
 @torch.no_grad()
 def attended_prefix(
-    model: nn.Module, input_ids: Tensor, num_tokens: int, num_frozen_tokens: int = 1
+    model: nn.Module,
+    input_ids: Tensor,
+    num_tokens: int,
+    num_frozen_tokens: int = 1,
+    document: Prefix | None = None,
 ) -> Prefix:
     """The keys and values of a document that it needs to be repeated.
 
@@ -46,12 +50,14 @@ def attended_prefix(
         input_ids: ``[N]`` ids of the document, N at least ``num_tokens``.
         num_tokens: P of the prefix.
         num_frozen_tokens: the first so many tokens are kept by every head.
+        document: the document's KV, where it has been computed.
 
     Raises:
         ConfigError: the document fills the model's context, or its keys cannot be moved.
     """
     turner = Turner.of(model)
-    document = prefix_from_tokens(model, input_ids)
+    if document is None:
+        document = prefix_from_tokens(model, input_ids)
     weights = attention_received(model, document, input_ids)
     keys, values = [], []
     for layer, received in enumerate(weights):

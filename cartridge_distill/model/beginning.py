@@ -27,6 +27,7 @@ def first_cartridge(
     num_tokens: int,
     num_frozen_tokens: int = 1,
     init: str = TEXT,
+    document: Prefix | None = None,
 ) -> TrainableCache:
     """A cartridge that begins as tokens of a document.
 
@@ -35,17 +36,23 @@ def first_cartridge(
         input_ids: ``[>= num_tokens]`` ids from
             :func:`cartridge_distill.model.prompts.render_document`, begin-of-text token included.
         init: one of ``BEGINNINGS``.
+        document: the document's KV, where it has been computed.
 
     Raises:
         ConfigError: the document is shorter than the cartridge; or ``init`` is unknown, or not to
             be had of this model and document.
     """
-    prefix = first_prefix(model, input_ids, num_tokens, num_frozen_tokens, init)
+    prefix = first_prefix(model, input_ids, num_tokens, num_frozen_tokens, init, document)
     return TrainableCache(prefix, num_frozen_tokens)
 
 
 def first_prefix(
-    model: nn.Module, input_ids: Tensor, num_tokens: int, num_frozen_tokens: int, init: str
+    model: nn.Module,
+    input_ids: Tensor,
+    num_tokens: int,
+    num_frozen_tokens: int,
+    init: str,
+    document: Prefix | None = None,
 ) -> Prefix:
     """As :func:`first_cartridge`, the keys and values alone, in the model's dtype."""
     if input_ids.shape[0] < num_tokens:
@@ -54,7 +61,7 @@ def first_prefix(
             "fix: use fewer cartridge tokens or a longer document"
         )
     if init == ATTENDED:
-        return attended_prefix(model, input_ids, num_tokens, num_frozen_tokens)
+        return attended_prefix(model, input_ids, num_tokens, num_frozen_tokens, document)
     if init == SPANS:
         places = span_places(input_ids.shape[0], num_tokens)
         return prefix_from_tokens(model, input_ids[places.to(input_ids.device)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cartridge_distill.cartridge.beginnings import ATTENDED
 from cartridge_distill.cartridge.checkpoint import read_cartridge
 from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.trainable import TrainableCache
@@ -49,13 +50,15 @@ def initial_cartridge(settings: Any, module: Any, teacher: Teacher, model: str) 
             module.config, settings.num_tokens, settings.num_frozen_tokens, settings.seed
         )
     else:
-        ids = teacher.document_ids(initial_document(settings, teacher.documents.ids))
+        name = initial_document(settings, teacher.documents.ids)
         cartridge = first_cartridge(
             module,
-            torch.tensor(ids, device=teacher.device),
+            torch.tensor(teacher.document_ids(name), device=teacher.device),
             settings.num_tokens,
             settings.num_frozen_tokens,
             settings.init,
+            # The teacher reads it anyhow, and keeps what it has read.
+            teacher.prefix(name) if settings.init == ATTENDED else None,
         )
     check_fits(cartridge.prefix().kv_shape, module.config)
     return cartridge

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cartridge_distill.cartridge.beginnings import BEGINNINGS, TEXT
+from cartridge_distill.cartridge.beginnings import ATTENDED, BEGINNINGS
 from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, RUN_FILES, resolve_cartridge
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import hydra_value
@@ -85,12 +85,12 @@ class Distillation:
     out: Path
     name: str = "mine"
     tokens: int = 128
-    init: str = TEXT
+    init: str = ATTENDED
     steps: int = 36
     batch: int = 48
     response_tokens: int = 6
     prompt_tokens: int = 192
-    lr: float = 0.03
+    lr: float = 0.01
     prompt_recipe: str = "started"
     questions: str | None = None
     rebuild: str | None = None
