@@ -35,6 +35,7 @@ from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.flex import flex_attention_of
 from cartridge_distill.model.fused_causal import fused_causal, is_fusable
 from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.merged_attention import is_mergeable, merged_attention
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import ConfigError
 
@@ -138,6 +139,8 @@ def _grouped(
     -> ``[Hq, U, D]``.
     """
     heads, _, size = key.shape
+    if is_mergeable(layout, query, key, scoring):
+        return merged_attention(layout, query, key, value, past, scoring.scaling).transpose(0, 1)
     by_head = query.view(heads, -1, query.shape[1], size)
     pieces: list[Tensor] = []
     asked: list[Tensor] = []

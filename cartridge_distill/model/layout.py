@@ -80,6 +80,7 @@ class PackedLayout:
         self._masks: dict[tuple[str, int | None], Any] = {}
         self._groups: list[Group] | None = None
         self._restore: Tensor | None = None
+        self.derived: dict[int, Any] = {}  # what merged_attention makes of the groups
         if kept is not None:
             self.computed, numbers = _shared_beginnings(batch, kept.known, kept.count)
             kept.plan(numbers, batch.offsets)
