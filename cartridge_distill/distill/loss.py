@@ -98,7 +98,9 @@ class TeacherTopK:
 def top_ids(logits: Tensor, k: int) -> Tensor:
     """``[N, K]`` the most likely tokens of ``[N, V]`` logits, most likely first."""
     most = min(k, logits.shape[-1])
-    return torch.cat([rows.topk(most, dim=-1).indices for rows in logits.split(rows_at_once(logits))])
+    return torch.cat(
+        [rows.topk(most, dim=-1).indices for rows in logits.split(rows_at_once(logits))]
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ tells the function which tokens belong together. Three backends give the same re
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
     neither keys nor values are repeated for grouped queries. Tokens with the same past (samples of
     one prompt) are computed once, through the whole model, and a teacher's prompts that were there
-    before not at all (:mod:`cartridge_distill.model.kept_tokens`). A long sequence by itself, as a
+    before not at all (:mod:`cartridge_distill.model.kept_tokens`). Layers without soft cap and
+    narrow windows take all of it as one step (:mod:`cartridge_distill.model.merged_attention`). A
+    long sequence by itself, as a
     document is, goes through a fused kernel where it can
     (:mod:`cartridge_distill.model.fused_causal`). The default on a CPU.
 ``dense``

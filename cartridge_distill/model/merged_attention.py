@@ -93,7 +93,7 @@ def pieces_of(layout: PackedLayout, heads: int) -> Pieces:
                 order = torch.arange(keys, device=read.device)
                 hidden = (order > places[..., None])[:, :, None]
                 found.append(Piece(asked.reshape(-1), read.reshape(-1), hidden))
-        restore = layout.restore([piece.queries for piece in found])
+        restore = layout.first_places([piece.queries for piece in found])
         total = sum(piece.queries.shape[0] for piece in found)
         valid = None
         if total > restore.shape[0]:
@@ -202,7 +202,6 @@ class _Merged(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(asked, key, value, past_key, past_value, out, *shares, *kept)
         ctx.scaling, ctx.pieces = scaling, pieces
-        ctx.set_materialize_grads(False)
         return out.transpose(0, 1).reshape(out.shape[1], -1, out.shape[3])
 
     @staticmethod
@@ -300,9 +299,7 @@ def _own_backward(
     for piece, weights in zip(pieces.all, kept, strict=False):
         own = _read(piece, asked, key, value)
         count = piece.queries.shape[0]
-        mine, beside = (
-            each.flatten(2).index_select(1, piece.queries) for each in (grad, along)
-        )
+        mine, beside = (each.flatten(2).index_select(1, piece.queries) for each in (grad, along))
         if pieces.valid is not None:
             # Results where a sequence is filled up are used by nobody.
             is_used = pieces.valid[first : first + count, None]
