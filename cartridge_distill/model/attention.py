@@ -14,8 +14,7 @@ tells the function which tokens belong together. Three backends give the same re
     one prompt) are computed once, through the whole model, and a teacher's prompts that were there
     before not at all (:mod:`cartridge_distill.model.kept_tokens`). Layers without soft cap and
     narrow windows take all of it as one step (:mod:`cartridge_distill.model.merged_attention`). A
-    long sequence by itself, as a
-    document is, goes through a fused kernel where it can
+    long sequence by itself, as a document is, goes through a fused kernel where it can
     (:mod:`cartridge_distill.model.fused_causal`). The default on a CPU.
 ``dense``
     One product under a full ``[T, P + T]`` mask: the readable reference for the other two.
