@@ -30,6 +30,9 @@ NORMS: dict[str, tuple[str, bool]] = {
 GATED = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 """Classes of transformers that compute ``down(act(gate(x)) * up(x))``."""
 
+SILU = frozenset({"SiLU", "SiLUActivation"})
+"""Classes of torch and of transformers; the second's name depends on its version."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Of the largest number, between a module's own result and the one here."""
 
@@ -149,7 +152,7 @@ def use_fused_layers(model: nn.Module) -> list[str]:
             continue
         if own.__name__ in NORMS:
             fused, width = _fused_class(own, _FusedNorm), module.weight.shape[-1]
-        elif own.__name__ in GATED and isinstance(module.act_fn, nn.SiLU):
+        elif own.__name__ in GATED and type(module.act_fn).__name__ in SILU:
             fused, width = _fused_class(own, _FusedGate), module.gate_proj.in_features
         else:
             continue
