@@ -133,7 +133,7 @@ _made: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _fused_class(own: type[nn.Module], first: type[nn.Module]) -> type[nn.Module]:
     if own not in _made:
-        _made[own] = type(f"Fused{own.__name__}", (first, own), {})
+        _made[own] = cast(type[nn.Module], type(f"Fused{own.__name__}", (first, own), {}))
     return _made[own]
 
 
@@ -146,6 +146,7 @@ def use_fused_layers(model: nn.Module) -> list[str]:
         Names of the modules that were taken.
     """
     taken = []
+    module: Any
     for name, module in model.named_modules():
         own = type(module)
         if not own.__module__.startswith("transformers.models."):
@@ -156,7 +157,7 @@ def use_fused_layers(model: nn.Module) -> list[str]:
             fused, width = _fused_class(own, _FusedGate), module.gate_proj.in_features
         else:
             continue
-        if _agrees(module, fused, int(cast(int, width))):
+        if _agrees(module, fused, int(width)):
             taken.append(name)
     return taken
 
@@ -184,4 +185,4 @@ def use_own_layers(model: nn.Module) -> None:
     """Takes :func:`use_fused_layers` back; for comparing the two."""
     for module in model.modules():
         if isinstance(module, _FusedNorm | _FusedGate):
-            module.__class__ = type(module).__bases__[1]
+            module.__class__ = cast(Any, type(module).__bases__[1])

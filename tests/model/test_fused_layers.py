@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 def modules(kind: str) -> list[nn.Module]:
     """One of each kind of norm and MLP in a model's first layer."""
-    layer = tiny_model(kind).requires_grad_(False).model.layers[0]
+    model: Any = tiny_model(kind).requires_grad_(False)
+    layer = model.model.layers[0]
     found = [each for each in layer.modules() if type(each).__name__ in NORMS]
     return [*found, layer.mlp]
 
@@ -40,7 +42,7 @@ def both(module: nn.Module, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_values_and_gradients_are_the_models_own(kind: str, dtype: torch.dtype) -> None:
     for module in modules(kind):
-        own = module.to(dtype)
+        own: Any = module.to(dtype)
         fused = copy.deepcopy(own)
         use_fused_layers(fused)
         is_gelu = kind.startswith("gemma") and hasattr(own, "act_fn")
@@ -68,13 +70,14 @@ def test_the_gradients_are_those_of_differences(plus_one: bool) -> None:
 
 
 def test_what_computes_something_else_keeps_its_own_code() -> None:
-    model = tiny_model("llama").requires_grad_(False)
+    model: Any = tiny_model("llama").requires_grad_(False)
     first, second = model.model.layers
     own = type(first.mlp)
 
     class Scaled(type(first.input_layernorm)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+            found: Tensor = 2 * super().forward(x)
+            return found
 
     Scaled.__name__, Scaled.__module__ = "LlamaRMSNorm", own.__module__
     first.input_layernorm.__class__ = Scaled  # of a known name, and another formula
@@ -87,7 +90,7 @@ def test_what_computes_something_else_keeps_its_own_code() -> None:
 
 
 def test_weights_that_are_trained_get_their_gradient() -> None:
-    model = tiny_model("llama")
+    model: Any = tiny_model("llama")
     use_fused_layers(model)
     norm = model.model.norm
     norm(torch.randn(1, 2, 64)).sum().backward()
