@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cartridge_distill.model.logprobs import ROWS_AT_ONCE, tempered
+from cartridge_distill.model.logprobs import log_total, rows_at_once, tempered
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Log-probs ``[N, K + 1]`` of teacher and student -> values ``[N]`` and pulls ``[N, K + 1]``."""
@@ -96,7 +96,7 @@ class Divergence(torch.autograd.Function):
     """A rule between a teacher's outcomes and a student's logits, with its gradient in closed form.
 
     ``apply(logits [N, V], ids [N, K], logprobs [N, K], tail [N], temperature, rule)`` gives
-    ``[N]``. Rows are taken 512 at a time: the float32 copies are of those rows, and what is kept
+    ``[N]``. Rows are taken some at a time: the float32 copies are of those rows, and what is kept
     for the backward is the logits themselves and ``[N, K + 1]``.
     """
 
@@ -111,8 +111,9 @@ class Divergence(torch.autograd.Function):
         rule: Rule,
     ) -> Tensor:
         values, pulls, rests = [], [], []
+        count = rows_at_once(logits)
         for z, i, lp, lt in zip(
-            *(x.split(ROWS_AT_ONCE) for x in (logits, ids, logprobs, tail)), strict=True
+            *(x.split(count) for x in (logits, ids, logprobs, tail)), strict=True
         ):
             student, rest = _outcomes(z, i, temperature)
             value, pull = rule(torch.cat([lp.float(), lt[:, None].float()], dim=1), student)
@@ -130,8 +131,9 @@ class Divergence(torch.autograd.Function):
         # Without a tail nobody has a share of it.
         rest = rest.masked_fill(torch.isneginf(rest), float("inf"))
         out = torch.empty_like(logits)
-        for at in range(0, logits.shape[0], ROWS_AT_ONCE):
-            rows = slice(at, at + ROWS_AT_ONCE)
+        count = rows_at_once(logits)
+        for at in range(0, logits.shape[0], count):
+            rows = slice(at, at + count)
             pull = pulls[rows] * (grads[0][rows, None] / tau)
             # In place: [rows, V] is far larger than a cache, and fresh memory costs page faults.
             share = (tempered(logits[rows], tau) - rest[rows, None]).exp_()
@@ -146,6 +148,6 @@ def _outcomes(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, 
     student is nearly sure.
     """
     scaled = tempered(logits, temperature)
-    total = torch.logsumexp(scaled, dim=-1, keepdim=True)
-    rest = torch.logsumexp(scaled.scatter(1, ids, float("-inf")), dim=-1, keepdim=True)
-    return torch.cat([torch.gather(scaled, 1, ids), rest], dim=1) - total, rest[:, 0]
+    rest = log_total(scaled.scatter(1, ids, float("-inf")))
+    outcomes = torch.cat([torch.gather(scaled, 1, ids), rest], dim=1)
+    return outcomes - torch.logsumexp(outcomes, dim=-1, keepdim=True), rest[:, 0]

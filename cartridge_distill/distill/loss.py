@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cartridge_distill.distill import divergences
 from cartridge_distill.distill.divergences import Divergence, Rule
-from cartridge_distill.model.logprobs import ROWS_AT_ONCE, tempered
+from cartridge_distill.model.logprobs import rows_at_once, tempered
 from cartridge_distill.util.errors import ConfigError, nearest
 
 
@@ -49,19 +49,20 @@ class TeacherTopK:
         Args:
             asked_ids: ``[N, K]`` further tokens to be told of, in ``asked``; none twice in a row.
         """
-        ids, logprobs, totals, asked = [], [], [], []
-        for at, rows in enumerate(logits.split(ROWS_AT_ONCE)):
+        ids, logprobs, asked = [], [], []
+        count = rows_at_once(logits)
+        for at, rows in enumerate(logits.split(count)):
             scaled = tempered(rows, temperature)
-            top, best = scaled.topk(min(k, scaled.shape[-1]), dim=-1)
-            total = torch.logsumexp(scaled, dim=-1, keepdim=True)
+            best = scaled.topk(min(k, scaled.shape[-1]), dim=-1).indices
+            of_all = torch.log_softmax(scaled, dim=-1)
             ids.append(best)
-            logprobs.append(top - total)
-            totals.append(total)
+            logprobs.append(torch.gather(of_all, 1, best))
             if asked_ids is not None:
-                others = asked_ids[at * ROWS_AT_ONCE : at * ROWS_AT_ONCE + len(rows)]
-                asked.append(torch.gather(scaled, 1, others) - total)
-        # NaN or +inf anywhere in a row makes its sum so; a token that is ruled out, -inf, does not.
-        finite = torch.isfinite(torch.cat(totals)).all()
+                others = asked_ids[at * count : at * count + len(rows)]
+                asked.append(torch.gather(of_all, 1, others))
+        # NaN or +inf anywhere in a row makes its log-probs NaN, the likeliest token's, too; a token
+        # that is ruled out, -inf, does not.
+        finite = torch.isfinite(torch.cat([of_row[:, 0] for of_row in logprobs])).all()
         told = None if asked_ids is None else cls(asked_ids, torch.cat(asked))
         return cls(torch.cat(ids), torch.cat(logprobs), finite=finite, asked=told)
 
@@ -97,7 +98,9 @@ class TeacherTopK:
 def top_ids(logits: Tensor, k: int) -> Tensor:
     """``[N, K]`` the most likely tokens of ``[N, V]`` logits, most likely first."""
     most = min(k, logits.shape[-1])
-    return torch.cat([rows.topk(most, dim=-1).indices for rows in logits.split(ROWS_AT_ONCE)])
+    return torch.cat(
+        [rows.topk(most, dim=-1).indices for rows in logits.split(rows_at_once(logits))]
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.distill.loss import TeacherTopK
-from cartridge_distill.model.logprobs import ROWS_AT_ONCE, tempered
+from cartridge_distill.model.logprobs import rows_at_once, tempered
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Overlap:
             logits: ``[N, V]`` of the student.
             teacher: its K likeliest tokens at the same places and temperature.
         """
+        count = rows_at_once(logits)
         blocks = zip(
-            *(each.split(ROWS_AT_ONCE) for each in (logits, teacher.ids, teacher.logprobs)),
+            *(each.split(count) for each in (logits, teacher.ids, teacher.logprobs)),
             strict=True,
         )
         found = [cls._of_rows(tempered(rows, temperature), i, lp) for rows, i, lp in blocks]

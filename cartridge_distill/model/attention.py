@@ -12,8 +12,9 @@ tells the function which tokens belong together. Three backends give the same re
     in groups of sequences of like length, so the work grows with ``T * P + sum(length ** 2)`` and
     neither keys nor values are repeated for grouped queries. Tokens with the same past (samples of
     one prompt) are computed once, through the whole model, and a teacher's prompts that were there
-    before not at all (:mod:`cartridge_distill.model.kept_tokens`). A long sequence by itself, as a
-    document is, goes through a fused kernel where it can
+    before not at all (:mod:`cartridge_distill.model.kept_tokens`). Layers without soft cap and
+    narrow windows take all of it as one step (:mod:`cartridge_distill.model.merged_attention`). A
+    long sequence by itself, as a document is, goes through a fused kernel where it can
     (:mod:`cartridge_distill.model.fused_causal`). The default on a CPU.
 ``dense``
     One product under a full ``[T, P + T]`` mask: the readable reference for the other two.
@@ -35,6 +36,7 @@ from cartridge_distill.model.attention_arguments import check_arguments
 from cartridge_distill.model.flex import flex_attention_of
 from cartridge_distill.model.fused_causal import fused_causal, is_fusable
 from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.merged_attention import is_mergeable, merged_attention
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.util.errors import ConfigError
 
@@ -138,6 +140,8 @@ def _grouped(
     -> ``[Hq, U, D]``.
     """
     heads, _, size = key.shape
+    if is_mergeable(layout, query, key, scoring):
+        return merged_attention(layout, query, key, value, past, scoring.scaling).transpose(0, 1)
     by_head = query.view(heads, -1, query.shape[1], size)
     pieces: list[Tensor] = []
     asked: list[Tensor] = []

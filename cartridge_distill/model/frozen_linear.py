@@ -50,6 +50,38 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
+LEAST_ROWS = 16
+"""Of fewer, torch's own product is as fast as oneDNN's, and is begun sooner."""
+
+
+def rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [M, K] @ weight [N, K].T`` by whichever is faster here; no gradients.
+
+    Args:
+        x, weight: either may be a transposed view.
+    """
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if plain and x.shape[0] >= LEAST_ROWS and onednn_is_faster():
+        return _product(x, weight, None)
+    return torch.mm(x, weight.t())
+
+
+LEAST_NUMBERS = 2**17
+"""Of a head's product with fewer, one product of all heads is begun sooner."""
+
+
+def by_head_product(x: Tensor, other: Tensor) -> Tensor:
+    """``x [H, M, K] @ other [H, K, N]`` by whichever is faster here; no gradients."""
+    is_large = x.shape[1] * other.shape[2] >= LEAST_NUMBERS
+    is_plain = x.device.type == "cpu" and x.dtype == other.dtype == torch.float32
+    if not (is_large and is_plain and onednn_is_faster()):
+        return torch.matmul(x, other)
+    found = x.new_empty(*x.shape[:2], other.shape[2])
+    for head, one in enumerate(x):
+        found[head] = _product(one, other[head].t(), None)
+    return found
+
+
 class _FrozenProduct(torch.autograd.Function):
     """The product, with a gradient for its input alone."""
 
@@ -77,6 +109,8 @@ class FrozenLinear(nn.Linear):
         plain = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
         if trained or not plain or input.numel() == 0 or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return _product(input, weight, bias)
         found: Tensor = _FrozenProduct.apply(input, weight, bias)
         return found
 

@@ -88,6 +88,7 @@ class PackedLayout:
         self._masks: dict[tuple[str, int | None], Any] = {}
         self._groups: list[Group] | None = None
         self._restore: Tensor | None = None
+        self.derived: dict[int, Any] = {}  # what merged_attention makes of the groups
         if kept is not None:
             self.computed, numbers = _shared_beginnings(batch, kept.known, kept.count)
             kept.plan(numbers, batch.offsets)
@@ -174,11 +175,15 @@ class PackedLayout:
     def restore(self, queries: list[Tensor]) -> Tensor:
         """Where in the concatenated group results each computed token stands first."""
         if self._restore is None:
-            token = torch.cat(queries)
-            slots = torch.arange(token.shape[0], device=token.device)
-            first = token.new_full((len(self.computed),), token.shape[0])
-            self._restore = first.scatter_reduce(0, token, slots, reduce="amin")
+            self._restore = self.first_places(queries)
         return self._restore
+
+    def first_places(self, queries: Sequence[Tensor]) -> Tensor:
+        """``[U]`` where each computed token stands first in some lists of them, joined."""
+        token = torch.cat(list(queries))
+        slots = torch.arange(token.shape[0], device=token.device)
+        first = token.new_full((len(self.computed),), token.shape[0])
+        return first.scatter_reduce(0, token, slots, reduce="amin")
 
 
 def _shared_beginnings(

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from cartridge_distill.cartridge.kv_shape import KvShape, text_config
 from cartridge_distill.model.attention import ATTENTION_NAME, register
 from cartridge_distill.model.frozen_linear import onednn_is_faster, use_frozen_linear
+from cartridge_distill.model.fused_layers import use_fused_layers
 from cartridge_distill.model.own_attention import check_own_attention
 from cartridge_distill.model.reading import read_model_config, reading
 from cartridge_distill.util.errors import ConfigError
@@ -82,6 +83,7 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     check_own_attention(model)
     if onednn_is_faster():
         use_frozen_linear(model)
+    use_fused_layers(model)
     return model
 
 

@@ -17,6 +17,7 @@ reverse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cartridge_distill.model.attention_arguments import check_arguments
+from cartridge_distill.model.frozen_linear import by_head_product
 from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.server.layout import SCORE_BUDGET, Group, ServingBatch
 from cartridge_distill.util.errors import ConfigError
@@ -33,8 +35,13 @@ SERVING_ATTENTION = "cartridge_serving"
 _MASKED = torch.finfo(torch.float32).min
 
 
-def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-1, -2)).float().mul_(scoring.scaling)
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    scoring: Scoring,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
+    scores = product(query, key.transpose(-1, -2)).float().mul_(scoring.scaling)
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
     return scores
@@ -110,7 +117,7 @@ def _attend_prefix(
         n = taken.shape[0]
         # [t, H, G, D] -> [H, t * G, D]: one product for every row
         shaped = taken.reshape(n, heads, -1, size).transpose(0, 1).flatten(1, 2)
-        scores = _scores(shaped, key, scoring)
+        scores = _scores(shaped, key, scoring, by_head_product)
         if scoring.window is not None:
             index = group.query_index[at : at + step, None]
             distance = prefix_tokens + index - torch.arange(prefix_tokens, device=index.device)
@@ -118,7 +125,7 @@ def _attend_prefix(
                 (distance >= scoring.window)[:, None], _MASKED
             )
         top, total = _exp_in_place(scores)
-        out = torch.matmul(scores.to(value.dtype), value).float()
+        out = by_head_product(scores.to(value.dtype), value).float()
         for result, into in ((out, outs), (top, tops), (total, sums)):
             split = result.view(heads, n, -1, result.shape[-1]).transpose(0, 1)
             into.append(split.reshape(n, query_heads, -1))
