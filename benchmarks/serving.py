@@ -10,8 +10,9 @@
     parts are printed, too, and the CPU seconds of the three processes: client and gateway each
     hash all bytes, and the server reads the file and computes a token, which writing does not.
 (b) requests: the same completions asked of the server directly, through the gateway, through the
-    Ray actor that veRL talks to, and through both; one at a time for the latency, many in flight
-    for requests/s. The ways take turns, so that a machine that is busy for a while is busy for all.
+    gateway as veRL's agent loop asks, and as it would ask if each request were a call of the proxy,
+    which is a Ray actor; one at a time for the latency, many in flight for requests/s. The ways
+    take turns, so that a machine that is busy for a while is busy for all.
 
 The models have random weights and are tiny but for their KV shape: how long a model computes is not
 measured here. Aims stand beside the figures. Everything runs on this machine, its CPUs shared by

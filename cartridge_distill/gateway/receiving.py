@@ -2,8 +2,8 @@
 
 The description in the first kilobytes is checked against the served model before anything is kept.
 The tensors are hashed, looked through for NaN and written to their places in the server's own file
-as they come: while the next piece is on its way, one thread hashes the piece before it and another
-one looks through it and writes it, and the disk works beside them. In memory there are two pieces
+as they come: while the next piece is on its way, one thread hashes those before it and another one
+looks through them and writes them, and the disk works beside them. In memory there are a few pieces
 of an upload and never more, whatever its size.
 """
 
@@ -14,7 +14,9 @@ import bisect
 import errno
 import hashlib
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -34,9 +36,10 @@ from cartridge_distill.sync.upload import (
 from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2 * 2**20
 """Large enough that handing it to a thread costs nothing; a whole number of any dtype's values."""
-_FLUSH_BYTES = 8 * PIECE_BYTES
+PIECES = 4
+_FLUSH_BYTES = 16 * PIECE_BYTES
 
 
 async def receive(
@@ -100,20 +103,15 @@ async def _read_head(body: AsyncIterator[bytes]) -> tuple[Head, bytes]:
 
 
 async def _stream(beginning: bytes, body: AsyncIterator[bytes], weights: _Weights) -> int:
-    """Hands the tensors on piece by piece; returns how many bytes came."""
-    filling, kept = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
-    came = filled = 0
-    keeping: list[asyncio.Future[None]] = []
-    flushing: asyncio.Future[None] | None = None
+    """Hands what follows the description on piece by piece; returns how many bytes came."""
+    pieces = _Pieces(weights)
 
     async def chunks() -> AsyncIterator[bytes]:
         yield beginning
         async for chunk in body:
             yield chunk
 
-    def keep(piece: memoryview) -> list[asyncio.Future[None]]:
-        return [_in_thread(weights.hash, piece), _in_thread(weights.write, piece)]
-
+    came = 0
     try:
         async for chunk in chunks():
             came += len(chunk)
@@ -121,32 +119,87 @@ async def _stream(beginning: bytes, body: AsyncIterator[bytes], weights: _Weight
                 raise CartridgeFormatError(
                     f"the upload goes on after its {weights.num_bytes} bytes of tensors"
                 )
-            rest = memoryview(chunk)
+            rest = pieces.fill(memoryview(chunk))
             while rest:
-                taken = rest[: PIECE_BYTES - filled]
-                filling[filled : filled + len(taken)] = taken
-                filled, rest = filled + len(taken), rest[len(taken) :]
-                if filled < PIECE_BYTES:
-                    continue
-                for future in keeping:
-                    await future
-                filling, kept, filled = kept, filling, 0
-                keeping = keep(memoryview(kept))
-                # What lies on the disk already need not be waited for at the end.
-                if came % _FLUSH_BYTES < len(chunk) and (flushing is None or flushing.done()):
-                    flushing = _in_thread(weights.flush)
+                await pieces.hand_on()
+                rest = pieces.fill(rest)
+        await pieces.hand_on()
     finally:
         # All end before the file is closed, also when one of them fails.
-        doing = [*keeping, *([] if flushing is None else [flushing])]
-        for outcome in await asyncio.gather(*doing, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-    await asyncio.gather(*keep(memoryview(filling)[:filled]))
+        await pieces.end()
     return came
 
 
-def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
-    return asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+class _Pieces:
+    """Takes an upload's bytes into a few pieces of memory, and has threads work on full ones.
+
+    Each thread goes from one piece to the next without asking here, so none waits for the others.
+    """
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+        self._filling = bytearray(PIECE_BYTES)
+        self._filled = 0
+        self._unused = [bytearray(PIECE_BYTES) for _ in range(PIECES - 1)]
+        self._given: deque[tuple[bytearray, list[asyncio.Future[None]]]] = deque()
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=n) for n in ("hash", "write")]
+        self._not_flushed = 0
+        self._flushing: asyncio.Future[None] | None = None
+
+    def fill(self, chunk: memoryview) -> memoryview:
+        """Takes what there is room for; returns the rest, for after :meth:`hand_on`."""
+        taken = chunk[: PIECE_BYTES - self._filled]
+        self._filling[self._filled : self._filled + len(taken)] = taken
+        self._filled += len(taken)
+        return chunk[len(taken) :]
+
+    async def hand_on(self) -> None:
+        """Gives the piece to the threads; waits for another one that may be filled."""
+        weights, piece = self._weights, memoryview(self._filling)[: self._filled]
+        loop = asyncio.get_running_loop()
+        works = (weights.hash, weights.write)
+        doing = [
+            loop.run_in_executor(thread, work, piece)
+            for thread, work in zip(self._threads, works, strict=True)
+        ]
+        self._given.append((self._filling, doing))
+        self._flush_now_and_then()
+        self._filling, self._filled = await self._free(), 0
+
+    async def _free(self) -> bytearray:
+        if self._unused:
+            return self._unused.pop()
+        piece, doing = self._given.popleft()
+        try:
+            for future in doing:
+                await future
+        except BaseException:
+            self._given.appendleft((piece, doing))  # one of them works on it still
+            raise
+        return piece
+
+    def _flush_now_and_then(self) -> None:
+        """What lies on the disk already need not be waited for at the end."""
+        self._not_flushed += self._filled
+        if self._not_flushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._not_flushed = 0
+            self._flushing = asyncio.ensure_future(asyncio.to_thread(self._weights.flush))
+
+    async def end(self) -> None:
+        """Waits for the threads.
+
+        Raises:
+            OSError: a piece could not be written.
+        """
+        doing = [future for _, futures in self._given for future in futures]
+        if self._flushing is not None:
+            doing.append(self._flushing)
+        outcomes = await asyncio.gather(*doing, return_exceptions=True)
+        for thread in self._threads:
+            thread.shutdown()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
 
 class _Weights:
