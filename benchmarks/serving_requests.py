@@ -204,8 +204,6 @@ async def request_table(options: argparse.Namespace, rig: Rig, model: PreTrained
         )
     if options.ray:
         empty = await empty_ray_call(options.requests)
-        say(
-            f"   a call of a Ray actor that does nothing: {empty:.2f} ms, in the row that has one"
-        )
+        say(f"   a call of a Ray actor that does nothing: {empty:.2f} ms, in the row that has one")
     said = verdict(added[0], _AIM_ADDED_MS, " ms")
     say(f"   added by {ways[-1].name}: {added[0]:.2f} ms   {said}")

@@ -24,6 +24,7 @@ from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say
 from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.standard_output import guard_output
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
 from verl_patches.packages import PatchError
@@ -283,5 +284,6 @@ def _record(settings: Distillation, state: State, typed: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
     sys.exit(main())

@@ -21,6 +21,7 @@ from cartridge_distill.cli.about import Asked, check, look
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.openmp import spinning
+from cartridge_distill.util.standard_output import guard_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,4 +139,5 @@ def _asked(options: argparse.Namespace) -> Asked:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

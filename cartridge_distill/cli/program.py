@@ -17,6 +17,7 @@ import typer
 
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.standard_output import guard_output
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +28,7 @@ class Commands(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program: ends the process with the command's status."""
+        guard_output()
         try:
             status = typer.main.get_command(self)(*args, standalone_mode=False, **kwargs)
         except Exception as error:

@@ -292,8 +292,8 @@ class _Weights:
             where, said = "the metadata says", self._header.sha256
         if found != said:
             raise CartridgeFormatError(
-                f"the tensors have SHA-256 {found}, {where} {said}: they were changed on their way, "
-                "or hashed in another order than that of their offsets"
+                f"the tensors have SHA-256 {found}, {where} {said}: they were changed on their "
+                "way, or hashed in another order than that of their offsets"
             )
         if self._not_finite is not None:
             raise CartridgeFormatError(f"{self._not_finite} holds values that are not finite")

@@ -6,8 +6,8 @@ upload, and the receiver can refuse it after the first kilobytes: the header alo
 shape and size. No pickle in either direction.
 
 The SHA-256 of the tensors is in the metadata (``cartridge-version/1``, what a person uploads), or
-it follows them as a last tensor (``cartridge-version/2``): a client that hashes while it sends knows
-it only then. What arrives is the same version either way.
+it follows them as a last tensor (``cartridge-version/2``): a client that hashes while it sends
+knows it only then. What arrives is the same version either way.
 
 The header is written here and not by the safetensors library, because the tensors are sent from
 where they lie: no second copy of a quarter of a gigabyte. What is written, that library reads, and
@@ -293,8 +293,8 @@ def read_head(beginning: bytes | bytearray) -> Head | None:
         raise CartridgeFormatError(f"metadata {where[:80]}: {first['msg'][:400]}") from error
     if isinstance(header, StreamedHeader) and entries.pop(_DIGEST, None) != _digest_entry(header):
         raise CartridgeFormatError(
-            f"{FORMATS[1]} ends with a tensor {_DIGEST} of {DIGEST_BYTES} U8, the hash of the others "
-            "as they lie in the file; this file has none there"
+            f"{FORMATS[1]} ends with a tensor {_DIGEST} of {DIGEST_BYTES} U8, the hash of the "
+            "others as they lie in the file; this file has none there"
         )
     return Head(header, 8 + length, _checked_starts(header, entries))
 

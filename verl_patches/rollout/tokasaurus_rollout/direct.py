@@ -1,10 +1,11 @@
 """The agent loop's own way to the servers: it asks them itself, and the proxies for versions alone.
 
 A call of a Ray actor takes about two milliseconds, and the proxy is one process: every rollout
-through it would wait for that, and all of them together for its one core. So an agent loop's process
-has connections of its own. What it must not have is an opinion on versions: it takes what the proxy
-says. A version is known without asking only where the rollout names the step of the one version that
-may answer (:data:`ONLY_STEP`), and the proxy has given the version of that step before.
+through it would wait for that, and all of them together for its one core. So an agent loop's
+process has connections of its own. What it must not have is an opinion on versions: it takes what
+the proxy says. A version is known without asking only where the rollout names the step of the one
+version that may answer (:data:`ONLY_STEP`), and the proxy has given the version of that step
+before.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.shared_dir import CartridgePublisher, SharedDirectoryPublisher
 from cartridge_distill.sync.versions import new_run_id, step_of, version_id
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, SyncError
+from cartridge_distill.util.standard_output import guard_output
 
 PROMPTS = (
     "What is the patient's name?",
@@ -337,4 +338,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())
