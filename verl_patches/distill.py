@@ -24,6 +24,7 @@ from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say
 from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.shown_text import printable
 from cartridge_distill.util.standard_output import guard_output
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
@@ -257,10 +258,10 @@ def start(
         print(f"\n{clean_text(str(error))}\nerror: the training failed; {hint}", file=sys.stderr)
         return 1
     except ChildFailed as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 1
     except (CartridgeDistillError, PatchError, OSError) as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 2 if state is None or state.is_new else 1
     finally:
         if state is not None:
