@@ -8,7 +8,9 @@
     writing and fsyncing the same bytes once on the same disk, and against the seconds for which the
     trainer is blocked: it waits for a copy of its float32 weights, the rest happens beside it. The
     parts are printed, too, and the CPU seconds of the three processes: client and gateway each
-    hash all bytes, and the server reads the file and computes a token, which writing does not.
+    hash all bytes, at the same time, and the server reads the file and computes a token, which
+    writing does not. What is served was hashed whole before, so no overlap makes a publication
+    shorter than one hash and the server's part; that sum is printed beside it.
 (b) requests: the same completions asked of the server directly, through the gateway, through the
     gateway as veRL's agent loop asks, and as it would ask if each request were a call of the proxy,
     which is a Ray actor; one at a time for the latency, many in flight for requests/s. The ways
