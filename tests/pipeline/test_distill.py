@@ -146,7 +146,7 @@ def test_one_command_from_a_record_to_a_cartridge_and_its_report(
     assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
     assert "trained cartridge" in again.stdout
     other = typed(*words, "--lr", "0.5")
-    assert other.returncode == 2 and "lr: 0.01 there, 0.5 now" in other.stderr
+    assert other.returncode == 2 and "lr: 0.02 there, 0.5 now" in other.stderr
     (run / "notes.txt").write_text("mine")
     over = typed(*words, "--overwrite")
     assert over.returncode != 0 and "notes.txt" in over.stderr

@@ -55,7 +55,7 @@ def test_looking_writes_nothing_and_what_is_done_is_remembered(wanted: Distillat
 def test_settings_that_differ_are_refused_by_name(wanted: Distillation) -> None:
     begun(wanted, DATA)
     saved(wanted, 2)
-    with pytest.raises(OtherSettings, match=r"(?s)fix: give the same.*lr: 0.01 there, 0.5 now"):
+    with pytest.raises(OtherSettings, match=r"(?s)fix: give the same.*lr: 0.02 there, 0.5 now"):
         look(replace(wanted, lr=0.5))
     with pytest.raises(OtherSettings, match="overrides"):
         look(replace(wanted, overrides=("data.shuffle=False",)))

@@ -55,7 +55,7 @@ def test_the_demo_is_a_configuration_that_can_train(
     config = configured([], patched, model_folder, out)
     check_run_config(config)
     actor = config.actor_rollout_ref.actor
-    assert (actor.cartridge.lr, actor.optim.lr, actor.optim.min_lr_ratio) == (0.01, 0.01, 0.1)
+    assert (actor.cartridge.lr, actor.optim.lr, actor.optim.min_lr_ratio) == (0.02, 0.02, 0.1)
     assert actor.optim.lr_scheduler_type == "cosine"
     assert (actor.cartridge.init, config.trainer.total_training_steps) == ("attended", 18)
     assert actor.cartridge.on_policy_fraction == 1.0
@@ -66,11 +66,11 @@ def test_the_demo_is_a_configuration_that_can_train(
 
 
 def test_what_a_person_adds_wins(patched: Path, model_folder: Path, out: Path) -> None:
-    typed = ["--steps", "2", "--lr", "0.02", f"{OPTIM}.lr_scheduler_type=constant"]
+    typed = ["--steps", "2", "--lr", "0.01", f"{OPTIM}.lr_scheduler_type=constant"]
     config = configured(typed, patched, model_folder, out)
     check_run_config(config)
     optim = config.actor_rollout_ref.actor.optim
-    assert (optim.lr_scheduler_type, optim.lr) == ("constant", 0.02)
+    assert (optim.lr_scheduler_type, optim.lr) == ("constant", 0.01)
     assert config.trainer.total_training_steps == 2
 
 
@@ -152,7 +152,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         demo.parse(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.01)" in text
+    assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.02)" in text
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(

@@ -90,7 +90,7 @@ class Distillation:
     batch: int = 48
     response_tokens: int = 6
     prompt_tokens: int = 192
-    lr: float = 0.01
+    lr: float = 0.02
     prompt_recipe: str = "started"
     questions: str | None = None
     rebuild: str | None = None
