@@ -95,7 +95,9 @@ class Asking:
             )
         )[0]
         if not completion.token_ids:
-            raise RolloutError(f"the server answered request {request_id} with no token")
+            raise RolloutError(
+                f"the server answered request {request_id} with no token; fix: look into its log"
+            )
         labels: dict[str, Any] = {"author": TEACHER, "finish_reason": completion.finish_reason}
         if version is not None:
             labels |= {
