@@ -25,6 +25,8 @@ from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say
 from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
 from verl_patches.packages import PatchError
@@ -264,10 +266,10 @@ def start(
         print(f"\n{clean_text(str(error))}\nerror: the training failed; {hint}", file=sys.stderr)
         return 1
     except ChildFailed as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 1
     except (CartridgeDistillError, PatchError, OSError) as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 2 if state is None or state.is_new else 1
     finally:
         if state is not None:
@@ -291,5 +293,6 @@ def _record(settings: Distillation, state: State, typed: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
     sys.exit(main())

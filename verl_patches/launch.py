@@ -27,6 +27,8 @@ from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
 from cartridge_distill.util.secrecy import clean_arguments, clean_text
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 from cartridge_distill.util.tracker import tracked_step
 from verl_patches.config.run_length import RunLength
 from verl_patches.launching import checks
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (CartridgeDistillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     try:
         with Supervisor() as supervisor:
@@ -308,5 +310,6 @@ def print_next(run: Run, result: Result | None) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
     sys.exit(main())

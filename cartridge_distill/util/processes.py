@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from cartridge_distill.util.shown_text import printable
+
 MARK = "CARTRIDGE_DISTILL_RUN"
 _GRACE_SECONDS = 10.0
 
@@ -99,7 +101,7 @@ class Supervisor:
 
 def say(line: str) -> None:
     """Prints at once, also into a pipe."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def _as_interrupt(*_: object) -> None:

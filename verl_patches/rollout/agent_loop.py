@@ -11,6 +11,7 @@ whose answer was lost is drawn again and not anew, where the server takes seeds.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -20,11 +21,13 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.profiler import simple_timer
 
 from cartridge_distill.distill.mixing import rollout_seed
-from cartridge_distill.distill.on_policy import OLDEST_STEP, oldest_step
+from cartridge_distill.distill.on_policy import OLDEST_STEP, ONLY_STEP, oldest_step
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError
 from verl_patches.rollout.ray_errors import kind_and_message
 from verl_patches.rollout.teacher import EPOCH, PLAN, RolloutTeacher, rollout_teacher
+from verl_patches.rollout.tokasaurus_rollout.direct import DirectClient
+from verl_patches.rollout.tokasaurus_rollout.replica import proxies_of
 
 AGENT_NAME = "cartridge_agent"
 _ERRORS_KEPT = 3
@@ -66,7 +69,7 @@ class CartridgeAgentLoop(AgentLoopBase):
                 output = await self.server_manager.generate(
                     request_id=uuid4().hex,
                     prompt_ids=prompt_ids,
-                    sampling_params=sampling_params | self._seed(kwargs) | self._oldest(kwargs),
+                    sampling_params=sampling_params | self._seed(kwargs) | self._version(kwargs),
                 )
                 tokens, logprobs = output.token_ids, output.log_probs
                 labels = output.extra_fields
@@ -94,20 +97,23 @@ class CartridgeAgentLoop(AgentLoopBase):
         choice = int(sample["session_id"])
         return {"seed": rollout_seed(self._config.data.seed, row, epoch, choice)}
 
-    def _oldest(self, sample: dict[str, Any]) -> dict[str, int]:
-        """Which version may answer a prompt that is asked for ahead; else there is only one."""
-        ahead = self._config.actor_rollout_ref.actor.cartridge.async_steps
-        if not ahead or EPOCH not in sample:
+    def _version(self, sample: dict[str, Any]) -> dict[str, int]:
+        """Which version may answer a prompt of a batch of the trainer's."""
+        if EPOCH not in sample or "global_steps" not in sample:
             return {}
-        return {OLDEST_STEP: oldest_step(int(sample["global_steps"]), ahead)}
+        ahead = self._config.actor_rollout_ref.actor.cartridge.async_steps
+        name = OLDEST_STEP if ahead else ONLY_STEP
+        return {name: oldest_step(int(sample["global_steps"]), ahead)}
 
 
 class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
-    """veRL's worker; remembers why prompts failed, and computes no reward."""
+    """veRL's worker; asks the servers itself, remembers why prompts failed, computes no reward."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._errors: list[str] = []
+        replicas = self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+        self.llm_client = DirectClient(partial(proxies_of, replicas), self.tokenizer)
         CartridgeAgentLoop.teacher = rollout_teacher(self.config, self.model_config)
 
     async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
