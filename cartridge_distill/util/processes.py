@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from cartridge_distill.util.forks import EXECUTABLE, ForkServer, Preloaded
 
 MARK = "CARTRIDGE_DISTILL_RUN"
 _GRACE_SECONDS = 10.0
@@ -31,6 +34,7 @@ class Supervisor:
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
         self._children: list[subprocess.Popen[bytes]] = []
+        self._forks: ForkServer | None = None
 
     def __enter__(self) -> Supervisor:
         # SIGTERM (a job scheduler, `timeout`) must clean up as Ctrl-C does, and Ctrl-C must do so
@@ -45,15 +49,39 @@ class Supervisor:
             signal.signal(number, signal.SIG_IGN)
         try:
             self.stop()
+            self._stop_forks()
         finally:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
+    def preload(self, preloaded: Preloaded, env: dict[str, str] | None = None) -> None:
+        """Imports once what the children to come would import each; they are forked from it.
+
+        At most once, before they are started. Returns at once: a child that is started meanwhile
+        waits for the imports, as it would for its own.
+
+        Args:
+            env: as for :meth:`start`. A child with other values of what libraries read when they
+                are imported is started without.
+        """
+        if self._forks is None:
+            self._forks = ForkServer.start(preloaded, self._environment(env))
+
+    def _environment(self, env: dict[str, str] | None) -> dict[str, str]:
+        return {**os.environ, **(env or {}), MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+
     def start(
         self, command: Sequence[str], log: Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Starts a child that writes to ``log``."""
-        environment = {**os.environ, **(env or {}), MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        """Starts a child that writes to ``log``.
+
+        A Python is forked from what :meth:`preload` imported. The process that is returned then
+        stands in for it, and ends as it does.
+        """
+        environment = self._environment(env)
+        if self._forks is not None and command[0] == sys.executable:
+            command = self._forks.command(command[1:])
+            environment[EXECUTABLE] = str(self._forks.executable)
         with log.open("wb") as sink:
             child = subprocess.Popen(
                 command,
@@ -67,7 +95,10 @@ class Supervisor:
         return child
 
     def stop(self) -> None:
-        """Asks, waits, then kills; first the children, then whatever still carries the mark."""
+        """Asks, waits, then kills; first the children, then whatever still carries the mark.
+
+        What was imported for later children stays.
+        """
         for child in reversed(self._children):
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)
@@ -78,7 +109,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        left = list(self.marked())
+        kept = None if self._forks is None else self._forks.process.pid
+        left = [process for process in self.marked() if process.pid != kept]
         for process in left:
             with _gone_is_fine():
                 process.terminate()
@@ -88,6 +120,14 @@ class Supervisor:
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
         self._children.clear()
+
+    def _stop_forks(self) -> None:
+        if self._forks is None:
+            return
+        self._forks.process.terminate()  # it has nothing to finish
+        self._forks.process.wait()
+        self._forks.close()
+        self._forks = None
 
     def marked(self) -> Iterator[psutil.Process]:
         """Living processes that a child of this supervisor is, or started."""
