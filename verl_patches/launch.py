@@ -33,6 +33,7 @@ from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, model_path, overrides
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import StepLines, causes, log_file
+from verl_patches.launching.preloading import preload
 from verl_patches.launching.result import Result, check_place, publish
 from verl_patches.launching.resuming import check_saved
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         with Supervisor() as supervisor:
+            preload(run, supervisor)
             saved = train(run, supervisor, own.verbose, lambda: record(run, typed))
         result = None if saved is None else publish_best(run)
     except KeyboardInterrupt:

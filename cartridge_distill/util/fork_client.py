@@ -74,9 +74,7 @@ def open_files() -> list[int]:
     return sorted(found)
 
 
-def ask(
-    server: socket.socket, asked: list[str], files: list[int], executable: str | None
-) -> bool:
+def ask(server: socket.socket, asked: list[str], files: list[int], executable: str | None) -> bool:
     """Has it forked?"""
     if len(files) > MOST_FILES:
         return False

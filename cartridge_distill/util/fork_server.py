@@ -1,4 +1,4 @@
-"""A process that has imported the libraries, and forks: ``python -m cartridge_distill.util.fork_server``.
+"""A process that has imported the libraries, and forks.
 
 A training run is a dozen Python processes, and nearly all of the CPU seconds of its start are the
 same imports in each of them. Here they are done once. :mod:`cartridge_distill.util.fork_client`
@@ -78,7 +78,10 @@ class Job:
         first = self.arguments[0] if self.arguments else "-"
         if first.startswith("-") and (first != "-m" or len(self.arguments) < 2):
             raise Refused(f"{first} asks for a Python of its own")
-        if other := differences(environment, self.environment):
+        other = differences(environment, self.environment)
+        # Libraries set some themselves, here as in whoever asks.
+        other = [n for n in other if self.environment.get(n) != os.environ.get(n)]
+        if other:
             raise Refused(f"libraries have read other values of {', '.join(other)}")
 
     def become(self, server: int) -> None:
@@ -126,6 +129,7 @@ class Job:
         if self.arguments[0] == "-m":
             sys.argv = [self.arguments[1], *self.arguments[2:]]
             sys.path[0] = self.folder
+            sys.modules.pop(self.arguments[1], None)  # it is to be run, not to have been imported
             runpy.run_module(self.arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = self.arguments
@@ -324,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     option = parser.add_argument
     option("--listening", type=int, required=True, metavar="FD", help="a bound socket, inherited")
     option("--never", action="append", default=[], metavar="MODULE", help="must not be imported")
-    option("modules", nargs="*", metavar="MODULE", help="to import; requests can be served from + on")
+    option("modules", nargs="*", metavar="MODULE", help="to import; + serves from there on")
     options = parser.parse_args(arguments)
     gc.disable()  # imports make nothing but what stays
     server = Server(socket.socket(fileno=options.listening))
