@@ -37,14 +37,17 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: maybe ``--only FOLDER EXECUTABLE``, the socket, and what a Python would get.
-            With the first, other scripts than those in FOLDER become a plain Python, and
-            EXECUTABLE is what the forked process takes for its ``sys.executable``.
+            With the first, other scripts than those in FOLDER become a plain Python, EXECUTABLE
+            is what the forked process takes for its ``sys.executable``, and a library of FOLDER
+            that is preloaded is left out: an allocator that is meant for FOLDER's C++ programs.
     """
     folder = executable = None
     if arguments[0] == "--only":
         folder, executable, arguments = arguments[1], arguments[2], arguments[3:]
     place, asked = arguments[0], arguments[1:]
     files = open_files()
+    if folder is not None and os.environ.get("LD_PRELOAD", "").startswith(folder):
+        del os.environ["LD_PRELOAD"]
     if folder is None or is_below(asked, folder):
         try:
             server = socket.socket(socket.AF_UNIX)
