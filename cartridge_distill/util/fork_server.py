@@ -311,8 +311,8 @@ def import_all(modules: Sequence[str], never: Sequence[str], server: Server) -> 
             continue
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            print(f"not imported: {name}: {error}", flush=True)
+        except Exception as error:  # it fails in the process that needs it, in its own words
+            print(f"not imported: {name}: {error!r}", flush=True)
         if came := [name for name in never if name in sys.modules]:
             raise SystemExit(f"{name} imports {came[0]}, which must not be forked")
         if serving and (job := server.serve(wait=False)) is not None:

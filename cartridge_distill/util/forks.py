@@ -45,6 +45,7 @@ class ForkServer:
 
     Attributes:
         process: the server.
+        log: what it says.
         executable: a file to be named where something asks for a Python: it forks the scripts of
             ``never[0]`` and is a plain Python for all others.
     """
@@ -52,6 +53,7 @@ class ForkServer:
     def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
         self._folder, self.process = folder, process
         self.executable = folder / "python"
+        self.log = folder / "log"
 
     @classmethod
     def start(cls, preloaded: Preloaded, environment: Mapping[str, str]) -> ForkServer | None:

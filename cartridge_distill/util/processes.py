@@ -22,6 +22,7 @@ from cartridge_distill.util.forks import EXECUTABLE, ForkServer, Preloaded
 
 MARK = "CARTRIDGE_DISTILL_RUN"
 _GRACE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 
 
 class ChildFailed(RuntimeError):
@@ -66,6 +67,11 @@ class Supervisor:
         """
         if self._forks is None:
             self._forks = ForkServer.start(preloaded, self._environment(env))
+
+    @property
+    def forks(self) -> bool:
+        """Are children forked from what was imported?"""
+        return self._forks is not None
 
     def _environment(self, env: dict[str, str] | None) -> dict[str, str]:
         return {**os.environ, **(env or {}), MARK: self.mark, "PYTHONUNBUFFERED": "1"}
@@ -124,6 +130,8 @@ class Supervisor:
     def _stop_forks(self) -> None:
         if self._forks is None:
             return
+        if self._forks.process.poll() is not None:  # it ends when it is told to, not before
+            print(f"the fork server ended early\n{tail(self._forks.log)}", file=sys.stderr)
         self._forks.process.terminate()  # it has nothing to finish
         self._forks.process.wait()
         self._forks.close()
@@ -154,30 +162,58 @@ def _gone_is_fine() -> Iterator[None]:
         pass  # it ended between two looks, or was never ours
 
 
-def wait_for(
-    ready: Callable[[], bool],
-    child: subprocess.Popen[bytes],
-    log: Path,
-    what: str,
-    timeout_s: float,
-) -> None:
-    """Waits until ``ready()``, telling how long it has been.
+class Awaited:
+    """A child that will be ready some time; nobody need wait for it alone.
 
-    Raises:
-        ChildFailed: the child ended, or the time ran out.
+    Args:
+        ready: is it?
+        what: it is called.
+        timeout_s: it must be ready after so many seconds.
     """
-    start = time.monotonic()
-    told = 0.0
-    while not ready():
-        waited = time.monotonic() - start
-        if child.poll() is not None:
-            raise ChildFailed(f"{what} ended with status {child.returncode}.\n{tail(log)}")
-        if waited > timeout_s:
-            raise ChildFailed(f"{what} was not ready after {timeout_s:.0f} s.\n{tail(log)}")
-        if waited - told >= 30:
-            told = waited
+
+    def __init__(
+        self,
+        ready: Callable[[], bool],
+        child: subprocess.Popen[bytes],
+        log: Path,
+        what: str,
+        timeout_s: float,
+    ) -> None:
+        self._ready, self._child, self._log, self._what = ready, child, log, what
+        self._timeout_s = timeout_s
+        self._start = time.monotonic()
+        self._told = 0.0
+        self._is_ready = False
+
+    def look(self) -> bool:
+        """Is it ready? Tells from time to time how long it has been; does nothing once it is.
+
+        Raises:
+            ChildFailed: the child ended, or the time ran out.
+        """
+        self._is_ready = self._is_ready or self._ready()
+        if self._is_ready:
+            return True
+        waited = time.monotonic() - self._start
+        what, log = self._what, self._log
+        if self._child.poll() is not None:
+            raise ChildFailed(f"{what} ended with status {self._child.returncode}.\n{tail(log)}")
+        if waited > self._timeout_s:
+            limit = f"{self._timeout_s:.0f} s"
+            raise ChildFailed(f"{what} was not ready after {limit}.\n{tail(log)}")
+        if waited - self._told >= 30:
+            self._told = waited
             print(f"   {what}: {waited:.0f} s ...", flush=True)
-        time.sleep(0.2)
+        return False
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            ChildFailed: as :meth:`look`.
+        """
+        while not self.look():
+            time.sleep(_LOOK_SECONDS)
 
 
 def follow(
@@ -186,12 +222,14 @@ def follow(
     show: Callable[[str], str | None],
     quiet: str,
     quiet_s: float = 20.0,
+    beside: Callable[[], object] = lambda: None,
 ) -> int:
     """Prints the lines of a child's log that ``show`` lets through until it ends.
 
     Args:
         show: a log line to what is printed of it, or None.
         quiet: printed with the seconds gone by when nothing was shown for ``quiet_s``.
+        beside: called between two looks; what it raises ends the following.
 
     Returns:
         The child's exit status.
@@ -212,7 +250,8 @@ def follow(
             if time.monotonic() - last > quiet_s:
                 last = time.monotonic()
                 print(f"   {quiet}: {last - start:.0f} s ...", flush=True)
-            time.sleep(0.2)
+            beside()
+            time.sleep(_LOOK_SECONDS)
 
 
 def tail(log: Path, lines: int = 25) -> str:

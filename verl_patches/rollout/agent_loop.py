@@ -11,6 +11,7 @@ whose answer was lost is drawn again and not anew, where the server takes seeds.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -119,6 +120,11 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
                 self._errors.append(kind_and_message(error))
             raise
 
+    def connect(self, llm_client: Any, teacher_client: Any, reward_handles: Any) -> None:
+        """What was not there yet when the worker began."""
+        self.llm_client, self.teacher_client = llm_client, teacher_client
+        self.reward_loop_worker_handles = reward_handles
+
     def take_errors(self) -> list[str]:
         """The first causes since the last call."""
         errors, self._errors = self._errors, []
@@ -131,6 +137,29 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
 class CartridgeAgentLoopManager(AgentLoopManagerTQ):
     """``rollout.agent.agent_loop_manager_class``."""
 
+    _begun: ClassVar[list[Any] | None] = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(_CartridgeAgentLoopWorker)
+
+    @classmethod
+    def begin(cls, config: Any) -> None:
+        """Starts the workers, which import and read the tokenizer while the trainer's model loads.
+
+        veRL makes them when all else is there. The manager that it makes then takes these.
+        """
+        if config.actor_rollout_ref.rollout.trace.get("token2text", False):
+            return  # a worker then asks its client as it begins
+        manager = cls(config, None)
+        asyncio.run(super(CartridgeAgentLoopManager, manager)._init_agent_loop_workers())
+        CartridgeAgentLoopManager._begun = manager.agent_loop_workers
+
+    async def _init_agent_loop_workers(self) -> None:
+        begun, CartridgeAgentLoopManager._begun = CartridgeAgentLoopManager._begun, None
+        if begun is None:
+            await super()._init_agent_loop_workers()
+            return
+        self.agent_loop_workers = begun
+        clients = self.llm_client, self.teacher_client, self.reward_loop_worker_handles
+        await asyncio.gather(*(worker.connect.remote(*clients) for worker in begun))

@@ -24,6 +24,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
+from verl.utils.import_utils import load_class_from_fqn
 
 from cartridge_distill.distill.mixing import STUDENT
 from cartridge_distill.distill.on_policy import (
@@ -36,6 +37,7 @@ from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
 from verl_patches.actor.worker import CartridgeWorker
 from verl_patches.hooks import TRAINER_MODE
+from verl_patches.rollout.agent_loop import CartridgeAgentLoopManager
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.ahead import Ahead, staleness_metrics
@@ -228,12 +230,17 @@ class CartridgeTrainer(PPOTrainerSync):
         for line in self._logged_before:
             self.logger.log(data=line["data"], step=line["step"], backend=["file"])
 
-    # ---------------------------------------------------------------- validation
-
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:  # there is but one: actor and rollout
             self.role_worker_mapping[role] = ray.remote(CartridgeWorker)
+        # The next thing is a rank that loads the model; what does not need it goes on beside.
+        name = self.config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+        manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
+        if manager is not None and issubclass(manager, CartridgeAgentLoopManager):
+            manager.begin(self.config)
+
+    # ---------------------------------------------------------------- validation
 
     def _validate(self) -> dict[str, float]:
         """Instead of veRL's rewards: the engine's own scores on held-out questions."""
