@@ -17,6 +17,8 @@ The processes die with the server. It ends by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -30,8 +32,9 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from cartridge_distill.util.fork_client import FORKED, LENGTH, MOST_FILES, STATUS
 
@@ -221,7 +224,7 @@ class Server:
         self._ended[told] = client.fileno()
         self._looked.register(told, select.POLLIN)
         self._looked.register(client, select.POLLIN)
-        with _gone_is_fine():
+        with contextlib.suppress(OSError):  # a client that is gone need not be told
             client.sendall(FORKED)
         return None
 
@@ -230,10 +233,10 @@ class Server:
         client, process = self._clients.pop(self._ended.pop(told))
         _, status = os.waitpid(process, 0)
         self._looked.unregister(told)
-        with _gone_is_fine():
+        with contextlib.suppress(KeyError):  # it was gone already
             self._looked.unregister(client)
         os.close(told)
-        with _gone_is_fine():
+        with contextlib.suppress(OSError):
             client.sendall(STATUS.pack(os.waitstatus_to_exitcode(status)))
         client.close()
 
@@ -289,15 +292,6 @@ def _close(files: Sequence[int]) -> None:
         os.close(file)
 
 
-class _gone_is_fine:  # noqa: N801  (used as a word)
-    """A client that is gone need not be told."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        return kind is not None and issubclass(kind, OSError | KeyError)
-
-
 def import_all(modules: Sequence[str], never: Sequence[str], server: Server) -> Job | None:
     """Imports what is there of ``modules``; between those behind a "+", requests are served.
 
@@ -334,7 +328,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     server = Server(socket.socket(fileno=options.listening))
     job = import_all(options.modules, options.never, server)
     if job is not None:
+        _run_to_its_end(job)
+
+
+def _run_to_its_end(job: Job) -> NoReturn:
+    """Runs it, and ends the process as a Python ends, but for one thing.
+
+    A Python takes all modules apart before it ends. Here they lie in memory that is shared with the
+    server, and each page would be copied first: half a second.
+    """
+    status: int | str | None = 0
+    try:
         job.run()
+    except SystemExit as asked:
+        status = asked.code
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    for finish in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            finish()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(int(status or 0) & 0xFF)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PRELOADED = Preloaded(
         *("cartridge_distill.model.loading", "cartridge_distill.model.reading"),
         *("cartridge_distill.data.command", "cartridge_distill.data.prompt_length"),
         "+",
-        *("hydra", "cartridge_distill.server.app"),
+        *("verl_patches.pipeline.running", "hydra.compose", "cartridge_distill.server.app"),
         # what veRL, Ray and the queue import of others, the largest; what is forgotten here is
         # imported by each
         *("tensordict", "torchdata.stateful_dataloader", "aiohttp", "zmq.asyncio", "msgspec"),

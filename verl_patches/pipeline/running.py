@@ -91,20 +91,18 @@ def _training(
     record: Callable[[], None],
     verbose: bool,
 ) -> None:
-    beside: Callable[[], object] = lambda: None
+    up = None
     if settings.server is None:
         url, up = stages.start_server(settings, supervisor)
-        if settings.device == "cpu" and settings.engine == "embedded":
-            beside = up.look  # veRL waits for it when it needs it
-        else:
-            up.wait()  # it takes its part of a GPU's memory first
+        if settings.device != "cpu" or settings.engine != "embedded":
+            up.wait()  # it takes its part of a GPU's memory, or all cores, first
         say(f"== server: {url} ({settings.device}, {settings.dtype})")
     else:
         url = settings.server
         say(f"== server: {url}")
     wanted = as_run(settings, url, data)
     choose_last = settings.choose == "last"
-    result = stages.train(wanted, supervisor, verbose, record, choose_last, beside)
+    result = stages.train(wanted, supervisor, verbose, record, choose_last, up)
     state.finish(TRAINING, cartridge=result.line())
 
 

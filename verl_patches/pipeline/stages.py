@@ -262,17 +262,21 @@ def train(
     verbose: bool = False,
     started: Callable[[], None] = lambda: None,
     choose_last: bool = False,
-    beside: Callable[[], object] = lambda: None,
+    server: Awaited | None = None,
 ) -> Result:
     """veRL, a line a step; its best cartridge, or its last, lies at RUN/cartridge afterwards.
 
     Args:
-        beside: called all the while; what it raises ends the training.
+        server: of the run's own, that veRL waits for when it needs it.
 
     Raises:
+        ChildFailed: the server did not come up.
         TrainingFailed: it ended with an error; the cause is named.
     """
-    saved = launch.train(run, supervisor, verbose, started, beside)
+    if server is None:
+        saved = launch.train(run, supervisor, verbose, started)
+    else:
+        saved = launch.train(run, supervisor, verbose, started, server.look)
     assert saved is not None  # the last step is saved
     return publish(run.folder, launch.checkpoints(run), launch.saved_step(run), choose_last)
 
