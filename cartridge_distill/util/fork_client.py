@@ -46,13 +46,11 @@ def main(arguments: list[str]) -> int:
         folder, executable, arguments = arguments[1], arguments[2], arguments[3:]
     place, asked = arguments[0], arguments[1:]
     files = open_files()
-    if folder is not None and os.environ.get("LD_PRELOAD", "").startswith(folder):
-        del os.environ["LD_PRELOAD"]
     if folder is None or is_below(asked, folder):
         try:
             server = socket.socket(socket.AF_UNIX)
             server.connect(place)
-            if ask(server, asked, files, executable):
+            if ask(server, asked, files, folder, executable):
                 return follow(server)
         except OSError:
             pass
@@ -77,13 +75,22 @@ def open_files() -> list[int]:
     return sorted(found)
 
 
-def ask(server: socket.socket, asked: list[str], files: list[int], executable: str | None) -> bool:
+def ask(
+    server: socket.socket,
+    asked: list[str],
+    files: list[int],
+    folder: str | None,
+    executable: str | None,
+) -> bool:
     """Has it forked?"""
     if len(files) > MOST_FILES:
         return False
+    environment = dict(os.environ)
+    if folder is not None and environment.get("LD_PRELOAD", "").startswith(folder):
+        del environment["LD_PRELOAD"]
     request = {
         "arguments": asked,
-        "environment": dict(os.environ),
+        "environment": environment,
         "folder": os.getcwd(),
         "files": files,
         "ignored": [int(number) for number in _PASSED_ON if ignored(number)],

@@ -115,8 +115,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-        kept = None if self._forks is None else self._forks.process.pid
-        left = [process for process in self.marked() if process.pid != kept]
+        left = list(self.marked())
         for process in left:
             with _gone_is_fine():
                 process.terminate()
@@ -139,9 +138,10 @@ class Supervisor:
 
     def marked(self) -> Iterator[psutil.Process]:
         """Living processes that a child of this supervisor is, or started."""
+        own = {os.getpid(), None if self._forks is None else self._forks.process.pid}
         for process in psutil.process_iter():
             with _gone_is_fine():
-                if process.pid != os.getpid() and process.environ().get(MARK) == self.mark:
+                if process.pid not in own and process.environ().get(MARK) == self.mark:
                     yield process
 
 

@@ -7,12 +7,15 @@ takes half a second where the rest is there.
 
 from __future__ import annotations
 
+import os
+
 from cartridge_distill.util.forks import Preloaded
 from cartridge_distill.util.processes import Supervisor
 from verl_patches.launching.checks import may_be_elsewhere
 from verl_patches.launching.command import environment
 from verl_patches.launching.settings import Run
 
+SWITCH = "CARTRIDGE_DISTILL_FORKS"
 PRELOADED = Preloaded(
     modules=(
         # for the data and the first checks
@@ -36,6 +39,9 @@ def preload(run: Run, supervisor: Supervisor) -> None:
     """Begins to import what the run's processes need, where they can be forked.
 
     Not without a number of threads: Ray would give each worker its own, and OpenMP reads it once.
+    And not where :data:`SWITCH` is 0 in the environment.
     """
-    if run.device == "cpu" and run.threads is not None and not may_be_elsewhere(run):
+    if os.environ.get(SWITCH) == "0" or may_be_elsewhere(run):
+        return
+    if run.device == "cpu" and run.threads is not None:
         supervisor.preload(PRELOADED, environment(run))
