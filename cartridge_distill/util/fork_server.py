@@ -47,7 +47,7 @@ READ_EARLY = (
 SERVED_BETWEEN = "+"
 _NOT_READ = ("PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES")  # as each process is told; no GPU is used
 _REQUEST_SECONDS = 10.0
-_HIGH = 900  # file numbers that no request asks for
+_HIGH = 600  # file numbers that no request asks for
 _DIE_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 _MOST_BYTES = 16 << 20
 _PEER = struct.Struct("3i")  # Linux: process, user, group
@@ -131,13 +131,17 @@ class Job:
         """Runs it as a Python would."""
         if self.arguments[0] == "-m":
             sys.argv = [self.arguments[1], *self.arguments[2:]]
-            sys.path[0] = self.folder
+            self._look_first_in(self.folder)
             sys.modules.pop(self.arguments[1], None)  # it is to be run, not to have been imported
             runpy.run_module(self.arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = self.arguments
-            sys.path[0] = os.path.dirname(os.path.abspath(self.arguments[0]))
+            self._look_first_in(os.path.dirname(os.path.abspath(self.arguments[0])))
             runpy.run_path(self.arguments[0], run_name="__main__")
+
+    def _look_first_in(self, folder: str) -> None:
+        if not sys.flags.safe_path:  # then the first entry is none of a program's
+            sys.path[0] = folder
 
 
 _PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)  # which it ignores
@@ -207,13 +211,13 @@ class Server:
             client.settimeout(_REQUEST_SECONDS)
             job = _received(client, files)
             job.check(self._environment)
+            server = os.getpid()
+            process = os.fork()
         except (Refused, OSError, ValueError, KeyError, TypeError) as error:
             print(f"not forked: {error}", flush=True)
             _close(files)
             client.close()
             return None
-        server = os.getpid()
-        process = os.fork()
         if process == 0:
             self._forget(client)
             job.become(server)

@@ -85,6 +85,7 @@ class Supervisor:
         stands in for it, and ends as it does.
         """
         environment = self._environment(env)
+        environment.pop(EXECUTABLE, None)  # of a supervisor that this process is a child of
         if self._forks is not None and command[0] == sys.executable:
             command = self._forks.command(command[1:])
             environment[EXECUTABLE] = str(self._forks.executable)

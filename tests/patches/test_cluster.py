@@ -66,7 +66,9 @@ def test_workers_of_ones_own_ray_are_forked_where_somebody_has_the_libraries(
     driver = {**DRIVER, EXECUTABLE: str(executable)}
     asked = {"num_cpus": 8, "runtime_env": {"env_vars": {"NCCL_DEBUG": "WARN"}}}
     assert forward_environment(asked, config(), driver) is asked  # it is gone
-    executable.touch()
+    executable.touch(mode=0o600)
+    assert forward_environment(asked, config(), driver) is asked  # it cannot be run there
+    executable.chmod(0o700)
     assert forward_environment(asked, config("auto"), dict(driver))["runtime_env"] is not None
     assert sys.executable != str(executable)  # a cluster starts its processes itself
     assert forward_environment(asked, config(), driver) == {"num_cpus": 8, "runtime_env": None}

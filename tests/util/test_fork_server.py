@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,3 +264,30 @@ def test_nothing_is_left_when_the_supervisor_ends(libraries: Path) -> None:
         forked = int(program.said.split()[1])
     assert not psutil.pid_exists(forked)
     assert server.poll() is not None and not log.parent.exists()
+
+
+def test_where_the_socket_would_have_too_long_a_name_processes_start_without(
+    libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = libraries / ("a" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    program = Program(libraries, SAYS)
+    with Supervisor() as found:
+        found.preload(Preloaded((HEAVY,), (NEVER,)))
+        assert not found.forks and list(deep.iterdir()) == []
+        assert program.start(found).wait() == 7
+        assert "imported before: False" in program.said
+
+
+def test_a_python_that_looks_in_no_folder_of_its_own_does_not_either(
+    libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    program = Program(libraries, "import sys, json; print(json.dumps(sys.path))")
+    with Supervisor() as found:
+        program.start(found).wait()
+        plain = program.said
+        found.preload(Preloaded((HEAVY,), (NEVER,)))
+        program.start(found).wait()
+    assert program.said == plain

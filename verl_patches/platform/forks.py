@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
-from pathlib import Path
 from typing import Any
 
 from cartridge_distill.util.forks import EXECUTABLE
@@ -33,7 +32,7 @@ def fork_workers(
         environment: of this process; the workers' variables are added.
     """
     executable = environment.get(EXECUTABLE)
-    if executable is None or not Path(executable).is_file():
+    if executable is None or not os.access(executable, os.X_OK):  # gone, or on a disk without
         return ray_init
     sys.executable = executable
     runtime_env = ray_init.get("runtime_env") or {}
