@@ -28,8 +28,10 @@ STATUS = struct.Struct("!i")
 LENGTH = struct.Struct("!I")
 """What begins a request: the bytes of its JSON."""
 MOST_FILES = 200  # that one message may carry (Linux: 253)
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-_PASSED_ON = (*_PASSED_ON, signal.SIGUSR2)
+_PASSED_ON = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
 
 
 def main(arguments: list[str]) -> int:

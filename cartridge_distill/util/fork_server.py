@@ -106,9 +106,10 @@ class Job:
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.folder)
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115  (as Python opens it)
-        sys.stdout, sys.stderr = _stream(1), _stream(2)
-        sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+        streams = {"stdin": open(0, closefd=False), "stdout": _stream(1), "stderr": _stream(2)}
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
         sys.orig_argv = [sys.executable, *self.arguments]
         if self.executable is not None:
             sys.executable = self.executable
@@ -347,10 +348,10 @@ def _run_to_its_end(job: Job) -> NoReturn:
     except SystemExit as asked:
         status = asked.code
     except KeyboardInterrupt:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         status = -signal.SIGINT
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         status = 1
     if isinstance(status, str):
         print(status, file=sys.stderr)
@@ -359,7 +360,7 @@ def _run_to_its_end(job: Job) -> NoReturn:
         try:
             finish()
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -124,7 +124,11 @@ def start_data(settings: Distillation, scratch: Path, supervisor: Supervisor) ->
 
 
 def finish_data(
-    settings: Distillation, writing: Stage, scratch: Path, supervisor: Supervisor, verbose: bool
+    settings: Distillation,
+    writing: Stage,
+    scratch: Path,
+    supervisor: Supervisor,
+    verbose: bool = False,
 ) -> Prepared:
     """Waits for what :func:`start_data` began, says what it wrote, and looks whether it will do.
 
