@@ -69,13 +69,11 @@ from benchmarks.ways import packed, stepper, ways_for  # noqa: E402
 from cartridge_distill.cartridge.prefix import Prefix  # noqa: E402
 from cartridge_distill.cartridge.trainable import TrainableCache  # noqa: E402
 from cartridge_distill.model.attention import ATTENTION_NAME  # noqa: E402
+from cartridge_distill.model.beginning import first_cartridge  # noqa: E402
 from cartridge_distill.model.forward import packed_forward  # noqa: E402
 from cartridge_distill.model.logprobs import chosen_logprobs  # noqa: E402
 from cartridge_distill.model.packing import PackedBatch, pack  # noqa: E402
-from cartridge_distill.model.prefill import (  # noqa: E402
-    cartridge_from_text,
-    prefix_from_tokens,
-)
+from cartridge_distill.model.prefill import prefix_from_tokens  # noqa: E402
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError  # noqa: E402
 from cartridge_distill.util.processes import say  # noqa: E402
 
@@ -90,7 +88,7 @@ def make_cartridge(model: PreTrainedModel, options: argparse.Namespace) -> Train
     """From the KV of some tokens: of the size that a real one has, so that a wrong mask shows."""
     vocabulary = vocabulary_of(model)
     [ids] = make_sequences(vocabulary, 1, options.prefix, False, torch.device(options.device))
-    return cartridge_from_text(model, ids, options.prefix)
+    return first_cartridge(model, ids, options.prefix)
 
 
 def student_tables(

@@ -26,11 +26,11 @@ from cartridge_distill.data.document_store import DocumentStore
 from cartridge_distill.distill.loss import get_loss
 from cartridge_distill.distill.rounding import scaled
 from cartridge_distill.distill.teacher import Teacher, not_finite
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.float32_forward import float32_logprobs
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import pack
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
@@ -120,7 +120,7 @@ class Experiment:
         ids = world.document
         self.teacher = Teacher(world.model, DocumentStore({DOCUMENT: "text"}), lambda _: ids)
         start = torch.tensor(ids, device=world.device)
-        self.cartridge = cartridge_from_text(world.model, start, world.tokens).to(world.device)
+        self.cartridge = first_cartridge(world.model, start, world.tokens).to(world.device)
         self.optimizer = torch.optim.AdamW(
             self.cartridge.trainable_parameters(), lr=world.rate, weight_decay=0.0
         )
@@ -244,7 +244,7 @@ class Experiment:
                 rollouts += self.roll_out(now, rows=slice(half, None))
         elif name == CARTRIDGE:
             backwards = torch.tensor(self.world.document[::-1], device=self.world.device)
-            other = cartridge_from_text(self.world.model, backwards, self.cartridge.num_tokens)
+            other = first_cartridge(self.world.model, backwards, self.cartridge.num_tokens)
             rollouts = self.roll_out(other.prefix(self.world.dtype))
         else:
             self.wrong_engine = self.wrong_engine or self._engine(other_base(self.world.model))

@@ -26,7 +26,7 @@ from verl_patches.launching.command import python_path
 from verl_patches.pipeline.stages import run_stage
 
 PROGRAM = "cartridge-distill demo"
-_TEST_EVERY = 9
+_STEPS, _TEST_EVERY = 18, 9
 
 
 def parse(arguments: Sequence[str] | None = None, name: str = PROGRAM) -> argparse.Namespace:
@@ -46,7 +46,11 @@ def parse(arguments: Sequence[str] | None = None, name: str = PROGRAM) -> argpar
         help="further Hydra overrides, e.g. actor_rollout_ref.actor.cartridge.topk=50",
     )
     parser.set_defaults(
-        name="demo", out=Path("runs") / "demo", device="cpu", test_every=_TEST_EVERY
+        name="demo",
+        out=Path("runs") / "demo",
+        device="cpu",
+        steps=_STEPS,
+        test_every=_TEST_EVERY,
     )
     typed = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_intermixed_args(typed)

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.beginnings import BEGINNINGS
 from cartridge_distill.report.recipe import write_recipe
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.command_line import Parser
@@ -59,6 +60,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     option("--out", type=Path, metavar="RUN", help="folder of the run (runs/<name>)")
     option("--tokens", **number, default=usual("tokens"), help="cartridge tokens (%(default)s)")
+    option(
+        "--init",
+        choices=BEGINNINGS,
+        default=usual("init"),
+        help="the part of a document that it begins as: its first tokens, spans of 16 evenly over "
+        "it, or for each head the tokens that it needs to repeat the document (%(default)s)",
+    )
     option("--steps", **number, default=usual("steps"), help="optimizer steps (%(default)s)")
     option("--batch", **number, default=usual("batch"), help="rollouts a step (%(default)s)")
     option(

@@ -32,10 +32,10 @@ from benchmarks.bases import (
 )
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import resolve_backend
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.logprobs import chosen_logprobs
 from cartridge_distill.model.packing import pack
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.server.engine import Engine
 from cartridge_distill.server.rows import Row
 from cartridge_distill.server.settings import ServerSettings
@@ -85,7 +85,7 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
     """The differences of ``options.rows`` answers in one dtype."""
     model = make_base(options.model, options.shape, getattr(torch, dtype), options.device)
     ids = document_ids(model, options.model)
-    cartridge = cartridge_from_text(model, torch.tensor(ids, device=options.device), options.tokens)
+    cartridge = first_cartridge(model, torch.tensor(ids, device=options.device), options.tokens)
     prefix = cartridge.prefix().to(dtype=model.dtype)
     draw = random.Random(0)
     starts = [draw.randrange(len(ids) - _PROMPTS[1]) for _ in range(options.rows)]

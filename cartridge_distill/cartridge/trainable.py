@@ -25,7 +25,7 @@ class TrainableCache(nn.Module):
     ``trainable_keys``, ``trainable_values``, one ``[1, H, tokens, D]`` per layer.
 
     One that begins as a document's first tokens needs a model, and is made by
-    :func:`cartridge_distill.model.prefill.cartridge_from_text`.
+    :func:`cartridge_distill.model.beginning.first_cartridge`.
 
     Args:
         prefix: the initial P tokens.

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
 from cartridge_distill.cli import files
-from cartridge_distill.cli.options import Dtype, Model, Overwrite
+from cartridge_distill.cli.options import Beginning, Dtype, Model, Overwrite
 from cartridge_distill.cli.program import Commands, become, one_form
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import ConfigError
@@ -144,20 +144,30 @@ def init(
     model: Model,
     document: Annotated[
         Path | None,
-        typer.Option(help="Its first tokens are the start: text, Markdown, HTML, PDF, a record."),
+        typer.Option(help="A part of it is the start: text, Markdown, HTML, PDF, a record."),
     ] = None,
+    part: Annotated[
+        Beginning,
+        typer.Option(
+            "--from",
+            help="The part: its first tokens, spans of 16 evenly over it, or for each head the "
+            "tokens that it needs to repeat the document.",
+        ),
+    ] = Beginning.text,
     tokens: Annotated[int, typer.Option(help="A multiple of 16 for Tokasaurus.")] = 2048,
     frozen: Annotated[int, typer.Option(help="First tokens that are never trained.")] = 1,
     random: Annotated[bool, typer.Option(help="Noise in place of a document.")] = False,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make an untrained cartridge, from a document's first tokens or from noise."""
+    """Make an untrained cartridge, from a part of a document or from noise."""
     if random == (document is not None):
         raise ConfigError("nothing says how it begins; fix: give --document FILE, or --random")
+    if random and part is not Beginning.text:
+        raise ConfigError(f"--from {part} of --random: noise has no parts; fix: give one of them")
     from cartridge_distill.cli.untrained import make
 
-    make(out, model, document, tokens, frozen, seed, overwrite)
+    make(out, model, document, tokens, frozen, seed, overwrite, part.value)
     typer.echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
 
 

@@ -14,6 +14,14 @@ BaseModel = Annotated[
 ]
 
 
+class Beginning(enum.StrEnum):
+    """Parts of a document that a cartridge may begin as."""
+
+    text = "text"
+    spans = "spans"
+    attended = "attended"
+
+
 class Dtype(enum.StrEnum):
     """Number formats of a file."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import typer
 
+from cartridge_distill.cartridge.beginnings import TEXT
 from cartridge_distill.cartridge.checkpoint import (
     META_FILE,
     CartridgeMeta,
@@ -18,9 +19,9 @@ from cartridge_distill.cartridge.formats.detect import check_replaceable
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.loading import load_model
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.model.prompts import render_document
 from cartridge_distill.model.reading import read_model_config, read_tokenizer
 from cartridge_distill.util.errors import ConfigError
@@ -36,17 +37,19 @@ def make(
     frozen: int,
     seed: int,
     overwrite: bool = False,
+    init: str = TEXT,
 ) -> None:
     """Writes an untrained cartridge.
 
     Args:
         out: its directory.
         model: folder or hub id of the base model.
-        document: file whose first tokens it starts as, of any kind that ``prepare`` reads; None
-            starts it from noise.
+        document: file that it starts as a part of, of any kind that ``prepare`` reads; None starts
+            it from noise.
         tokens, frozen: of the cartridge; the first ``frozen`` are never trained.
         seed: of the noise.
         overwrite: replace a cartridge that is there, and was not trained.
+        init: the part of the document, see ``model.beginning``.
 
     Raises:
         CartridgeDistillError: model or document cannot be read, or do not fit; or ``out`` holds
@@ -67,10 +70,10 @@ def make(
         source = one_document(document, lambda line: typer.echo(line, err=True))
         ids = render_document(read_tokenizer(model), source.text)
         loaded: Any = load_model(model, torch.float32, "cpu")
-        cartridge = cartridge_from_text(loaded, torch.tensor(ids), tokens, frozen)
+        cartridge = first_cartridge(loaded, torch.tensor(ids), tokens, frozen, init)
         meta.document_sha256 = sha256_of(source.text)
         meta.document_title = source.title
-        meta.recipe["init"] = {"from": "text"}
+        meta.recipe["init"] = {"from": init}
     snapshot = Snapshot.take(cartridge.state_dict(), torch.float32)
     write_cartridge(StoredCartridge(snapshot, meta), out, "native", overwrite)
 

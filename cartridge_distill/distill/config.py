@@ -10,13 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.beginnings import BEGINNINGS
 from cartridge_distill.distill.loss import LOSSES, get_loss
 from cartridge_distill.distill.mixing import Schedule
 from cartridge_distill.model.attention import BACKENDS as ATTENTIONS
 from cartridge_distill.sync.versions import is_run_name
 from cartridge_distill.util.errors import ConfigError, nearest
 
-INITS = ("text", "random", "checkpoint")
+INITS = (*BEGINNINGS, "random", "checkpoint")
 TRANSPORTS = ("shared_dir", "http")
 SYNC_DTYPES = ("auto", "float32", "bfloat16", "float16")
 

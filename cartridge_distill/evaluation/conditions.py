@@ -5,24 +5,26 @@ no document          what the model always begins with: the begin-of-text, or no
 full document        the whole document; the teacher
 best chunk           the chunk of the document that BM25 finds for the question, with at
                      most as many KV tokens as the cartridge
-untrained cartridge  the KV of the document's first tokens, as many as the cartridge has
+untrained cartridge  what training began with: the KV of some tokens of the document
 trained cartridge    the cartridge
 ===================  ================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from cartridge_distill.cartridge.beginnings import ATTENDED, BEGINNINGS, TEXT
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.distill.teacher import Teacher
 from cartridge_distill.evaluation.names import BEST_CHUNK, FULL_DOCUMENT, NO_DOCUMENT, UNTRAINED
 from cartridge_distill.evaluation.retrieval import ChunkIndex
 from cartridge_distill.evaluation.scoring import device_of
+from cartridge_distill.model.beginning import first_prefix
 from cartridge_distill.model.prefill import prefix_from_tokens
 from cartridge_distill.model.prompts import begin_of_text
 from cartridge_distill.util.errors import ConfigError
@@ -127,20 +129,36 @@ class BestChunk:
         return self._views[found]
 
 
-def first_tokens(teacher: Teacher, document_id: str, tokens: int) -> Fixed:
-    """The cartridge that training from text begins with.
+def untrained(
+    teacher: Teacher, document_id: str, tokens: int, frozen: int = 1, init: str = TEXT
+) -> Fixed:
+    """The cartridge that training from a document begins with.
+
+    Args:
+        frozen: of its tokens.
+        init: what it begins as, see :mod:`cartridge_distill.model.beginning`.
 
     Raises:
-        ConfigError: the document has fewer tokens.
+        ConfigError: the document has fewer tokens, or the model has no such beginning.
     """
     ids = teacher.document_ids(document_id)
     if len(ids) < tokens:
         raise ConfigError(
             f"the document {document_id!r} has {len(ids)} tokens, fewer than the cartridge's "
-            f"{tokens}: there is no cartridge of its first {tokens}; fix: name the one that "
+            f"{tokens}: there is no cartridge of {tokens} of its tokens; fix: name the one that "
             f"training began with (--untrained), or leave {UNTRAINED!r} out of --conditions"
         )
-    return Fixed(UNTRAINED, _prefix(teacher.model, ids[:tokens]), ids[:tokens])
+    row = torch.tensor(ids, device=device_of(teacher.model))
+    read = teacher.prefix(document_id) if init == ATTENDED else None
+    prefix = first_prefix(teacher.model, row, tokens, frozen, init, read)
+    return Fixed(UNTRAINED, prefix, ids[:tokens] if init == TEXT else None)
+
+
+def began_as(recipe: Mapping[str, Any]) -> str:
+    """What a cartridge began as, as its recipe says; the first tokens where that is no part of a
+    document."""
+    said = recipe.get("cartridge.init")
+    return said if said in BEGINNINGS else TEXT
 
 
 def _prefix(model: Any, ids: Sequence[int]) -> Prefix:

@@ -22,8 +22,9 @@ from cartridge_distill.evaluation.conditions import (
     Condition,
     Fixed,
     FullDocument,
-    first_tokens,
+    began_as,
     no_document,
+    untrained,
 )
 from cartridge_distill.evaluation.data import AboutADocument, EvaluationData
 from cartridge_distill.evaluation.harness import Evaluation
@@ -169,17 +170,20 @@ def _conditions(
     def cartridge(name: str, cache: TrainableCache) -> Fixed:
         return Fixed(name, cache.prefix().to(model.device, model.dtype))
 
-    def untrained() -> Condition:
+    def before_training() -> Condition:
         if options.untrained:
             stored = read_cartridge(options.untrained, model.config)
             return cartridge(UNTRAINED, TrainableCache.from_snapshot(stored.snapshot))
         began_with = loaded.meta.recipe.get("init_document") or loaded.data.documents.ids[0]
-        return first_tokens(teacher, str(began_with), tokens)
+        return untrained(
+            *(teacher, str(began_with), tokens, loaded.trained.num_frozen_tokens),
+            began_as(loaded.meta.recipe),
+        )
 
     made: dict[str, Callable[[], Condition]] = {
         NO_DOCUMENT: lambda: no_document(model, loaded.tokenizer),
         BEST_CHUNK: lambda: BestChunk(teacher, tokens),
-        UNTRAINED: untrained,
+        UNTRAINED: before_training,
         TRAINED: lambda: cartridge(TRAINED, loaded.trained),
         FULL_DOCUMENT: lambda: document,
     }

@@ -227,6 +227,9 @@ def packed_attention(
             )
     attend = _IMPLEMENTATIONS[packed_layout.backend]
     scoring = Scoring.of_layer(query, scaling, softcap, sliding_window)
+    if packed_layout.observer is not None and past is not None:
+        source = packed_layout.kv_sources[layer]
+        packed_layout.observer(source, query[0], row[0], past[0], scoring)
     out = attend(packed_layout, query[0], *row, past, scoring)
     return out.transpose(0, 1).contiguous()[None], None
 

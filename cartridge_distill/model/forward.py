@@ -21,7 +21,7 @@ from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.attention import ATTENTION_NAME, resolve_backend
 from cartridge_distill.model.blocks import BLOCK, LEAST_ROW
 from cartridge_distill.model.kept_tokens import Kept, KeptOfRow
-from cartridge_distill.model.layout import PackedLayout
+from cartridge_distill.model.layout import Observer, PackedLayout
 from cartridge_distill.model.packing import (
     HostIndex,
     HostMask,
@@ -41,10 +41,12 @@ def run_packed(
     cache: Any = None,
     starts: Sequence[int] | None = None,
     kept: Kept | None = None,
+    observer: Observer | None = None,
 ) -> Tensor:
     """As :func:`packed_forward`, with a transformers cache that collects the row's own KV.
 
     Args:
+        observer: is told of the queries and keys behind a prefix, layer by layer.
         starts: B positions at which the sequences begin; right after the prefix by default.
 
     Raises:
@@ -94,6 +96,7 @@ def run_packed(
     if kept is not None and backend == "grouped" and mask.any():
         known = kept.of_row(batch, _first_of_each(batch, mask))
     layout = PackedLayout(batch, prefix, backend, share, kv_sources(config), known)
+    layout.observer = observer
     rows = layout.of_token[np.flatnonzero(mask)]
     if (rows < 0).any():
         raise ValueError("logits of tokens that are kept and not computed; ask for later ones")

@@ -7,7 +7,7 @@ shared by all layers. Nothing here computes attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,8 +18,13 @@ from torch import Tensor
 from cartridge_distill.cartridge.prefix import Prefix
 from cartridge_distill.model.kept_tokens import KeptOfRow
 from cartridge_distill.model.packing import HostIndex, PackedBatch, on_device
+from cartridge_distill.model.scoring import Scoring
 from cartridge_distill.model.token_trie import ROOT, TokenTrie
 from cartridge_distill.util.errors import ConfigError
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, Scoring], None]
+"""Called in every layer with the layer of the prefix that it sees, its queries ``[Hq, T, D]``, its
+keys ``[H, T, D]``, the prefix's ``[H, P, D]``, and how it makes scores of them."""
 
 # Sequences share a group while the shortest is at least this part of the longest: bounds the
 # padding inside a group to a third of its own-sequence work.
@@ -58,7 +63,10 @@ class PackedLayout:
         of_token: ``[T]`` for each token its place among the computed ones, on the host; below 0 for
             a kept one, which has no result.
         kept: what is known of the row; None knows nothing and keeps nothing.
+        observer: is told of every layer's queries and keys; None where nobody looks.
     """
+
+    observer: Observer | None = None
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ def check_own_attention(model: PreTrainedModel) -> None:
             f"{name} has a context of {furthest} tokens, too short for a cartridge; fix: use "
             "another model"
         )
-    ids = _ordinary_ids(model.config, DOCUMENT + 2 * BEHIND).to(device)
+    ids = ordinary_ids(model.config, DOCUMENT + 2 * BEHIND).to(device)
     document, short, far = ids.split([DOCUMENT, BEHIND, BEHIND])
     starts = (DOCUMENT, furthest - BEHIND)
     own_run = _named(f"{name} cannot be run with its own eager attention")
@@ -187,7 +187,7 @@ def _named(what: str) -> Callable[..., Any]:
     return call
 
 
-def _ordinary_ids(config: Any, count: int) -> Tensor:
+def ordinary_ids(config: Any, count: int) -> Tensor:
     """Ids of ordinary tokens: none that the configuration names (an image's, for one)."""
     text = text_config(config)
     named: set[int] = set()

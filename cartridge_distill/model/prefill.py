@@ -1,7 +1,7 @@
-"""Keys and values of tokens: a document's for the teacher, its beginning's for a first cartridge.
+"""Keys and values of tokens: a document's for the teacher, some of it for a first cartridge.
 
-The one place where a prefix is computed. What a prefix is, and what a cartridge is, lies in
-``cartridge``, which knows no model.
+The one place where a prefix is computed. What a prefix is lies in ``cartridge``, which knows no
+model.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from cartridge_distill.cartridge.prefix import Prefix
-from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.model.forward import run_packed
 from cartridge_distill.model.packing import pack
-from cartridge_distill.util.errors import ConfigError
 
 PREFILL_TOKENS = 8192
 """Tokens of a long document that go through the model at once: bounds the activations."""
@@ -62,27 +60,3 @@ def prefix_from_tokens(
                 kept[:, :, done : done + len(piece)] = part
         done += len(piece)
     return Prefix(keys, values)
-
-
-def cartridge_from_text(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    num_tokens: int,
-    num_frozen_tokens: int = 1,
-) -> TrainableCache:
-    """A cartridge from the KV of the first ``num_tokens`` tokens of a document.
-
-    Args:
-        model: the base model, from :func:`cartridge_distill.model.loading.load_model`.
-        input_ids: ``[>= num_tokens]`` ids from
-            :func:`cartridge_distill.model.prompts.render_document`, begin-of-text token included.
-
-    Raises:
-        ConfigError: the document is shorter than the cartridge.
-    """
-    if input_ids.shape[0] < num_tokens:
-        raise ConfigError(
-            f"the document has {input_ids.shape[0]} tokens, the cartridge {num_tokens}; "
-            "fix: use fewer cartridge tokens or a longer document"
-        )
-    return TrainableCache(prefix_from_tokens(model, input_ids[:num_tokens]), num_frozen_tokens)

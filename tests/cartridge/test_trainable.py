@@ -11,10 +11,11 @@ import torch
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.distill.integrity import weights_checksum
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.packing import pack
-from cartridge_distill.model.prefill import cartridge_from_text, prefix_from_tokens
+from cartridge_distill.model.prefill import prefix_from_tokens
 from cartridge_distill.sync.shared_dir import SharedDirectoryPublisher
 from cartridge_distill.sync.versions import new_run_id, step_of, version_id
 from cartridge_distill.util.errors import ConfigError, SyncError
@@ -29,18 +30,18 @@ def equal(a: TrainableCache, b: TrainableCache) -> bool:
 def test_from_text_takes_the_first_tokens() -> None:
     model = prepare_model(tiny_model())
     ids = torch.randint(3, VOCAB, (50,))
-    cartridge = cartridge_from_text(model, ids, num_tokens=32, num_frozen_tokens=2)
+    cartridge = first_cartridge(model, ids, num_tokens=32, num_frozen_tokens=2)
     whole = prefix_from_tokens(model, ids)
     assert (cartridge.num_tokens, cartridge.num_frozen_tokens) == (32, 2)
     for layer, key in enumerate(cartridge.prefix().keys):
         torch.testing.assert_close(key, whole.keys[layer][:, :, :32], atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="50 tokens, the cartridge 64"):
-        cartridge_from_text(model, ids, num_tokens=64)
+        first_cartridge(model, ids, num_tokens=64)
 
 
 def test_master_weights_are_float32_on_a_bfloat16_model() -> None:
     model = prepare_model(tiny_model().bfloat16())
-    cartridge = cartridge_from_text(model, torch.arange(3, 35), 16)
+    cartridge = first_cartridge(model, torch.arange(3, 35), 16)
     assert {p.dtype for p in cartridge.parameters()} == {torch.float32}
     logits = packed_forward(model, cartridge.prefix(), pack([torch.arange(5, 12)]))
     assert logits.dtype == torch.bfloat16

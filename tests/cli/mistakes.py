@@ -163,7 +163,7 @@ MISTAKES = (
     Mistake(
         "the same folder with another setting",
         (*DISTILL, "BEGUN", "--lr", "0.5"),
-        ("lr: 0.03 there, 0.5 now", "fix: give the same"),
+        ("lr: 0.02 there, 0.5 now", "fix: give the same"),
     ),
     Mistake(
         "no GPU, and --device forgotten",

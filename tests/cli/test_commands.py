@@ -75,8 +75,21 @@ def test_init_makes_a_cartridge_of_a_document(model_folder: Path, tmp_path: Path
     made = load_cartridge(tmp_path / "c")
     assert (made.num_tokens, made.num_frozen_tokens) == (32, 1)
     assert read_meta(tmp_path / "c")["document_title"] == "record"
+    status, shown = run(
+        *("init", tmp_path / "a", "--model", model_folder, "--tokens", 32, "--from", "attended"),
+        *("--document", tmp_path / "record.txt"),
+    )
+    assert status == 0, shown
+    assert read_meta(tmp_path / "a")["recipe"]["init"] == {"from": "attended"}
+    attended = load_cartridge(tmp_path / "a")
+    assert torch.equal(attended.frozen_keys[0], made.frozen_keys[0])
+    assert not torch.equal(attended.trainable_values[0], made.trainable_values[0])
     again = run("init", tmp_path / "n", "--model", model_folder, "--tokens", 32, "--random")
     assert again[0] == 0
+    status, shown = run(
+        *("init", tmp_path / "x", "--model", model_folder, "--random", "--from", "spans")
+    )
+    assert status == 1 and "--from spans of --random: noise has no parts" in shown
     status, shown = run("init", tmp_path / "x", "--model", model_folder)
     assert status == 1 and "--document FILE, or --random" in shown
     status, shown = run(

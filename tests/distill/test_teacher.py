@@ -14,10 +14,10 @@ from cartridge_distill.data.general import BARE
 from cartridge_distill.distill.kept_prompts import settle
 from cartridge_distill.distill.loss import TeacherTopK, get_loss
 from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import prepare_model
 from cartridge_distill.model.packing import pack
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.util.errors import DocumentError
 from tests.tiny import VOCAB, tiny_model
 
@@ -156,7 +156,7 @@ def test_the_oracle_has_no_loss_and_no_gradient() -> None:
     model = prepare_model(tiny_model("qwen3"))
     judge = teacher(model)
     document = torch.tensor(judge.document_ids("b"))
-    oracle = cartridge_from_text(model, document, len(document))
+    oracle = first_cartridge(model, document, len(document))
     sequences, response_masks, _ = samples()
     batch = pack(sequences)
     logits = packed_forward(

@@ -53,7 +53,7 @@ def test_looking_writes_nothing_and_what_is_done_is_remembered(wanted: Distillat
 def test_settings_that_differ_are_refused_by_name(wanted: Distillation) -> None:
     begun(wanted, DATA)
     saved(wanted, 2)
-    with pytest.raises(OtherSettings, match=r"(?s)fix: give the same.*lr: 0.03 there, 0.5 now"):
+    with pytest.raises(OtherSettings, match=r"(?s)fix: give the same.*lr: 0.02 there, 0.5 now"):
         look(replace(wanted, lr=0.5))
     with pytest.raises(OtherSettings, match="overrides"):
         look(replace(wanted, overrides=("data.shuffle=False",)))
@@ -147,6 +147,18 @@ def test_several_documents_begin_as_the_one_that_was_chosen(wanted: Distillation
     mine = replace(wanted, overrides=(f"{key}=a.txt",))
     run = as_run(mine, data=Prepared(init_document="b.txt"))
     assert [o for o in run.overrides if o.startswith(key)] == [f"{key}=a.txt"]
+
+
+def test_what_the_cartridge_begins_as(wanted: Distillation) -> None:
+    key = "actor_rollout_ref.actor.cartridge.init"
+    spans = replace(wanted, init="spans")
+    assert f"{key}=spans" in as_run(spans).overrides and not spans.begins_elsewhere
+    mine = replace(spans, overrides=(f"{key}=attended",))  # the last one counts
+    said = [each for each in as_run(mine).overrides if each.startswith(f"{key}=")]
+    assert said == [f"{key}=spans", f"{key}=attended"] and not mine.begins_elsewhere
+    assert replace(spans, overrides=(f"{key}=random",)).begins_elsewhere
+    again = as_run(replace(spans, rebuild="runs/old")).overrides
+    assert [each for each in again if each.startswith(f"{key}=")] == [f"{key}=checkpoint"]
 
 
 def test_a_server_that_was_given_gets_its_versions_by_upload(wanted: Distillation) -> None:

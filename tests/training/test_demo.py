@@ -31,7 +31,7 @@ CARTRIDGE = "actor_rollout_ref.actor.cartridge"
 def out(tmp_path: Path) -> Path:
     """A run's folder in which the data are prepared; their contents are the workers' business."""
     (tmp_path / "data").mkdir()
-    write_rows(tmp_path / "data", train=36 * 48)
+    write_rows(tmp_path / "data", train=18 * 48)
     return tmp_path
 
 
@@ -55,8 +55,9 @@ def test_the_demo_is_a_configuration_that_can_train(
     config = configured([], patched, model_folder, out)
     check_run_config(config)
     actor = config.actor_rollout_ref.actor
-    assert (actor.cartridge.lr, actor.optim.lr, actor.optim.min_lr_ratio) == (0.03, 0.03, 0.1)
+    assert (actor.cartridge.lr, actor.optim.lr, actor.optim.min_lr_ratio) == (0.02, 0.02, 0.1)
     assert actor.optim.lr_scheduler_type == "cosine"
+    assert (actor.cartridge.init, config.trainer.total_training_steps) == ("attended", 18)
     assert actor.cartridge.on_policy_fraction == 1.0
     assert config.data.train_batch_size == 48 and config.data.max_response_length == 6
     steps = config.trainer.total_training_steps
@@ -151,7 +152,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         demo.parse(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.03)" in text
+    assert "cartridge-distill demo" in text and "falls to a tenth along a cosine (0.02)" in text
 
 
 def test_a_folder_that_is_not_the_demos_is_left_alone(

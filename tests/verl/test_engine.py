@@ -13,6 +13,7 @@ from tensordict import TensorDict
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, save_cartridge
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.util.errors import ConfigError, DocumentError, OffPolicyError, RolloutError
 from tests.tiny import plain_logprobs, tiny_model
 from tests.verl.engine_rig import SHAPES, TEMPERATURE, rollouts, step
@@ -279,6 +280,19 @@ def test_several_documents_need_a_choice_for_the_start(engine: Any) -> None:
     settings = SimpleNamespace(init_document=None, documents="documents.jsonl")
     with pytest.raises(ConfigError, match="holds 2 documents; fix: set actor.cartridge.init_doc"):
         initial_document(settings, engine.teacher.documents.ids)
+
+
+@pytest.mark.parametrize("init", ["spans", "attended"])
+def test_a_run_may_begin_with_other_parts_of_the_document(build: Any, init: str) -> None:
+    engine, plain = build(init=init), build()
+    ids = torch.tensor(engine.teacher.document_ids("red"))
+    wanted = first_cartridge(engine.module, ids, 32, 1, init)
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(engine.cartridge.state_dict()[name], tensor), name
+    assert not torch.equal(
+        engine.cartridge.trainable_values[0], plain.cartridge.trainable_values[0]
+    )
+    step(engine, rollouts(engine))
 
 
 def test_a_run_may_begin_with_the_cartridge_of_another(build: Any, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
 
 The grid is committed before it runs; a draft says so in its table. The study refuses to compare
 where the full document does not beat no document by 20 points of generated_match. Stopped or
-killed, the same command goes on: run by run, and inside a run from its last save. It ends in
-OUT/table.md and OUT/report.html. docs/results.md has the studies that were done.
+killed, the same command goes on: run by run, and inside a run from its last save. Given twice, the
+two processes share the runs. It ends in OUT/table.md and a report for each document.
+docs/results.md has the studies that were done.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(tables(grid, registration, options.out), end="")
             return 0
         from training.study.running import Study, limit_threads
+        from training.study.turns import alone
 
         limit_threads(options.threads)
         study = Study(grid, registration, options.out, [*PROGRAM.split(), *typed])
@@ -68,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study.gates(check=False)
             return 0
         study.run()
-        finish(study)
+        with alone(study.lock("study")):
+            finish(study)
     except GateFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

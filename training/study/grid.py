@@ -37,6 +37,7 @@ DEMO_MODEL = "smollm2-135m-instruct"
 OF_ARMS = (
     *("on_policy_fraction", "loss", "loss_weight", "skip_first_tokens", "max_token_loss", "topk"),
     *("kl_temperature", "teacher_temperature", "lr", "lr_decay_to", "lr_warmup_steps"),
+    "async_steps",
 )
 """What an arm may set. Whatever else could differ would change the tokens, or the start."""
 

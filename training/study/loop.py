@@ -37,12 +37,14 @@ from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.prompts import render_prompt
 from cartridge_distill.util.errors import ConfigError, RolloutError
 from cartridge_distill.util.parquet import read_rows
+from training.study.earlier import Earlier
 from training.study.rollouts import Prompt, Rollouts, Written, rendered_teacher
 from training.study.settings import RunSettings
 from verl_patches.actor import engine_state
 from verl_patches.actor.device import StageSeconds
 from verl_patches.actor.forwards import score
 from verl_patches.actor.initial_cartridge import initial_cartridge
+from verl_patches.actor.kept_versions import OwnVersionCheck
 from verl_patches.actor.samples import Samples
 from verl_patches.actor.step_checks import StepChecks
 from verl_patches.actor.token_sums import StepSums
@@ -132,7 +134,18 @@ class PlainLoop:
             self.settings.teacher_temperature,
             self.settings.attention,
             self._stage,
+            self.settings.async_steps,
         )
+        self._own_versions = OwnVersionCheck(
+            self._checks.kept,
+            self.settings.async_check_fraction,
+            (settings.seed, 0),
+            model,
+            self.teacher.device,
+            self.settings.attention,
+            self._stage,
+        )
+        self._earlier = Earlier(self.settings.async_steps)
         self._prompts = read_prompts(data, tokenizer, self.settings.document_key)
         self._steps_per_epoch = len(self._prompts) // settings.batch
         self._order = batches(len(self._prompts), settings.batch, settings.seed)
@@ -181,9 +194,10 @@ class PlainLoop:
         prompts = [self._prompts[place] for place in next(self._order)]
         fraction = self._schedule.at(number)
         plan = student_writes(self.run_settings.seed, number, len(prompts), fraction)
+        writing, cartridge = self._earlier.writes(self.step, self.cartridge)
         with torch.no_grad():
-            prefix = self.cartridge.prefix()
-        written = self._rollouts.write(prompts, plan, epoch, self.step, prefix)
+            prefix = cartridge.prefix()
+        written = self._rollouts.write(prompts, plan, epoch, writing, prefix)
         rollout = time.perf_counter() - started
         rate = float(self.optimizer.param_groups[0]["lr"])
         numbers = self._update(samples_of(written, self.run_settings.temperature))
@@ -194,6 +208,7 @@ class PlainLoop:
             **{f"actor/{name}": value for name, value in numbers.items()},
             "actor/lr": rate,
             "actor/on_policy_fraction": sum(plan) / len(plan),
+            "training/staleness": float(self.step - 1 - writing),
             **counts.metrics("tokens/"),
             **self.totals.metrics("tokens/total_"),
             "timing_s/rollout": rollout,
@@ -204,8 +219,10 @@ class PlainLoop:
         }
 
     def _update(self, samples: Samples) -> Numbers:
-        check_versions(samples.authors, samples.steps, self.version)
+        ahead = self.settings.async_steps
+        check_versions(samples.authors, samples.steps, self.version, ahead)
         self._checks.begin_batch()
+        self._own_versions.begin_batch()
         self._sums.begin()
         self._stage.take()
         counted = int(self.token_loss.counted(samples.answers).sum())
@@ -217,13 +234,15 @@ class PlainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         found: list[Numbers] = []
         for part in split(samples, self.run_settings.row_tokens):
+            own = self._own_versions.run(part, self.version) if ahead else None
             prefix = self.cartridge.prefix()
             scored = score(
                 *(part, self.module, prefix, self.teacher, self.settings),
                 *(self.token_loss, self._stage),
             )
             loss = scored.token_loss.sum() / counted
-            metrics = self._checks.run(part, scored.computed(loss), self.version, False, prefix)
+            computed = scored.computed(loss)
+            metrics = self._checks.run(part, computed, self.version, False, prefix, own)
             self._sums.add(metrics)
             found.append(metrics)
             loss.backward()
@@ -234,6 +253,8 @@ class PlainLoop:
             raise FloatingPointError(
                 f"the cartridge's gradient norm is {norm}; the step was not taken"
             )
+        self._checks.remember(self.version, self.cartridge.prefix())
+        self._earlier.remember(self.version, self.cartridge)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.step += 1
@@ -271,7 +292,9 @@ class PlainLoop:
             raise RuntimeError("the frozen base model's weights changed during training")
         folder.parent.mkdir(parents=True, exist_ok=True)
         engine_state.keep_on(self)
+        self._earlier.save(folder, str(self.model_config.path))
         engine_state.save(self, folder)
+        self._earlier.forget_files(folder)
 
     def restore(self, folder: Path, totals: Mapping[str, int]) -> None:
         """Goes on from a save.
@@ -284,6 +307,8 @@ class PlainLoop:
             ConfigError: it is of a run with other settings.
         """
         engine_state.restore(self, folder)
+        self._checks.forget()
+        self._earlier.restore(folder, self.version, self._checks.remember)
         self.totals = TokenCounts.from_saved(totals)
         self._remember_frozen()
         self._order = batches(len(self._prompts), self.run_settings.batch, self.run_settings.seed)

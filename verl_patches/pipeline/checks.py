@@ -97,7 +97,7 @@ def check_first(settings: Distillation) -> None:
 
 
 def check_length(settings: Distillation) -> None:
-    """Is a document clearly shorter than the cartridge that is to begin as its first tokens?
+    """Is a document clearly shorter than the cartridge that is to begin as a part of it?
 
     Needs no torch: transformers' tokenizers do, for seconds. Says nothing where it cannot be sure
     (a model without ``tokenizer.json`` here, records from the network, a large file, a few tokens
@@ -137,7 +137,7 @@ def shorter_than_the_cartridge(
     fewer = longest // PAGE_TOKENS * PAGE_TOKENS
     fix = f"give --tokens {fewer} or fewer, or a longer document" if fewer else "give a longer one"
     return ConfigError(
-        f"--tokens {settings.tokens}: the cartridge begins as the first tokens of a document, and "
+        f"--tokens {settings.tokens}: the cartridge begins as a part of a document, and "
         f"{what} has {longest}; fix: {fix}"
     )
 

@@ -21,7 +21,7 @@ _CHECKPOINT = "actor_rollout_ref.actor.cartridge.checkpoint_path"
 _OPTIONS = {"prompt_recipe": "--recipe"}
 _SAID_ANYHOW = ("device", "dtype")  # their defaults are this machine's
 # A rebuild has been done. The name follows from the documents, or was given.
-_LEFT_OUT = ("documents", "model", "out", "name", "rebuild", "overrides")
+_LEFT_OUT = ("documents", "model", "out", "name", "init", "rebuild", "overrides")
 
 
 def more_steps(settings: Distillation) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cartridge_distill.cartridge.beginnings import ATTENDED, BEGINNINGS
 from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER, RUN_FILES, resolve_cartridge
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.pasting import hydra_value
@@ -40,8 +41,8 @@ class Prepared:
 
     Attributes:
         questions: how many came with the documents.
-        init_document: id of the one whose first tokens the cartridge begins as; None where there
-            is but one, or where an override says something else.
+        init_document: id of the one that the cartridge begins as a part of; None where there is
+            but one, or where an override says something else.
         document_tokens: of the longest document.
         documents: how many the teacher reads.
     """
@@ -62,6 +63,7 @@ class Distillation:
         out: the run's folder.
         name: of the recipe in a report of several, and what begins the version ids.
         tokens: of the cartridge.
+        init: the part of a document that it begins as.
         steps: of the optimizer.
         batch: rollouts a step.
         response_tokens, prompt_tokens: of a rollout and of its prompt, at most.
@@ -83,11 +85,12 @@ class Distillation:
     out: Path
     name: str = "mine"
     tokens: int = 128
+    init: str = ATTENDED
     steps: int = 36
     batch: int = 48
     response_tokens: int = 6
     prompt_tokens: int = 192
-    lr: float = 0.03
+    lr: float = 0.02
     prompt_recipe: str = "started"
     questions: str | None = None
     rebuild: str | None = None
@@ -153,8 +156,8 @@ class Distillation:
 
     @property
     def begins_elsewhere(self) -> bool:
-        """Whether the cartridge begins as something else than a document."""
-        return self.rebuild is not None or self.override(INIT) not in (None, "text")
+        """Whether the cartridge begins as something else than a part of a document."""
+        return self.rebuild is not None or self.override(INIT) not in (None, *BEGINNINGS)
 
     @property
     def rebuilt_cartridge(self) -> str:
@@ -229,6 +232,7 @@ def as_run(
             f"{actor}.optim.min_lr_ratio=0.1",
             *needed_on_a_gpu(settings),
             *(f"{INIT}_document={hydra_value(name)}" for name in first),
+            *([] if settings.rebuild else [f"{INIT}={settings.init}"]),
             *_rebuilding(settings),
             *settings.overrides,
         ),

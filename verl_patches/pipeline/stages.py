@@ -187,7 +187,7 @@ def prepared(settings: Distillation, data: Path) -> Prepared:
             raise shorter_than_the_cartridge(settings, max(lengths.values()))
         if len(lengths) > 1:
             chosen = long_enough[0]
-            say(f"   the cartridge begins as the first tokens of {chosen}")
+            say(f"   the cartridge begins as a part of {chosen}")
     questions = len(load_questions(data / "eval.json"))
     return Prepared(questions, chosen, max(lengths.values()), len(lengths))
 

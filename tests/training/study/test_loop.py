@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from cartridge_distill.cartridge.trainable import TrainableCache
 from cartridge_distill.distill.mixing import STUDENT, TEACHER
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.reading import read_tokenizer
 from cartridge_distill.rollout.fingerprint import Completion
-from cartridge_distill.util.errors import ConfigError, OffPolicyError
+from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, OffPolicyError
 from tests.training.study.made import write_model
+from training.study.earlier import Earlier
 from training.study.loop import (
     PlainLoop,
     batches,
@@ -91,9 +93,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loop_of(world: Path, **changes: Any) -> PlainLoop:
+def loop_of(world: Path, async_steps: int = 0, **changes: Any) -> PlainLoop:
     model = world / "model"
-    settings = RunSettings(CartridgeSettings(num_tokens=16), batch=3, response_tokens=4, **changes)
+    cartridge = CartridgeSettings(num_tokens=16, async_steps=async_steps)
+    settings = RunSettings(cartridge, batch=3, response_tokens=4, **changes)
     tokenizer = read_tokenizer(str(model))
     return PlainLoop(load_model(model), tokenizer, str(model), world, settings)
 
@@ -123,6 +126,66 @@ def test_answers_of_an_older_version_end_the_run(
     with pytest.raises(OffPolicyError, match="disagree on a chosen token's log-prob"):
         for _ in range(8):  # one step of the rate may move too little to be seen
             loop.train_step()
+
+
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Versions that write, in order, from now on."""
+    found: list[int] = []
+    real = Rollouts.write
+
+    def noted(self: Rollouts, prompts: Any, plan: Any, epoch: int, step: int, prefix: Any) -> Any:
+        found.append(step)
+        return real(self, prompts, plan, epoch, step, prefix)
+
+    monkeypatch.setattr(Rollouts, "write", noted)
+    return found
+
+
+def test_rollouts_are_as_old_as_async_steps_lets_them_be(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = writers(monkeypatch)
+    strict, ahead = loop_of(world), loop_of(world, 2)
+    at_once = [strict.train_step()["actor/loss"] for _ in range(4)]
+    stale = [ahead.train_step() for _ in range(4)]
+    assert versions == [0, 1, 2, 3, 0, 0, 0, 1]
+    assert [numbers["training/staleness"] for numbers in stale] == [0, 1, 2, 2]
+    assert stale[0]["actor/loss"] == at_once[0]  # by the initial cartridge, both
+    assert stale[3]["actor/loss"] != at_once[3]
+    assert all("actor/logprob_diff/max" in numbers for numbers in stale)  # and held against it
+
+
+def test_a_version_under_anothers_number_ends_the_run(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loop_of(world, 1)
+
+    def wrong(self: Earlier, version: int, cartridge: TrainableCache) -> Any:
+        return max(0, version - 1), cartridge  # the newest writes, and the one before it is named
+
+    monkeypatch.setattr(Earlier, "writes", wrong)
+    with pytest.raises(OffPolicyError, match="disagree on a chosen token's log-prob"):
+        for _ in range(8):
+            loop.train_step()
+
+
+def test_a_run_that_is_behind_goes_on_exactly(world: Path, tmp_path: Path) -> None:
+    whole = loop_of(world, 2)
+    losses = [whole.train_step()["actor/loss"] for _ in range(6)]
+    stopped, state = loop_of(world, 2), tmp_path / "run" / "state"
+    for _ in range(3):
+        stopped.train_step()
+        stopped.save(state)
+    assert sorted(place.name for place in (tmp_path / "run/earlier").iterdir()) == [
+        "000001",
+        "000002",
+    ]
+    again = loop_of(world, 2)
+    again.restore(state, totals_of([]))
+    assert [again.train_step()["actor/loss"] for _ in range(3)] == losses[3:]
+    (tmp_path / "run/earlier/000001").rename(tmp_path / "gone")
+    with pytest.raises(CartridgeFormatError, match="earlier/000001 is not there"):
+        loop_of(world, 2).restore(state, totals_of([]))
 
 
 def test_a_model_of_another_precision_is_refused(world: Path) -> None:

@@ -70,16 +70,20 @@ def test_the_engine_and_the_loop_take_the_same_steps(
 @pytest.mark.long
 @pytest.mark.integration
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("fraction", ["[[1,0.0],[4,1.0]]"])
+@pytest.mark.parametrize(
+    ("fraction", "async_steps"), [([[1, 0.0], [4, 1.0]], 0), (1.0, 1)], ids=["strict", "ahead"]
+)
 def test_a_whole_run_and_the_loop_have_the_same_losses(
     world: World,  # noqa: F811
-    fraction: str,
+    fraction: Any,
+    async_steps: int,
 ) -> None:
-    """Server, HTTP, Ray and veRL on the one side; a loop on the other. From off- to on-policy."""
+    """Server, HTTP, Ray and veRL on the one side; a loop on the other."""
     actor = "actor_rollout_ref.actor"
     status, log = world.run(
         f"{actor}.cartridge.init=random",
-        f"{actor}.cartridge.on_policy_fraction={fraction}",
+        f"{actor}.cartridge.on_policy_fraction={str(fraction).replace(' ', '')}",
+        f"{actor}.cartridge.async_steps={async_steps}",
         f"{actor}.cartridge.lr_decay_to=0.1",
         f"{actor}.optim.lr_warmup_steps=1",
         f"trainer.total_training_steps={TOTAL}",
@@ -89,7 +93,8 @@ def test_a_whole_run_and_the_loop_have_the_same_losses(
     cartridge = CartridgeSettings(
         num_tokens=CARTRIDGE,
         init="random",
-        on_policy_fraction=[[1, 0.0], [4, 1.0]],
+        on_policy_fraction=fraction,
+        async_steps=async_steps,
         lr_decay_to=0.1,
     )
     settings = RunSettings(
