@@ -16,15 +16,17 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 import ray
+from ray.exceptions import RayActorError
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.profiler import simple_timer
 
 from cartridge_distill.distill.mixing import rollout_seed
 from cartridge_distill.distill.on_policy import OLDEST_STEP, oldest_step
 from cartridge_distill.model.prompts import render_prompt
-from cartridge_distill.util.errors import ConfigError
-from verl_patches.rollout.ray_errors import kind_and_message
+from cartridge_distill.util.errors import ConfigError, ProcessDied
+from verl_patches.rollout.ray_errors import kind_and_message, why
 from verl_patches.rollout.teacher import EPOCH, PLAN, RolloutTeacher, rollout_teacher
 
 AGENT_NAME = "cartridge_agent"
@@ -162,4 +164,20 @@ class CartridgeAgentLoopManager(AgentLoopManagerTQ):
             return
         self.agent_loop_workers = begun
         clients = self.llm_client, self.teacher_client, self.reward_loop_worker_handles
-        await asyncio.gather(*(worker.connect.remote(*clients) for worker in begun))
+        try:
+            await asyncio.gather(*(worker.connect.remote(*clients) for worker in begun))
+        except RayActorError as error:
+            if (reason := why(error)) is None:
+                raise
+            raise ProcessDied(
+                f"an agent loop worker died while the run was starting ({reason}); fix: start the "
+                "same command again"
+            ) from error
+
+
+def begin_workers(config: Any) -> None:
+    """:meth:`CartridgeAgentLoopManager.begin`, where that is the manager of the configuration."""
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
+    if manager is not None and issubclass(manager, CartridgeAgentLoopManager):
+        manager.begin(config)

@@ -24,7 +24,6 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
-from verl.utils.import_utils import load_class_from_fqn
 
 from cartridge_distill.distill.mixing import STUDENT
 from cartridge_distill.distill.on_policy import (
@@ -37,7 +36,8 @@ from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
 from verl_patches.actor.worker import CartridgeWorker
 from verl_patches.hooks import TRAINER_MODE
-from verl_patches.rollout.agent_loop import CartridgeAgentLoopManager
+from verl_patches.rollout.agent_loop import begin_workers
+from verl_patches.rollout.ray_errors import why
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.ahead import Ahead, staleness_metrics
@@ -46,7 +46,7 @@ from verl_patches.trainer.mixing import Mixing
 from verl_patches.trainer.progress import length_metrics, progress_line
 from verl_patches.trainer.replay import StrictReplayBuffer
 from verl_patches.trainer.training_record import add_training_record
-from verl_patches.trainer.watch import ActorWatch, find_actor, why
+from verl_patches.trainer.watch import ActorWatch, find_actor
 
 # veRL polls its queue every 2 s; a step on a small model takes less. A poll is a metadata lookup.
 _POLL_SECONDS = 0.05
@@ -234,11 +234,7 @@ class CartridgeTrainer(PPOTrainerSync):
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:  # there is but one: actor and rollout
             self.role_worker_mapping[role] = ray.remote(CartridgeWorker)
-        # The next thing is a rank that loads the model; what does not need it goes on beside.
-        name = self.config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
-        manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
-        if manager is not None and issubclass(manager, CartridgeAgentLoopManager):
-            manager.begin(self.config)
+        begin_workers(self.config)  # beside the rank that loads the model next
 
     # ---------------------------------------------------------------- validation
 
