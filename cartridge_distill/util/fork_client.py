@@ -27,6 +27,8 @@ STATUS = struct.Struct("!i")
 """What it sends in the end: the exit status, or a signal's number below zero."""
 LENGTH = struct.Struct("!I")
 """What begins a request: the bytes of its JSON."""
+GONE = "ProcessDied: the fork server is gone, and this process with it; fix: start it again"
+"""What a stand-in says last; the launcher finds it in the log as the cause."""
 MOST_FILES = 200  # that one message may carry (Linux: 253)
 _PASSED_ON = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
@@ -127,7 +129,7 @@ def follow(server: socket.socket) -> int:
             return 1  # whoever started this is gone; the server sees this process end
         got = server.recv(STATUS.size - len(told))
         if not got:
-            print("the fork server is gone, and this process with it", file=sys.stderr)
+            print(GONE, file=sys.stderr)
             return 1
         told += got
     status = int(STATUS.unpack(told)[0])

@@ -173,7 +173,7 @@ def test_when_the_server_dies_its_processes_do_and_later_ones_start_without(
     assert supervisor._forks is not None
     supervisor._forks.process.kill()
     assert child.wait() == 1
-    assert "the fork server is gone" in program.said
+    assert "ProcessDied: the fork server is gone" in program.said
     until(lambda: not psutil.pid_exists(forked))
     program = Program(libraries, SAYS)
     assert program.start(supervisor).wait() == 7
