@@ -29,6 +29,7 @@ from cartridge_distill.util.shown_text import printable
 from cartridge_distill.util.standard_output import guard_output
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
+from verl_patches.launching.preloading import preload
 from verl_patches.packages import PatchError
 from verl_patches.pipeline import checks, running
 from verl_patches.pipeline.more_steps import name_of
@@ -249,6 +250,7 @@ def start(
             if state.finished:
                 running.print_finished(settings, state)
                 return 0
+            preload(as_run(settings), supervisor)
             wanted, found = settings, state
 
             def record() -> None:
