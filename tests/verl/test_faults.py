@@ -196,7 +196,7 @@ def test_an_agent_loop_that_began_early_and_died_is_named(
 
     worker = SimpleNamespace(connect=SimpleNamespace(remote=dies))
     manager = object.__new__(CartridgeAgentLoopManager)
-    manager.llm_client = manager.teacher_client = manager.reward_loop_worker_handles = None
+    manager.teacher_client = manager.reward_loop_worker_handles = None
     monkeypatch.setattr(CartridgeAgentLoopManager, "_begun", [worker])
     with pytest.raises(kind, match=says):
         asyncio.run(manager._init_agent_loop_workers())
