@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, ProcessDied
 from tests.training.conftest import child_environment
+from verl_patches.rollout import agent_loop
 from verl_patches.rollout.agent_loop import CartridgeAgentLoopManager
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.history import HISTORY_FILE, History
@@ -201,3 +202,12 @@ def test_an_agent_loop_that_began_early_and_died_is_named(
     with pytest.raises(kind, match=says):
         asyncio.run(manager._init_agent_loop_workers())
     assert CartridgeAgentLoopManager._begun is None  # the next manager starts its own
+
+
+def test_a_worker_that_began_early_keeps_its_own_way_to_the_servers() -> None:
+    """What came later than the worker is not veRL's client, which goes through the proxy."""
+    worker = object.__new__(agent_loop._CartridgeAgentLoopWorker)
+    worker.llm_client = own = object()
+    worker.connect("teacher", ["reward"])
+    assert worker.llm_client is own and worker.teacher_client == "teacher"
+    assert worker.reward_loop_worker_handles == ["reward"]
