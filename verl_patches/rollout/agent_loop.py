@@ -128,9 +128,9 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
                 self._errors.append(kind_and_message(error))
             raise
 
-    def connect(self, llm_client: Any, teacher_client: Any, reward_handles: Any) -> None:
-        """What was not there yet when the worker began."""
-        self.llm_client, self.teacher_client = llm_client, teacher_client
+    def connect(self, teacher_client: Any, reward_handles: Any) -> None:
+        """What was not there yet when the worker began. The servers it finds by itself."""
+        self.teacher_client = teacher_client
         self.reward_loop_worker_handles = reward_handles
 
     def take_errors(self) -> list[str]:
@@ -169,7 +169,7 @@ class CartridgeAgentLoopManager(AgentLoopManagerTQ):
             await super()._init_agent_loop_workers()
             return
         self.agent_loop_workers = begun
-        clients = self.llm_client, self.teacher_client, self.reward_loop_worker_handles
+        clients = self.teacher_client, self.reward_loop_worker_handles
         try:
             await asyncio.gather(*(worker.connect.remote(*clients) for worker in begun))
         except RayActorError as error:
