@@ -129,7 +129,7 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
             raise
 
     def connect(self, teacher_client: Any, reward_handles: Any) -> None:
-        """What was not there yet when the worker began; its client finds the proxies itself."""
+        """What was not there yet when the worker began. The servers it finds by itself."""
         self.teacher_client = teacher_client
         self.reward_loop_worker_handles = reward_handles
 
