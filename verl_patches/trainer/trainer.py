@@ -26,11 +26,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 
 from cartridge_distill.distill.mixing import STUDENT
-from cartridge_distill.distill.on_policy import (
-    ages_of,
-    the_newest_version,
-    the_served_version,
-)
+from cartridge_distill.distill.on_policy import ages_of, the_newest_version, the_served_version
 from cartridge_distill.util.best_step import note_validation
 from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
