@@ -8,10 +8,13 @@
     writing and fsyncing the same bytes once on the same disk, and against the seconds for which the
     trainer is blocked: it waits for a copy of its float32 weights, the rest happens beside it. The
     parts are printed, too, and the CPU seconds of the three processes: client and gateway each
-    hash all bytes, and the server reads the file and computes a token, which writing does not.
+    hash all bytes, at the same time, and the server reads the file and computes a token, which
+    writing does not. What is served was hashed whole before, so no overlap makes a publication
+    shorter than one hash and the server's part; that sum is printed beside it.
 (b) requests: the same completions asked of the server directly, through the gateway, through the
-    Ray actor that veRL talks to, and through both; one at a time for the latency, many in flight
-    for requests/s. The ways take turns, so that a machine that is busy for a while is busy for all.
+    gateway as veRL's agent loop asks, and as it would ask if each request were a call of the proxy,
+    which is a Ray actor; one at a time for the latency, many in flight for requests/s. The ways
+    take turns, so that a machine that is busy for a while is busy for all.
 
 The models have random weights and are tiny but for their KV shape: how long a model computes is not
 measured here. Aims stand beside the figures. Everything runs on this machine, its CPUs shared by

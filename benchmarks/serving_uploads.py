@@ -26,7 +26,7 @@ from cartridge_distill.util.processes import Supervisor, say
 from tests.gateway.rig import MODEL_NAME, Rig
 from tests.tiny import endless_model, random_cartridge, save_model
 
-_AIM_RATIO, _AIM_BLOCKED_S = 3.0, 0.5
+_AIM_RATIO, _AIM_BLOCKED_S = 2.0, 0.5
 STAGES = ("received", "placed", "activated")  # of an upload, as the gateway's metrics name them
 PROCESSES = ("client", "gateway", "server")
 _WARM_UP = 4
@@ -68,7 +68,7 @@ def upload_once(
     start = time.perf_counter()
     snapshot = Snapshot.take(state, torch.bfloat16)
     times.add("blocked", time.perf_counter() - start)
-    # Done once more inside publish, which has no clock of its own.
+    # Done once more inside publish, beside the sending.
     start = time.perf_counter()
     upload = encode(snapshot, MODEL_NAME, 0)
     times.add("encode", time.perf_counter() - start)
@@ -149,15 +149,20 @@ def upload_table(options: argparse.Namespace, scratch: Path, supervisor: Supervi
         ("trainer blocked (copy, float32 -> bfloat16)", blocked),
         ("write + fsync of the same bytes, once", disk),
         ("published: from the copy until it works", publish),
-        ("   described and hashed, by the client", times.median("encode")),
         ("   sent; hashed, checked and written meanwhile", times.median("received")),
         ("   flushed to the disk and renamed", times.median("placed")),
         ("   loaded by the server, and one token", times.median("activated")),
     ):
         say(f"   {name:<46}{seconds:>9.3f}{size / seconds:>8.0f}")
+    hashed, activated = times.median("encode"), times.median("activated")
+    say(f"   (described and hashed, by the client, alone: {hashed:.3f} s, which it does meanwhile)")
     say(f"   (another token with it: {1000 * times.median('token'):.0f} ms)")
     spent = ", ".join(f"{name} {times.median(f'cpu {name}'):.2f}" for name in PROCESSES)
     say(f"   CPU seconds of a publication: {spent}")
+    say(
+        f"   one hash, and then loading and one token, cannot overlap: {hashed + activated:.3f} s, "
+        f"{(hashed + activated) / disk:.2f}x"
+    )
     ratio = publish / disk
     say(f"   published / (write + fsync): {ratio:.2f}x   {verdict(ratio, _AIM_RATIO, 'x')}")
     say(f"   trainer blocked: {blocked:.3f} s   {verdict(blocked, _AIM_BLOCKED_S, ' s')}")

@@ -21,8 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cartridge_distill.evaluation.command import main  # noqa: E402
+from cartridge_distill.util.standard_output import guard_output  # noqa: E402
 
 if __name__ == "__main__":
+    guard_output()
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)

@@ -21,6 +21,7 @@ from pathlib import Path
 from cartridge_distill.data.command import DEFAULT_DATA
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.processes import Supervisor, say
+from cartridge_distill.util.standard_output import guard_output
 from verl_patches.distill import add_options, start
 from verl_patches.launching.command import python_path
 from verl_patches.pipeline.stages import run_stage
@@ -81,4 +82,5 @@ def get_model(options: argparse.Namespace, supervisor: Supervisor) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

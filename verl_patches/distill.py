@@ -25,8 +25,11 @@ from cartridge_distill.util.next_command import program
 from cartridge_distill.util.processes import ChildFailed, Supervisor, say
 from cartridge_distill.util.processor import DtypeChoice, choose_dtype
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 from verl_patches import launch
 from verl_patches.launching.command import model_path, overrides
+from verl_patches.launching.preloading import preload
 from verl_patches.packages import PatchError
 from verl_patches.pipeline import checks, running
 from verl_patches.pipeline.more_steps import name_of
@@ -247,6 +250,7 @@ def start(
             if state.finished:
                 running.print_finished(settings, state)
                 return 0
+            preload(as_run(settings), supervisor)
             wanted, found = settings, state
 
             def record() -> None:
@@ -264,10 +268,10 @@ def start(
         print(f"\n{clean_text(str(error))}\nerror: the training failed; {hint}", file=sys.stderr)
         return 1
     except ChildFailed as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 1
     except (CartridgeDistillError, PatchError, OSError) as error:
-        print(clean_text(f"error: {error}"), file=sys.stderr)
+        print(printable(clean_text(f"error: {error}")), file=sys.stderr)
         return 2 if state is None or state.is_new else 1
     finally:
         if state is not None:
@@ -291,5 +295,6 @@ def _record(settings: Distillation, state: State, typed: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
     sys.exit(main())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cartridge_distill.util.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENGINE_MODEL_TYPE = "cartridge_language_model"
 TRAINER_MODE = "cartridge"
 
-LossFn = Callable[..., tuple[Tensor, dict[str, Any]]]
+LossFn = Callable[..., tuple["Tensor", dict[str, Any]]]
 
 
 def use_cartridge_engine(training_config: Any, actor_config: Any) -> LossFn:

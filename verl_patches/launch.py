@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cartridge_distill.cartridge.formats.file_names import FILES
 from cartridge_distill.report.recipe import seed_of, write_recipe
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.command_line import Parser
@@ -27,12 +28,15 @@ from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, program, say_next, shorter
 from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, tail
 from cartridge_distill.util.secrecy import clean_arguments, clean_text
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 from cartridge_distill.util.tracker import tracked_step
 from verl_patches.config.run_length import RunLength
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, model_path, overrides
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.following import StepLines, causes, log_file
+from verl_patches.launching.preloading import preload
 from verl_patches.launching.result import Result, check_place, publish
 from verl_patches.launching.resuming import check_saved
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
@@ -140,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (CartridgeDistillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     try:
         with Supervisor() as supervisor:
+            preload(run, supervisor)
             saved = train(run, supervisor, own.verbose, lambda: record(run, typed))
         result = None if saved is None else publish_best(run)
     except KeyboardInterrupt:
@@ -202,12 +207,14 @@ def train(
     supervisor: Supervisor,
     verbose: bool = False,
     started: Callable[[], None] = lambda: None,
+    beside: Callable[[], object] = lambda: None,
 ) -> Path | None:
     """Runs veRL to its end, with one line a step printed.
 
     Args:
         started: called when the trainer has taken the settings and the folder, just before the
             first step. A start that is refused has changed nothing that tells of the run.
+        beside: called all the while; what it raises ends the following of veRL.
 
     Returns:
         The folder of the last saved cartridge; None where nothing was to be saved.
@@ -217,16 +224,16 @@ def train(
         TrainingFailed: it ended with an error; the causes are named. Or it ended without one, and
             the cartridge of the last step is not there.
     """
-    length = wanted(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = log_file(run.folder)
+    child = supervisor.start(command(run), log, environment(run))
+    length = wanted(run)  # seconds on a slow machine, in which veRL imports
     steps = "one epoch" if length.last_step is None else f"{length.last_step} steps"
     say(
         f"== training: {run.tokens} tokens, {steps}; the first one comes in a minute or so (log: "
         f"{shorter(log)})"
     )
-    child = supervisor.start(command(run), log, environment(run))
-    status = follow(child, log, StepLines(verbose, started), "veRL", QUIET_SECONDS)
+    status = follow(child, log, StepLines(verbose, started), "veRL", QUIET_SECONDS, beside)
     if status != 0:
         found = causes(log)
         said = [*(f"cause: {line}" for line in found), tail(log, 25 if verbose or not found else 4)]
@@ -237,7 +244,7 @@ def train(
 
 def wanted(run: Run) -> RunLength:
     """How long the run is to be."""
-    from verl_patches.config.checks import run_length  # it imports torch, which takes seconds
+    from verl_patches.config.run_length import run_length  # --help needs no parquet
 
     return run_length(configuration(run))
 
@@ -248,8 +255,6 @@ def last_cartridge(run: Run, length: RunLength) -> Path:
     Raises:
         TrainingFailed: it is not.
     """
-    from cartridge_distill.cartridge.formats.native import FILES  # it imports torch
-
     step = saved_step(run)
     folder = checkpoints(run) / f"global_step_{step}" / "actor" / "cartridge"
     last = length.last_step
@@ -308,5 +313,6 @@ def print_next(run: Run, result: Result | None) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignored it
     sys.exit(main())

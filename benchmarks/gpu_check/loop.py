@@ -113,8 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
             threads=options.threads,
         )
         with Supervisor() as supervisor:
-            found = stages.prepare_data(asked, out, supervisor)
-            url = stages.start_server(asked, supervisor)
+            with stages.start_data(asked, out, supervisor) as writing:
+                found = stages.finish_data(asked, writing, out, supervisor)
+            url, up = stages.start_server(asked, supervisor)
+            up.wait()
             stages.train(as_run(asked, url, found), supervisor)
     except (ChildFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

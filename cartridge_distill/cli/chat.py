@@ -21,6 +21,8 @@ from cartridge_distill.cli.about import Asked, check, look
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.openmp import spinning
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         converse(options)
     except (CartridgeDistillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except (EOFError, KeyboardInterrupt):
         print()
@@ -95,10 +97,10 @@ def converse(options: argparse.Namespace) -> None:
     from cartridge_distill.cli.terminal import Terminal
 
     for warning in about.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     opened = open_views(about, device, dtype)
     if opened.said:
-        print(f"[{'; '.join(opened.said)}]", file=sys.stderr)
+        print(printable(f"[{'; '.join(opened.said)}]"), file=sys.stderr)
     compare = options.compare
     if compare and len(opened.views) == 1:
         raise ConfigError(
@@ -138,4 +140,5 @@ def _asked(options: argparse.Namespace) -> Asked:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
 
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.model_card import curve_in_a_line
+from cartridge_distill.util.shown_text import printable
 
 
 def described(stored: StoredCartridge) -> list[Table]:
@@ -46,3 +47,8 @@ def _results(results: list[Mapping[str, Any]]) -> Table:
         values = (row.get(name, "") for name in names)
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in values))
     return table
+
+
+def escape(text: str) -> str:
+    """What a file says, for rich: neither its markup nor a terminal's."""
+    return markup.escape(printable(text))

@@ -10,7 +10,7 @@ import typer
 
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
 from cartridge_distill.cli.options import BaseModel, Dtype, Overwrite
-from cartridge_distill.cli.program import one_form
+from cartridge_distill.cli.program import echo, one_form
 
 
 class Kind(enum.StrEnum):
@@ -54,9 +54,9 @@ def convert(
         dtype=getattr(torch, dtype.value) if dtype else None,
         overwrite=overwrite,
     )
-    typer.echo(f"{written}: {to.value}")
+    echo(f"{written}: {to.value}")
     if to is Kind.peft:
-        typer.echo(VERSIONS)
+        echo(VERSIONS)
 
 
 @one_form
@@ -72,7 +72,7 @@ def compose(
 
     joined = join([read_cartridge(resolve_cartridge(part)) for part in parts], base_model)
     write_cartridge(joined, out, "native", overwrite)
-    typer.echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
+    echo(f"{out}: {joined.snapshot.num_tokens} tokens of {len(parts)} cartridges")
 
 
 @one_form
@@ -98,7 +98,7 @@ def push(
         branch=branch,
         overwrite=overwrite,
     )
-    typer.echo(where)
+    echo(where)
 
 
 @one_form
@@ -110,4 +110,4 @@ def pull(
     """Get a cartridge from the Hub, and make sure that it can be read safely."""
     from cartridge_distill.cartridge.hub import pull as get
 
-    typer.echo(str(get(source, target, overwrite=overwrite)))
+    echo(str(get(source, target, overwrite=overwrite)))

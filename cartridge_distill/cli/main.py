@@ -16,7 +16,7 @@ from rich.console import Console
 from cartridge_distill.cartridge.run_folder import resolve_cartridge
 from cartridge_distill.cli import files
 from cartridge_distill.cli.options import Beginning, Dtype, Model, Overwrite
-from cartridge_distill.cli.program import Commands, become, one_form
+from cartridge_distill.cli.program import Commands, become, echo, one_form
 from cartridge_distill.data.limits import PROMPT_TOKENS
 from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.extras import require
@@ -87,10 +87,10 @@ def doctor(
     )
     bad = 0
     for finding in examine(subject):
-        typer.echo(clean_text(str(finding)))
+        echo(clean_text(str(finding)))
         bad += finding.good is False
     if bad:
-        typer.echo(f"{bad} bad")
+        echo(f"{bad} bad")
         raise typer.Exit(1)
 
 
@@ -168,7 +168,7 @@ def init(
     from cartridge_distill.cli.untrained import make
 
     make(out, model, document, tokens, frozen, seed, overwrite, part.value)
-    typer.echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
+    echo(f"{out}: {tokens} tokens for {model}, {frozen} frozen")
 
 
 # --- what there is, and what it is worth ----------------------------------------------------------
@@ -198,8 +198,8 @@ def info(
         from cartridge_distill.model.identity import check_same_weights
 
         told = check_same_weights(stored.meta, cartridge, model)
-        typer.echo(f"fits {model}")
-        typer.echo(f"warning: {told}" if told else f"it was trained with the weights of {model}")
+        echo(f"fits {model}")
+        echo(f"warning: {told}" if told else f"it was trained with the weights of {model}")
 
 
 @app.command(name="eval", context_settings=_PASSED_ON)
@@ -241,7 +241,7 @@ def report(
         if len(runs) > 1:
             raise ConfigError("several runs make one report; fix: say where with --out report.html")
         out = runs[0] / "report.html"
-    typer.echo(str(write_report(runs, out)))
+    echo(str(write_report(runs, out)))
 
 
 # --- other tools ----------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import typer
 
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.secrecy import clean_text
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,17 +29,23 @@ class Commands(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program: ends the process with the command's status."""
+        guard_output()
         try:
             status = typer.main.get_command(self)(*args, standalone_mode=False, **kwargs)
         except Exception as error:
             # A usage error; typer has them from click, or from its own copy of it.
             if not hasattr(error, "format_message"):
                 raise
-            typer.echo(f"error: {_usage(error)}", err=True)
+            echo(f"error: {_usage(error)}", err=True)
             sys.exit(getattr(error, "exit_code", 2))
         except KeyboardInterrupt:
             sys.exit(130)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def echo(text: str, err: bool = False) -> None:
+    """A line for a person; what others wrote in it moves nothing."""
+    typer.echo(printable(text), err=err)
 
 
 def _usage(error: Any) -> str:
@@ -60,7 +68,7 @@ def one_form(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (CartridgeDistillError, OSError) as error:
-            typer.echo(clean_text(f"error: {error}"), err=True)
+            echo(clean_text(f"error: {error}"), err=True)
             raise typer.Exit(1) from None
 
     return run

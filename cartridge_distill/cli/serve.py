@@ -16,10 +16,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
 from cartridge_distill.cartridge.run_folder import CARTRIDGE_FOLDER
 from cartridge_distill.cli.about import Asked, check, check_loaded, look
+from cartridge_distill.cli.program import echo
 from cartridge_distill.cli.shown import Shown
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import ConfigError
@@ -136,7 +135,7 @@ def run(options: ServeOptions) -> None:
     port = CHAT_PORT if options.port is None else options.port
     listener = listening_socket(options.host, port)
     if options.host not in LOOPBACK:
-        typer.echo(
+        echo(
             f"--host {options.host}: whoever reaches this address can use it; there is no token "
             "here (the gateway has one)",
             err=True,
@@ -162,7 +161,7 @@ def _serve(
 
     device = check_device(options.device)
     if device.type == "cpu" and torch.cuda.is_available():
-        typer.echo("a GPU is here and is not used; --device cuda uses it", err=True)
+        echo("a GPU is here and is not used; --device cuda uses it", err=True)
     import uvicorn
 
     from cartridge_distill.cartridge.checkpoint import write_cartridge
@@ -180,13 +179,13 @@ def _serve(
     for number, (name, one) in enumerate(asked.items()):
         about = look(one, sources[name], model_name)
         for warning in about.warnings:
-            typer.echo(f"warning: {warning}", err=True)
+            echo(f"warning: {warning}", err=True)
         assert about.stored is not None
         # Ids of our own: a name may hold what the server's directory names may not.
         ids[name] = f"cartridge{number}"
         stored = about.stored.for_model(model_name)
         write_cartridge(stored, folder / ids[name], "tokasaurus")
-        typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {one.source}")
+        echo(f"{name}: {stored.snapshot.num_tokens} tokens, {one.source}")
         abouts[name] = about
     tokenizer = read_tokenizer(model_name)
     shown = Shown(abouts, tokenizer, model_name)
@@ -197,7 +196,7 @@ def _serve(
         # Room for the longest document at least: it is computed once.
         prefix_cache_tokens=max(ServerSettings.prefix_cache_tokens, shown.longest),
     )
-    typer.echo(f"loading {model_name} ...")
+    echo(f"loading {model_name} ...")
     model = load_model(model_name, getattr(torch, options.dtype or _DTYPE), device)
     for about in abouts.values():
         check_loaded(about)
@@ -206,12 +205,12 @@ def _serve(
     for name, document in shown.documents.items():
         begun = time.monotonic()
         service.engine.expect(document)
-        typer.echo(f"{name}: read, {len(document)} tokens, {time.monotonic() - begun:.1f} s")
+        echo(f"{name}: read, {len(document)} tokens, {time.monotonic() - begun:.1f} s")
     app = create_openai_app(service, ids, hosts, shown.documents)
     add_playground(app, playground)
     url = shown_url(options.host, listener)
-    typer.echo(f"serving {', '.join([*sources, *shown.documents])} on {url}/v1 (Ctrl-C ends it)")
-    typer.echo(f"playground: {url}/")
+    echo(f"serving {', '.join([*sources, *shown.documents])} on {url}/v1 (Ctrl-C ends it)")
+    echo(f"playground: {url}/")
     say_next(chat_request(f"{url}/v1", next(iter(sources))))
     config = uvicorn.Config(
         app,
@@ -258,7 +257,7 @@ def run_rollout_server(
     for name in options.allow_host:
         arguments += ["--allow-host", name]
     if options.host in LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
-        typer.echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
+        echo(f"{TOKEN_VARIABLE} is not set: everybody on this machine may use the server")
         arguments.append("--no-token")
     server = ["--seed", str(options.seed)]
     if engine is None:

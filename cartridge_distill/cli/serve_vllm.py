@@ -11,8 +11,7 @@ import os
 import signal
 import subprocess
 
-import typer
-
+from cartridge_distill.cli.program import echo
 from cartridge_distill.cli.serve import (
     CHAT_PORT,
     ServeOptions,
@@ -76,8 +75,8 @@ def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[s
         stored = read_cartridge(place, config)
         allow = options.allow_other_model
         if told := check_same_weights(stored.meta, place, model, allow_other=allow):
-            typer.echo(f"warning: {told}", err=True)
-        typer.echo(f"{name}: {stored.snapshot.num_tokens} tokens, {place}", err=True)
+            echo(f"warning: {told}", err=True)
+        echo(f"{name}: {stored.snapshot.num_tokens} tokens, {place}", err=True)
     port = CHAT_PORT if options.port is None else options.port
     if engine_python is not None:
         with listening_socket(options.host, port) as free:
@@ -96,12 +95,12 @@ def _serve_named(options: ServeOptions, engine_python: str | None, more: tuple[s
         more=more,
     )
     if engine_python is None:
-        typer.echo(
+        echo(
             "# where vLLM and this package are installed together (or say --engine-python, and it "
             "is started here):",
             err=True,
         )
-        typer.echo(command.stock())
+        echo(command.stock())
         return 0
     say_next(chat_request(f"http://{options.host}:{port}/v1", next(iter(places))))
     return _run(command.own(check_python(engine_python)))

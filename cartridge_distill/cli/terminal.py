@@ -22,6 +22,7 @@ from rich.text import Text
 from cartridge_distill.cli.conversation import Conversation, Reply
 from cartridge_distill.cli.opened import Shown
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.shown_text import printable
 
 COMMANDS = {
     "/help": "this list",
@@ -59,7 +60,7 @@ class Terminal:
         """What can be done."""
         print("Ask something; /help lists the commands, Ctrl-C stops an answer.")
         if questions:
-            print("For example:", *(f"  {question}" for question in questions), sep="\n")
+            print("For example:", *(f"  {printable(question)}" for question in questions), sep="\n")
 
     def run(self) -> None:
         """Asks until somebody leaves."""
@@ -103,7 +104,7 @@ class Terminal:
         try:
             self.ask(question)
         except CartridgeDistillError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped)")
 
@@ -127,7 +128,7 @@ class Terminal:
             return
         self._compare = not self._compare
         names = ", ".join(one.name for one in self._shown)
-        print(f"(answers of: {names})" if self._compare else f"(answers of: {self._first})")
+        print(printable(f"(answers of: {names if self._compare else self._first})"))
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -150,7 +151,7 @@ class Terminal:
             signal.signal(signal.SIGINT, before)
 
     def _alone(self, question: str, start: str | None) -> None:
-        print(start or "", end="", flush=True)
+        _write(start or "")
         answer = self._conversation.ask(self._first, question, _write, start)
         print()
         if said := _after(answer):
@@ -158,12 +159,12 @@ class Terminal:
 
     def _below(self, question: str, start: str | None) -> None:
         for one in self._shown:
-            print(f"{one.heading()}:")
-            print(start or "", end="", flush=True)
+            print(printable(f"{one.heading()}:"))
+            _write(start or "")
             try:
                 answer = self._conversation.ask(one.name, question, _write, start)
             except CartridgeDistillError as error:  # of this view; the others may fit
-                print(f"(no answer: {error})\n")
+                print(printable(f"(no answer: {error})\n"))
                 continue
             print(f"\n({_figures(answer)})\n")
             if self._conversation.interrupted.is_set():
@@ -197,16 +198,16 @@ def beside(shown: Sequence[Shown], texts: Sequence[str], notes: Sequence[str]) -
     """Answers in columns, whole: a word that is wider than its column goes on in the next line."""
     table = Table(expand=True)
     for one in shown:
-        table.add_column(Text(one.heading()), ratio=1, overflow="fold")
-    table.add_row(*(Text(text) for text in texts))
+        table.add_column(Text(printable(one.heading())), ratio=1, overflow="fold")
+    table.add_row(*(Text(printable(text)) for text in texts))
     if any(notes):
         table.add_section()
-        table.add_row(*(Text(note, style="dim") for note in notes))
+        table.add_row(*(Text(printable(note), style="dim") for note in notes))
     return table
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 def _after(answer: Reply) -> str:

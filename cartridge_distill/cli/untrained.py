@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from cartridge_distill.cartridge.beginnings import TEXT
 from cartridge_distill.cartridge.checkpoint import (
@@ -19,6 +18,7 @@ from cartridge_distill.cartridge.formats.detect import check_replaceable
 from cartridge_distill.cartridge.formats.stored_cartridge import StoredCartridge
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.cli.program import echo
 from cartridge_distill.model.beginning import first_cartridge
 from cartridge_distill.model.identity import weights_fingerprint
 from cartridge_distill.model.loading import load_model
@@ -67,7 +67,7 @@ def make(
         from cartridge_distill.data.documents.one import one_document  # an extra reads documents
         from cartridge_distill.data.records import sha256_of
 
-        source = one_document(document, lambda line: typer.echo(line, err=True))
+        source = one_document(document, lambda line: echo(line, err=True))
         ids = render_document(read_tokenizer(model), source.text)
         loaded: Any = load_model(model, torch.float32, "cpu")
         cartridge = first_cartridge(loaded, torch.tensor(ids), tokens, frozen, init)

@@ -37,6 +37,8 @@ from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
 from cartridge_distill.util.next_command import next_command, say_next
+from cartridge_distill.util.shown_text import printable
+from cartridge_distill.util.standard_output import guard_output
 
 PROGRAM = "cartridge-distill prepare"
 EXAMPLE_RECORDS = Path(__file__).parent / "examples"
@@ -211,7 +213,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
 
         run(options)
     except (CartridgeDistillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with what was written", file=sys.stderr)
@@ -233,4 +235,5 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -43,6 +43,7 @@ from cartridge_distill.rollout.http import HOW_TO_START, ClientSettings
 from cartridge_distill.util.errors import ConfigError, RolloutError
 from cartridge_distill.util.journal import Journal
 from cartridge_distill.util.pasting import pasted_setting
+from cartridge_distill.util.shown_text import printable
 
 SELF_STUDY = "self_study"
 SHOWN = 5  # questions, so that a person sees what they are like
@@ -329,5 +330,5 @@ def say_outcome(found: Sifted, settings: StudySettings, generations: int) -> Non
 
 
 def say(line: str) -> None:
-    tqdm.write(line)
+    tqdm.write(printable(line))
     sys.stdout.flush()

@@ -15,6 +15,9 @@ from cartridge_distill.util.errors import OffPolicyError
 
 OLDEST_STEP = "oldest_step"
 """Of a rollout that is asked for ahead: the step of the oldest version that may answer."""
+ONLY_STEP = "only_step"
+"""Of a rollout that is not: the step of the one version that may answer. Whoever knows that version
+need not ask whether there is a newer one."""
 
 
 def check_versions(

@@ -44,6 +44,7 @@ from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
 from cartridge_distill.util.files import check_writable
 from cartridge_distill.util.next_command import next_command, say_next, shorter
+from cartridge_distill.util.shown_text import printable
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -177,12 +178,12 @@ def main(arguments: list[str] | None = None, program: str = "cartridge-distill e
 
         table = evaluate_folder(options)
     except (CartridgeDistillError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    print(table)
+    print(printable(table))
     run = options.out.parent
     if options.out.name == "evaluation" and (run / METRICS_FILE).is_file():
         say_next(next_command("report", shorter(run.absolute())))

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cartridge_distill.util.shown_text import printable
+
 _REPORT_SECONDS = 10.0
 
 
 def say(line: str) -> None:
     """A line for the user, beside the table on standard output."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class Stage:

@@ -24,6 +24,7 @@ from cartridge_distill.util.errors import ConfigError
 from cartridge_distill.util.http_connections import uvicorn_options
 from cartridge_distill.util.known_hosts import LOOPBACK, KnownHosts
 from cartridge_distill.util.server_url import DEFAULT_PORT
+from cartridge_distill.util.standard_output import guard_output
 
 DESCRIPTION = """\
 Serve a model with cartridges to trainers that are elsewhere: start the server on the loopback,
@@ -192,4 +193,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -60,6 +60,7 @@ from cartridge_distill.server.openai.answers import (
 )
 from cartridge_distill.server.openai.errors import ApiError, from_validation
 from cartridge_distill.server.openai.requests import ChatRequest
+from cartridge_distill.sync.upload import FORMATS
 from cartridge_distill.util.disconnect import CLIENT_WENT_AWAY
 from cartridge_distill.util.disk import DiskFailed, DiskFull
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, with_fix
@@ -86,9 +87,10 @@ class UploadAnswer(VersionInfo):
 
 
 class VersionList(BaseModel):
-    """The versions that are here, the oldest first."""
+    """The versions that are here, the oldest first, and in which formats others are taken."""
 
     cartridges: list[VersionInfo]
+    formats: tuple[str, ...] = FORMATS
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

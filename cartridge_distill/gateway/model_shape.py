@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig
 
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS, KvShape
-from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.sync.upload import Description
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError
 
 
@@ -42,7 +42,7 @@ class ModelShape:
         """Bytes of the largest upload that can be right: float32, and a header."""
         return max_tokens * self.kv.numbers * 4 + 2**21
 
-    def check(self, header: UploadHeader, max_tokens: int) -> None:
+    def check(self, header: Description, max_tokens: int) -> None:
         """Refuses what this model, or the real server, could not use.
 
         Raises:

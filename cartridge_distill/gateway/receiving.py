@@ -2,8 +2,9 @@
 
 The description in the first kilobytes is checked against the served model before anything is kept.
 The tensors are hashed, looked through for NaN and written to their places in the server's own file
-as they come: a thread does that with one piece while the next is on its way, and the disk works
-beside both. In memory there are two pieces of an upload and never more, whatever its size.
+as they come: while the next piece is on its way, one thread hashes those before it and another one
+looks through them and writes them, and the disk works beside them. In memory there are a few pieces
+of an upload and never more, whatever its size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import bisect
 import errno
 import hashlib
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -21,17 +24,26 @@ import torch
 
 from cartridge_distill.cartridge.formats.tokasaurus import TOKASAURUS_WEIGHTS, lay_out
 from cartridge_distill.cartridge.snapshot import all_finite
-from cartridge_distill.sync.upload import MAX_HEADER_BYTES, Head, UploadHeader, read_head
+from cartridge_distill.sync.upload import (
+    DIGEST_BYTES,
+    MAX_HEADER_BYTES,
+    Description,
+    Head,
+    StreamedHeader,
+    UploadHeader,
+    read_head,
+)
 from cartridge_distill.util.disk import named_disk
 from cartridge_distill.util.errors import CartridgeDistillError, CartridgeFormatError
 
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2 * 2**20
 """Large enough that handing it to a thread costs nothing; a whole number of any dtype's values."""
-_FLUSH_BYTES = 8 * PIECE_BYTES
+PIECES = 4
+_FLUSH_BYTES = 16 * PIECE_BYTES
 
 
 async def receive(
-    body: AsyncIterator[bytes], folder: Path, check: Callable[[UploadHeader], None]
+    body: AsyncIterator[bytes], folder: Path, check: Callable[[Description], None]
 ) -> UploadHeader:
     """Streams an upload into ``folder``, as the weights that the server reads.
 
@@ -60,14 +72,15 @@ async def receive(
             with path.open("r+b", buffering=0) as file:
                 weights = _Weights(head, places, file)
                 came = await _stream(beginning, body, weights)
-                if came != head.header.data_bytes:
+                if came != weights.num_bytes:
                     raise CartridgeFormatError(
                         f"the upload ends after {head.num_bytes + came} of "
-                        f"{head.num_bytes + head.header.data_bytes} bytes"
+                        f"{head.num_bytes + weights.num_bytes} bytes"
                     )
                 weights.check()
                 digest = await asyncio.to_thread(weights.digest_by_name)
-        return head.header.model_copy(update={"sha256": digest})
+        described = head.header.model_dump(exclude={"format", "sha256"})
+        return UploadHeader(**described, sha256=digest)
     except CartridgeDistillError:
         async for _ in body:
             pass
@@ -90,17 +103,15 @@ async def _read_head(body: AsyncIterator[bytes]) -> tuple[Head, bytes]:
 
 
 async def _stream(beginning: bytes, body: AsyncIterator[bytes], weights: _Weights) -> int:
-    """Hands the tensors on piece by piece; returns how many bytes came."""
-    filling, kept = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
-    came = filled = 0
-    keeping: asyncio.Future[None] | None = None
-    flushing: asyncio.Future[None] | None = None
+    """Hands what follows the description on piece by piece; returns how many bytes came."""
+    pieces = _Pieces(weights)
 
     async def chunks() -> AsyncIterator[bytes]:
         yield beginning
         async for chunk in body:
             yield chunk
 
+    came = 0
     try:
         async for chunk in chunks():
             came += len(chunk)
@@ -108,53 +119,122 @@ async def _stream(beginning: bytes, body: AsyncIterator[bytes], weights: _Weight
                 raise CartridgeFormatError(
                     f"the upload goes on after its {weights.num_bytes} bytes of tensors"
                 )
-            rest = memoryview(chunk)
+            rest = pieces.fill(memoryview(chunk))
             while rest:
-                taken = rest[: PIECE_BYTES - filled]
-                filling[filled : filled + len(taken)] = taken
-                filled, rest = filled + len(taken), rest[len(taken) :]
-                if filled < PIECE_BYTES:
-                    continue
-                if keeping is not None:
-                    await keeping
-                filling, kept, filled = kept, filling, 0
-                keeping = _in_thread(weights.keep, memoryview(kept))
-                # What lies on the disk already need not be waited for at the end.
-                if came % _FLUSH_BYTES < len(chunk) and (flushing is None or flushing.done()):
-                    flushing = _in_thread(weights.flush)
+                await pieces.hand_on()
+                rest = pieces.fill(rest)
+        await pieces.hand_on()
     finally:
-        # Both end before the file is closed, also when one of them fails.
-        doing = [future for future in (keeping, flushing) if future is not None]
-        for outcome in await asyncio.gather(*doing, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-    await _in_thread(weights.keep, memoryview(filling)[:filled])
+        # All end before the file is closed, also when one of them fails.
+        await pieces.end()
     return came
 
 
-def _in_thread(function: Callable[..., None], *arguments: object) -> asyncio.Future[None]:
-    return asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+class _Pieces:
+    """Takes an upload's bytes into a few pieces of memory, and has threads work on full ones.
+
+    Each thread goes from one piece to the next without asking here, so none waits for the others.
+    """
+
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+        self._filling = bytearray(PIECE_BYTES)
+        self._filled = 0
+        self._unused = [bytearray(PIECE_BYTES) for _ in range(PIECES - 1)]
+        self._given: deque[tuple[bytearray, list[asyncio.Future[None]]]] = deque()
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=n) for n in ("hash", "write")]
+        self._not_flushed = 0
+        self._flushing: asyncio.Future[None] | None = None
+
+    def fill(self, chunk: memoryview) -> memoryview:
+        """Takes what there is room for; returns the rest, for after :meth:`hand_on`."""
+        taken = chunk[: PIECE_BYTES - self._filled]
+        self._filling[self._filled : self._filled + len(taken)] = taken
+        self._filled += len(taken)
+        return chunk[len(taken) :]
+
+    async def hand_on(self) -> None:
+        """Gives the piece to the threads; waits for another one that may be filled."""
+        weights, piece = self._weights, memoryview(self._filling)[: self._filled]
+        loop = asyncio.get_running_loop()
+        works = (weights.hash, weights.write)
+        doing = [
+            loop.run_in_executor(thread, work, piece)
+            for thread, work in zip(self._threads, works, strict=True)
+        ]
+        self._given.append((self._filling, doing))
+        self._flush_now_and_then()
+        self._filling, self._filled = await self._free(), 0
+
+    async def _free(self) -> bytearray:
+        if self._unused:
+            return self._unused.pop()
+        piece, doing = self._given.popleft()
+        try:
+            for future in doing:
+                await future
+        except BaseException:
+            self._given.appendleft((piece, doing))  # one of them works on it still
+            raise
+        return piece
+
+    def _flush_now_and_then(self) -> None:
+        """What lies on the disk already need not be waited for at the end."""
+        self._not_flushed += self._filled
+        if self._not_flushed >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._not_flushed = 0
+            self._flushing = asyncio.ensure_future(asyncio.to_thread(self._weights.flush))
+
+    async def end(self) -> None:
+        """Waits for the threads.
+
+        Raises:
+            OSError: a piece could not be written.
+        """
+        doing = [future for _, futures in self._given for future in futures]
+        if self._flushing is not None:
+            doing.append(self._flushing)
+        outcomes = await asyncio.gather(*doing, return_exceptions=True)
+        for thread in self._threads:
+            thread.shutdown()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
 
 class _Weights:
-    """The tensors of one upload: hashed, checked and written in the order in which they come."""
+    """The tensors of one upload, in the order in which they come: hashed by one thread, checked and
+    written by another.
+
+    Attributes:
+        num_bytes: of all that follows the description.
+    """
 
     def __init__(self, head: Head, places: dict[str, int], file: IO[bytes]) -> None:
-        self.num_bytes = head.header.data_bytes
         self._file = file
         self._header = head.header
+        self._data_bytes = head.header.data_bytes
+        follows = DIGEST_BYTES if isinstance(head.header, StreamedHeader) else 0
+        self.num_bytes = self._data_bytes + follows
         self._dtype = getattr(torch, head.header.dtype)
         # By their place in the upload: where each begins there and in the file.
         self._tensors = sorted((start, name, places[name]) for name, start in head.starts.items())
         self._starts = [start for start, _, _ in self._tensors]
         self._digest = hashlib.sha256()
-        self._came = 0
+        self._hashed = self._came = 0
+        self._following = b""  # the tensors
         self._not_finite: str | None = None
 
-    def keep(self, piece: memoryview) -> None:
+    def hash(self, piece: memoryview) -> None:
         """Takes the next bytes; not from two threads at once."""
-        self._digest.update(piece)
-        start, end = self._came, self._came + len(piece)
+        tensors = piece[: self._data_bytes - self._hashed]
+        self._digest.update(tensors)
+        self._hashed += len(tensors)
+        self._following += piece[len(tensors) :]
+
+    def write(self, piece: memoryview) -> None:
+        """Takes the next bytes; not from two threads at once."""
+        start, end = self._came, min(self._came + len(piece), self._data_bytes)
         while self._came < end:
             number = bisect.bisect_right(self._starts, self._came) - 1
             begins, name, place = self._tensors[number]
@@ -197,7 +277,7 @@ class _Weights:
 
     def _after(self, number: int) -> int:
         """Where the tensor with this number in the upload ends there."""
-        return self._starts[number + 1] if number + 1 < len(self._starts) else self.num_bytes
+        return self._starts[number + 1] if number + 1 < len(self._starts) else self._data_bytes
 
     def check(self) -> None:
         """When all have come.
@@ -206,10 +286,14 @@ class _Weights:
             CartridgeFormatError: they are not what the description says, or not finite.
         """
         found = self._digest.hexdigest()
-        if found != self._header.sha256:
+        if isinstance(self._header, StreamedHeader):
+            where, said = "what follows them says", self._following.hex()
+        else:
+            where, said = "the metadata says", self._header.sha256
+        if found != said:
             raise CartridgeFormatError(
-                f"the tensors have SHA-256 {found}, the metadata says {self._header.sha256}: they "
-                "were changed on their way, or hashed in another order than that of their offsets"
+                f"the tensors have SHA-256 {found}, {where} {said}: they were changed on their "
+                "way, or hashed in another order than that of their offsets"
             )
         if self._not_finite is not None:
             raise CartridgeFormatError(f"{self._not_finite} holds values that are not finite")

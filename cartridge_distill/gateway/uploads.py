@@ -28,7 +28,7 @@ from cartridge_distill.gateway.settings import GatewaySettings
 from cartridge_distill.gateway.store import VersionStore
 from cartridge_distill.gateway.version_info import VersionInfo
 from cartridge_distill.rollout.protocol import CartridgeCompletionRequest, CartridgeRef
-from cartridge_distill.sync.upload import UploadHeader
+from cartridge_distill.sync.upload import Description, UploadHeader
 from cartridge_distill.util.disk import DiskFailed
 from cartridge_distill.util.errors import CartridgeFormatError
 
@@ -121,7 +121,7 @@ class Uploads:
         )
         return done
 
-    def _check(self, version_id: str, header: UploadHeader) -> None:
+    def _check(self, version_id: str, header: Description) -> None:
         """Of the description alone: what is refused now need not be received.
 
         Nothing is deleted for an upload that has only been announced.

@@ -31,6 +31,7 @@ from typing import IO
 
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.standard_output import guard_output
 
 MANIFEST = "cartridge_distill_model.json"
 # Raised when the conversion changes, so that folders made by an older one are made anew.
@@ -315,4 +316,5 @@ def main(
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

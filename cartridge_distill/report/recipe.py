@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from cartridge_distill.cartridge.run_folder import RECIPE_FILE
 from cartridge_distill.util.sealed import sealed, unsealed
 from cartridge_distill.util.secrecy import HIDDEN, clean_arguments, clean_settings, is_secret
+from cartridge_distill.util.shown_text import name_as_text
 
 __all__ = [
     "HIDDEN",
@@ -117,8 +118,8 @@ def write_recipe(
     recipe = Recipe(
         name=name or folder.name,
         folder=str(folder),
-        command=list(command),
-        overrides=list(overrides),
+        command=[name_as_text(argument) for argument in command],
+        overrides=[name_as_text(override) for override in overrides],
         seed=seed,
         model=model,
         data=data,

@@ -18,6 +18,7 @@ from cartridge_distill.util.known_hosts import KnownHosts
 from cartridge_distill.util.listening import listening_socket
 from cartridge_distill.util.openmp import spinning
 from cartridge_distill.util.server_url import DEFAULT_PORT
+from cartridge_distill.util.standard_output import guard_output
 
 EXAMPLES = """\
 examples:
@@ -211,4 +212,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -3,6 +3,9 @@
 ``PUT /cartridges/{id}`` answers when a request with that id will work, so a version counts as
 published when every gateway has answered. An upload that broke off is sent again, whole; a gateway
 that has it already says so.
+
+A thread hashes the version while it is sent; its hash goes last. A gateway of an earlier version,
+which wants the hash first, says so by not naming that format, and is sent the hash first.
 """
 
 from __future__ import annotations
@@ -11,11 +14,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.rollout.http import ClientSettings, RetryingHttp
 from cartridge_distill.sync.shared_dir import oldest
-from cartridge_distill.sync.upload import Upload, encode
+from cartridge_distill.sync.upload import (
+    FORMATS,
+    Upload,
+    sha256,
+    streamed,
+    with_digest,
+)
 from cartridge_distill.sync.versions import run_of, step_of
 from cartridge_distill.util.errors import ConfigError, RolloutError, ServerRefused, SyncError
 from cartridge_distill.util.server_url import checked_url
@@ -57,12 +69,17 @@ class HttpPublisher:
         Raises:
             SyncError: one does not have it; says which and why. The version must not be used.
         """
-        upload = encode(snapshot, self.base_model, step_of(version))
+        step = step_of(version)
 
-        async def send(http: RetryingHttp) -> None:
+        async def send(http: RetryingHttp, digest: Future[bytes]) -> None:
             # A gateway that refuses the token does not read the body, and a client that is still
             # sending one would see a broken connection and not the reason: ask first.
-            await http.json("GET", "/cartridges")
+            listed = await http.json("GET", "/cartridges")
+            if _takes_streams(listed):
+                upload = streamed(snapshot, self.base_model, step, digest)
+            else:
+                known = await asyncio.wrap_future(digest)
+                upload = with_digest(snapshot, self.base_model, step, known)
             progress = _Progress(version, http.url, upload)
             await http.json(
                 "PUT",
@@ -74,7 +91,8 @@ class HttpPublisher:
                 },
             )
 
-        failures = self._everywhere(send)
+        with ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing:
+            failures = self._everywhere(partial(send, digest=hashing.submit(sha256, snapshot)))
         if failures:
             raise SyncError(f"version {version} was not published: " + "; ".join(failures))
         self._published.append(version)
@@ -130,6 +148,12 @@ class HttpPublisher:
         return [failure for failure in asyncio.run(all_of()) if failure]
 
 
+def _takes_streams(listed: Any) -> bool:
+    """Whether a gateway, which says what it has, takes the hash after the tensors."""
+    formats = listed.get("formats") if isinstance(listed, dict) else None
+    return isinstance(formats, list) and FORMATS[1] in formats
+
+
 async def _delete(http: RetryingHttp, version: str) -> bool:
     """Whether it went; one that is gone or in use is left to the gateway."""
     try:
@@ -161,3 +185,5 @@ class _Progress:
                     self._upload.num_bytes / 1e6,
                 )
                 next_word = time.monotonic() + _REPORT_SECONDS
+        if self._upload.digest is not None:
+            yield await asyncio.wrap_future(self._upload.digest)

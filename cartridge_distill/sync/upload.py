@@ -5,10 +5,13 @@ The file's metadata says what is in it (:class:`UploadHeader`), its tensors are 
 upload, and the receiver can refuse it after the first kilobytes: the header alone gives every name,
 shape and size. No pickle in either direction.
 
-The header is written here and not by the safetensors library, because it holds the SHA-256 of the
-tensors that follow, and because the tensors are sent from where they lie: no second copy of a
-quarter of a gigabyte. What is written, that library reads, and the reverse (tested). Format:
-https://github.com/huggingface/safetensors#format
+The SHA-256 of the tensors is in the metadata (``cartridge-version/1``, what a person uploads), or
+it follows them as a last tensor (``cartridge-version/2``): a client that hashes while it sends
+knows it only then. What arrives is the same version either way.
+
+The header is written here and not by the safetensors library, because the tensors are sent from
+where they lie: no second copy of a quarter of a gigabyte. What is written, that library reads, and
+the reverse (tested). Format: https://github.com/huggingface/safetensors#format
 
 Needs torch and pydantic alone.
 """
@@ -19,6 +22,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -43,6 +47,10 @@ _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _OF_A_TENSOR = {"dtype", "shape", "data_offsets"}
 _COUNT = Field(ge=1, le=2**24)
+DIGEST_BYTES = hashlib.sha256().digest_size
+_DIGEST = "sha256"
+FORMATS = ("cartridge-version/1", "cartridge-version/2")
+"""What a receiver of this version reads: the hash in the metadata, or after the tensors."""
 
 
 def _split(value: object) -> object:
@@ -55,22 +63,20 @@ _PerLayer = Annotated[
 ]
 
 
-class UploadHeader(BaseModel):
-    """What an upload says of itself (safetensors metadata, so every value is a string there).
+class Description(BaseModel):
+    """What an upload says of itself before its tensors come (safetensors metadata, so every value
+    is a string there).
 
     Attributes:
         base_model: the model the cartridge was trained on, as the server calls it.
         step: optimizer steps behind it.
         num_tokens, num_frozen_tokens, num_layers, dtype: its shape.
         kv_heads, head_dim: one number, or one a layer with commas between them.
-        sha256: of all tensor bytes, in the order of their offsets. What the gateway keeps and shows
-            is in the order of :meth:`tensors`, which is the order in which :func:`encode` sends
-            them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["cartridge-version/1"] = "cartridge-version/1"
+    format: str
     base_model: str = Field(min_length=1, max_length=512)
     step: int = Field(ge=0, le=2**40)
     num_tokens: int = _COUNT
@@ -79,10 +85,9 @@ class UploadHeader(BaseModel):
     kv_heads: _PerLayer
     head_dim: _PerLayer
     dtype: Literal["bfloat16", "float32", "float16"]
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
-    def _numbers_of_all_layers(self) -> UploadHeader:
+    def _numbers_of_all_layers(self) -> Description:
         for name in ("kv_heads", "head_dim"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) != self.num_layers:
@@ -109,21 +114,45 @@ class UploadHeader(BaseModel):
         return self.num_tokens * self.kv.numbers * _BYTES[self.dtype]
 
 
+class UploadHeader(Description):
+    """A description that holds the hash, as a version has it from its arrival on.
+
+    Attributes:
+        sha256: of all tensor bytes, in the order of their offsets. What the gateway keeps and shows
+            is in the order of :meth:`tensors`, which is the order in which they are sent here.
+    """
+
+    format: Literal["cartridge-version/1"] = "cartridge-version/1"
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class StreamedHeader(Description):
+    """A description whose hash follows the tensors: :data:`DIGEST_BYTES` bytes, of the same."""
+
+    format: Literal["cartridge-version/2"] = "cartridge-version/2"
+
+
 @dataclass(frozen=True)
 class Upload:
-    """An encoded version: what goes over the wire, still lying in the snapshot's memory."""
+    """A version to send: what goes over the wire, still lying in the snapshot's memory.
 
-    header: UploadHeader
+    Attributes:
+        digest: SHA-256 of the tensors, which follows them; None where the header holds it.
+    """
+
+    header: Description
     head: bytes
     buffers: list[memoryview]
+    digest: Future[bytes] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Of the whole file."""
-        return len(self.head) + self.header.data_bytes
+        follows = DIGEST_BYTES if self.digest is not None else 0
+        return len(self.head) + self.header.data_bytes + follows
 
     def chunks(self, size: int = 2**20) -> Iterator[bytes | memoryview]:
-        """The file in pieces of at most ``size`` bytes."""
+        """The file in pieces of at most ``size`` bytes; but for the digest, which comes later."""
         yield self.head
         for buffer in self.buffers:
             for start in range(0, len(buffer), size):
@@ -131,13 +160,42 @@ class Upload:
 
 
 def encode(snapshot: Snapshot, base_model: str, step: int) -> Upload:
-    """Describes a snapshot; copies nothing, hashes everything once."""
-    buffers, digest = [], hashlib.sha256()
-    for _, tensor in snapshot.items():
-        buffer = memoryview(tensor.view(torch.uint8).numpy().reshape(-1).data)
+    """Describes a snapshot; copies nothing, hashes everything once, before it is sent."""
+    return with_digest(snapshot, base_model, step, sha256(snapshot))
+
+
+def with_digest(snapshot: Snapshot, base_model: str, step: int, digest: bytes) -> Upload:
+    """As :func:`encode`, where :func:`sha256` is known already."""
+    described = _described(snapshot, base_model, step)
+    header = UploadHeader.model_validate({**described, "sha256": digest.hex()})
+    return Upload(header, _head(header, snapshot), _buffers(snapshot))
+
+
+def streamed(snapshot: Snapshot, base_model: str, step: int, digest: Future[bytes]) -> Upload:
+    """Describes a snapshot whose hash is not known yet; copies nothing, hashes nothing.
+
+    Args:
+        digest: will be :func:`sha256` of the same snapshot.
+    """
+    header = StreamedHeader.model_validate(_described(snapshot, base_model, step))
+    return Upload(header, _head(header, snapshot), _buffers(snapshot), digest)
+
+
+def sha256(snapshot: Snapshot) -> bytes:
+    """Of all tensor bytes, in the order in which they are sent."""
+    digest = hashlib.sha256()
+    for buffer in _buffers(snapshot):
         digest.update(buffer)
-        buffers.append(buffer)
-    described = {
+    return digest.digest()
+
+
+def _buffers(snapshot: Snapshot) -> list[memoryview]:
+    tensors = [tensor for _, tensor in snapshot.items()]
+    return [memoryview(tensor.view(torch.uint8).numpy().reshape(-1).data) for tensor in tensors]
+
+
+def _described(snapshot: Snapshot, base_model: str, step: int) -> dict[str, object]:
+    return {
         "base_model": base_model,
         "step": step,
         "num_tokens": snapshot.num_tokens,
@@ -146,21 +204,30 @@ def encode(snapshot: Snapshot, base_model: str, step: int) -> Upload:
         "kv_heads": snapshot.kv_heads,
         "head_dim": snapshot.head_dim,
         "dtype": str(snapshot.dtype).removeprefix("torch."),
-        "sha256": digest.hexdigest(),
     }
-    header = UploadHeader.model_validate(described)
+
+
+def _head(header: Description, snapshot: Snapshot) -> bytes:
+    """The file's beginning, up to its first tensor."""
     entries: dict[str, Any] = {"__metadata__": {name: _text(value) for name, value in header}}
     offset = 0
-    for (name, tensor), buffer in zip(snapshot.items(), buffers, strict=True):
+    for name, tensor in snapshot.items():
         entries[name] = {
             "dtype": _SAFETENSORS_DTYPES[header.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(buffer)],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        offset += len(buffer)
+        offset += tensor.nbytes
+    if isinstance(header, StreamedHeader):
+        entries[_DIGEST] = _digest_entry(header)
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin aligned
-    return Upload(header, struct.pack("<Q", len(text)) + text, buffers)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _digest_entry(header: Description) -> dict[str, Any]:
+    offsets = [header.data_bytes, header.data_bytes + DIGEST_BYTES]
+    return {"dtype": "U8", "shape": [DIGEST_BYTES], "data_offsets": offsets}
 
 
 def _text(value: object) -> str:
@@ -176,7 +243,7 @@ class Head:
         starts: of each tensor, counted from there.
     """
 
-    header: UploadHeader
+    header: UploadHeader | StreamedHeader
     num_bytes: int
     starts: dict[str, int]
 
@@ -216,16 +283,23 @@ def read_head(beginning: bytes | bytearray) -> Head | None:
             "the safetensors file has no metadata; it must describe the version: "
             + ", ".join(UploadHeader.model_fields)
         )
+    metadata = entries.pop("__metadata__")
+    kind = StreamedHeader if metadata.get("format") == FORMATS[1] else UploadHeader
     try:
-        header = UploadHeader.model_validate(entries.pop("__metadata__"))
+        header = kind.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CartridgeFormatError(f"metadata {where[:80]}: {first['msg'][:400]}") from error
+    if isinstance(header, StreamedHeader) and entries.pop(_DIGEST, None) != _digest_entry(header):
+        raise CartridgeFormatError(
+            f"{FORMATS[1]} ends with a tensor {_DIGEST} of {DIGEST_BYTES} U8, the hash of the "
+            "others as they lie in the file; this file has none there"
+        )
     return Head(header, 8 + length, _checked_starts(header, entries))
 
 
-def _checked_starts(header: UploadHeader, entries: dict[str, Any]) -> dict[str, int]:
+def _checked_starts(header: Description, entries: dict[str, Any]) -> dict[str, int]:
     """Names, shapes, types and places are those the metadata says, with no gap between them."""
     if header.num_frozen_tokens >= header.num_tokens:
         raise CartridgeFormatError(

@@ -31,8 +31,12 @@ def decode(data: bytes) -> str:
         raise JsonError(f"is no Unicode text ({error}); save it as UTF-8") from error
 
 
-def loads(text: str) -> Any:
+def loads(text: str, file_names: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        file_names: it may hold names of files that are no text, as Python has them: a lone
+            surrogate for each byte that is none.
 
     Raises:
         JsonError: it is none, an object has one name twice, or a text is none.
@@ -40,7 +44,8 @@ def loads(text: str) -> Any:
     try:
         found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=no_name_twice)
         if _HALF.search(text):  # of a pair, mostly
-            json.dumps(found, ensure_ascii=False).encode()
+            errors = "surrogateescape" if file_names else "strict"
+            json.dumps(found, ensure_ascii=False).encode(errors=errors)
     except JsonError:
         raise
     except UnicodeEncodeError as error:
@@ -53,8 +58,11 @@ def loads(text: str) -> Any:
     return found
 
 
-def load(path: Path) -> Any:
+def load(path: Path, file_names: bool = False) -> Any:
     """The value of a JSON file.
+
+    Args:
+        file_names: as :func:`loads` has it.
 
     Raises:
         JsonError: as :func:`loads`, or a Git LFS pointer lies there.
@@ -62,7 +70,7 @@ def load(path: Path) -> Any:
     """
     if pointer_in(path) is not None:
         raise JsonError(IS_ONE)
-    return loads(decode(path.read_bytes()))
+    return loads(decode(path.read_bytes()), file_names)
 
 
 def no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

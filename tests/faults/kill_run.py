@@ -26,6 +26,7 @@ from tests.faults.kill_phases import MARKS_VARIABLE, Mark, read_marks
 from tests.gateway.rig import MODEL_NAME, Rig, child_environment
 from tests.tiny import endless_model, save_model
 from verl_patches.launching.command import command, environment
+from verl_patches.launching.preloading import PRELOADED
 from verl_patches.launching.settings import Run
 
 ROWS = 4  # prompts a step
@@ -116,6 +117,7 @@ class Attempt:
         settings[MARKS_VARIABLE] = str(self._marks)
         run.mkdir(parents=True, exist_ok=True)
         self.began = time.time()
+        supervisor.preload(PRELOADED, settings)  # as the launcher does
         self.process = supervisor.start(command(asked), self.log, settings)
 
     def marks(self) -> list[Mark]:
@@ -136,7 +138,7 @@ class Attempt:
         """``driver`` or one of :data:`ACTORS`; None while there is none."""
         if name == "driver":
             return Victim(self.process.pid, name, self.began)
-        for process in self._descendants():
+        for process in self._supervisor.marked():  # forked ones are no descendants
             try:
                 title = " ".join(process.cmdline())
                 if re.match(rf"ray::{ACTORS[name]}\b", title):
@@ -144,12 +146,6 @@ class Attempt:
             except psutil.NoSuchProcess:
                 pass  # it ended between two looks
         return None
-
-    def _descendants(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
 
     def left_behind(self) -> list[psutil.Process]:
         """Processes of this attempt that still run."""

@@ -24,7 +24,7 @@ from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.gateway.settings import TOKEN_VARIABLE
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.sync.upload import encode
-from cartridge_distill.util.processes import Supervisor, wait_for
+from cartridge_distill.util.processes import Awaited, Supervisor
 from tests.tiny import random_cartridge, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,7 +177,8 @@ class Rig:
         Raises:
             ChildFailed: the gateway ended, or it takes too long.
         """
-        wait_for(self.is_up, self.process, self.log_file, "the gateway", self._start_seconds)
+        up = Awaited(self.is_up, self.process, self.log_file, "the gateway", self._start_seconds)
+        up.wait()
 
     def is_up(self) -> bool:
         """Does the server behind the gateway answer?"""

@@ -23,6 +23,7 @@ LIGHT = {
     "cartridge_distill.util.lfs",
     "cartridge_distill.util.secrecy",
     "cartridge_distill.util.server_url",
+    "cartridge_distill.util.standard_output",
     "cartridge_distill.util.strict_json",
     "cartridge_distill.util.disconnect",
     "cartridge_distill.util.errors",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from cartridge_distill.util.forks import EXECUTABLE
 from verl_patches.platform.cluster import forward_environment
 
 TOKEN = "a-token-of-the-gateway"
@@ -52,3 +55,24 @@ def test_what_a_submitted_job_brings_is_not_sent_twice() -> None:
     environment = DRIVER | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
     sent = forward_environment(ARGUMENTS, config("auto"), environment)
     assert sent["runtime_env"]["env_vars"] == {"TOKASAURUS_API_KEY": TOKEN}
+
+
+def test_workers_of_ones_own_ray_are_forked_where_somebody_has_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts all of its Pythons with the driver's; the variables are inherited."""
+    monkeypatch.setattr(sys, "executable", sys.executable)  # put back afterwards
+    executable = tmp_path / "python"
+    driver = {**DRIVER, EXECUTABLE: str(executable)}
+    asked = {"num_cpus": 8, "runtime_env": {"env_vars": {"NCCL_DEBUG": "WARN"}}}
+    assert forward_environment(asked, config(), driver) is asked  # it is gone
+    executable.touch(mode=0o600)
+    assert forward_environment(asked, config(), driver) is asked  # it cannot be run there
+    executable.chmod(0o700)
+    assert forward_environment(asked, config("auto"), dict(driver))["runtime_env"] is not None
+    assert sys.executable != str(executable)  # a cluster starts its processes itself
+    assert forward_environment(asked, config(), driver) == {"num_cpus": 8, "runtime_env": None}
+    assert sys.executable == str(executable) and driver["NCCL_DEBUG"] == "WARN"
+    # What Ray must prepare for each worker stays, with the variables.
+    assert forward_environment(ARGUMENTS, config(), driver) is ARGUMENTS
+    assert driver["VERL_PLATFORM"] == "cpu"

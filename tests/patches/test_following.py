@@ -11,12 +11,13 @@ import pytest
 from cartridge_distill.cartridge.checkpoint import CartridgeMeta, read_meta, save_cartridge
 from cartridge_distill.util.best_step import BestStep, note_validation, read_best
 from cartridge_distill.util.errors import CartridgeFormatError
+from cartridge_distill.util.fork_client import GONE
 from cartridge_distill.util.processes import Supervisor
 from tests.patches.failing import failing, saving
 from tests.tiny import random_cartridge, tiny_model
 from verl_patches import launch
 from verl_patches.launching.command import environment, overrides
-from verl_patches.launching.following import StepLines
+from verl_patches.launching.following import StepLines, causes
 from verl_patches.launching.result import publish
 from verl_patches.launching.settings import Run
 from verl_patches.trainer.run_folder import keep_newest
@@ -114,3 +115,9 @@ def test_further_loggers_write_into_the_runs_folder(tmp_path: Path) -> None:
     assert found["WANDB_DIR"] == str(tmp_path)
     assert environment(run, {"WANDB_DIR": "/elsewhere"})["WANDB_DIR"] == "/elsewhere"
     assert "WANDB_DIR" not in environment(Run(out=tmp_path), {"HOME": "/"})
+
+
+def test_a_fork_server_that_died_is_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(f"(TaskRunner pid=3) model loaded\n{GONE}\n")
+    assert causes(log) == [GONE]

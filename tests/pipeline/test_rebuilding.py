@@ -65,10 +65,10 @@ def test_data_and_evaluation_are_told(
 ) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(stages, "run_stage", lambda command, *_: asked.append(list(command)) or "")
-    monkeypatch.setattr(stages, "prepared", lambda *_: None)
+    monkeypatch.setattr(stages, "Stage", lambda command, *_: asked.append(list(command)))
     settings = wanted(tmp_path, model_folder, old)
     with Supervisor() as supervisor:
-        stages.prepare_data(settings, tmp_path, supervisor)
+        stages.start_data(settings, tmp_path, supervisor)
         stages.evaluate(settings, supervisor)
     data, evaluation = (" ".join(command) for command in asked)
     assert f"--rebuild {old}" in data

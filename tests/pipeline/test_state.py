@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,3 +167,20 @@ def test_a_server_that_was_given_gets_its_versions_by_upload(wanted: Distillatio
     assert as_run(wanted).sync_dir == wanted.out / "cartridges"
     given = as_run(replace(wanted, server="http://h:1"), "http://h:1")
     assert given.sync_dir is None and given.server == ("http://h:1",)
+
+
+def test_a_run_over_names_that_are_no_text_goes_on(wanted: Distillation, tmp_path: Path) -> None:
+    """File systems take any bytes for a name; the state's file has to hold them."""
+    folder = tmp_path / os.fsdecode(b"h\xe4ndbuch")
+    folder.mkdir()
+    document = folder / os.fsdecode(b"b\xffad.txt")
+    document.write_text("The house stands by the sea.")
+    for documents in (document, folder):
+        named = replace(wanted, documents=str(documents))
+        begun(named, DATA, TRAINING)
+        assert look(named).done == [DATA, TRAINING]
+        other = replace(wanted, documents=str(tmp_path / os.fsdecode(b"h\xfcndbuch")))
+        with pytest.raises(OtherSettings, match="documents"):
+            look(other)
+        assert look(named, overwrite=True).is_new
+        shutil.rmtree(wanted.out)

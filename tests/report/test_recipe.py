@@ -100,3 +100,9 @@ def test_the_process_environment_is_not_searched(
 ) -> None:
     monkeypatch.setitem(os.environ, "SOMETHING", "private")
     assert "private" not in write_recipe(tmp_path, ["x"], [], 0).read_text()
+
+
+def test_a_command_with_a_name_that_is_no_text_is_written(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, ["distill", os.fsdecode(b"b\xffad.txt")], [], 0)
+    recipe = Recipe.model_validate(json.loads(path.read_text("utf-8")))
+    assert recipe.command == ["distill", "b\\xffad.txt"]

@@ -127,7 +127,7 @@ def test_a_cold_start_is_waited_for_with_a_line_every_few_seconds(world: World) 
     assert status == 0, text[-4000:]
     assert len(world.metrics) == 1
     said = lines()
-    assert "ConnectError" in said[0] and "HTTP 503" in said[-1]
+    assert "ClientConnectorError" in said[0] and "HTTP 503" in said[-1]
     # one at once, then one every five seconds, and not a flood
     expected = 1 + (refused_s + unavailable_s) / 5
     assert expected - 1.5 <= len(said) <= expected + 2, said

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("verl.workers.config", reason="veRL is not installed")
 
+from ray.exceptions import RayActorError
+
 from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, ProcessDied
 from tests.training.conftest import child_environment
+from verl_patches.rollout import agent_loop
+from verl_patches.rollout.agent_loop import CartridgeAgentLoopManager
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.history import HISTORY_FILE, History
 from verl_patches.trainer.watch import ActorWatch
@@ -164,3 +170,44 @@ def test_a_run_that_is_on_its_way_out_is_waited_for(tmp_path: Path) -> None:
     other.kill()
     os.close(run_folder.claim(tmp_path))
     other.communicate()
+
+
+class _Lost(RayActorError):
+    def __str__(self) -> str:
+        return "The actor is dead because its worker process has died."
+
+
+class _Refused(RayActorError):
+    def __str__(self) -> str:
+        return "The actor died because of an error raised in its creation task: DocumentError: no"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (_Lost, ProcessDied, "agent loop worker died while the run was starting .*worker process"),
+        (_Refused, _Refused, "DocumentError: no"),  # in its own words; again would not help
+    ],
+)
+def test_an_agent_loop_that_began_early_and_died_is_named(
+    error: type[RayActorError], kind: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dies(*_: object) -> None:
+        raise error()
+
+    worker = SimpleNamespace(connect=SimpleNamespace(remote=dies))
+    manager = object.__new__(CartridgeAgentLoopManager)
+    manager.teacher_client = manager.reward_loop_worker_handles = None
+    monkeypatch.setattr(CartridgeAgentLoopManager, "_begun", [worker])
+    with pytest.raises(kind, match=says):
+        asyncio.run(manager._init_agent_loop_workers())
+    assert CartridgeAgentLoopManager._begun is None  # the next manager starts its own
+
+
+def test_a_worker_that_began_early_keeps_its_own_way_to_the_servers() -> None:
+    """What came later than the worker is not veRL's client, which goes through the proxy."""
+    worker = object.__new__(agent_loop._CartridgeAgentLoopWorker)
+    worker.llm_client = own = object()
+    worker.connect("teacher", ["reward"])
+    assert worker.llm_client is own and worker.teacher_client == "teacher"
+    assert worker.reward_loop_worker_handles == ["reward"]

@@ -322,12 +322,14 @@ async def test_each_rollout_has_a_seed_of_its_own() -> None:
 
 
 async def test_a_rollout_says_how_old_its_version_may_be() -> None:
-    """Of the step that it is trained at; in strict mode there is nothing to say."""
+    """Of the step that it is trained at; in strict mode there is one version that may answer."""
     seen: list[Any] = []
+    only: list[Any] = []
 
     class Manager(_Manager):
         async def generate(self, *, sampling_params: Any, **given: Any) -> Any:
             seen.append(sampling_params.get("oldest_step"))
+            only.append(sampling_params.get("only_step"))
             return await super().generate(sampling_params=sampling_params, **given)
 
     for ahead in (0, 2):
@@ -336,6 +338,7 @@ async def test_a_rollout_says_how_old_its_version_may_be() -> None:
             await loop.run(SAMPLING, **ROW, session_id=0, global_steps=step)
     await agent_loop(100, 2).run(SAMPLING, **{k: v for k, v in ROW.items() if k != "epoch"})
     assert seen == [None, None, 0, 4]
+    assert only == [0, 6, None, None]
 
 
 async def test_a_run_with_a_retry_draws_what_one_without_draws(

@@ -19,6 +19,7 @@ from pathlib import Path
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.command_line import Parser
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.standard_output import guard_output
 
 PROGRAM = "python -m training.study"
 REFUSED = 3
@@ -102,4 +103,5 @@ def finish(study: object) -> None:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

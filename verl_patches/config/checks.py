@@ -18,13 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from cartridge_distill.cartridge.kv_shape import PAGE_TOKENS
 from cartridge_distill.distill.config import cartridge_problems
 from cartridge_distill.util.errors import ConfigError, with_fix
-from cartridge_distill.util.lfs import about, pointer_in
-from cartridge_distill.util.parquet import read_rows
 from cartridge_distill.util.pasting import hydra_value, shell_quoted
 from cartridge_distill.util.server_url import checked_url
-from verl_patches.config.data_files import path_of, problem
+from verl_patches.config.data_files import problem
 from verl_patches.config.fixed_settings import ACTOR, MODEL, ROLLOUT, fixed_problems
-from verl_patches.config.run_length import BATCH, EPOCHS, SAVE, STEPS, RunLength
+from verl_patches.config.run_length import BATCH, data_files, run_length
 from verl_patches.config.unread_settings import unread_problems
 from verl_patches.platform.cluster import joins_a_cluster
 
@@ -83,49 +81,9 @@ def _mini_batch_problems(batch: Any, mini: Any, staleness: Any, ahead: Any) -> I
         )
 
 
-def run_length(config: DictConfig) -> RunLength:
-    """How long the run is to be.
-
-    Raises:
-        ConfigError: a file of the data cannot be read.
-    """
-    return RunLength(
-        rows=_rows(config, "train"),
-        val_rows=_rows(config, "val"),
-        batch=_get(config, BATCH),
-        epochs=_get(config, EPOCHS),
-        steps=_get(config, STEPS),
-        save_every=_get(config, SAVE),
-    )
-
-
-def _rows(config: DictConfig, split: str) -> int | None:
-    """Rows of a split, as veRL will read them; None where a file is not there, or no parquet."""
-    total = 0
-    for name in _data_files(config, split):
-        file = path_of(name)
-        if file.suffix != ".parquet" or not file.is_file():
-            return None
-        try:
-            # All of it: veRL's reader does not compare the checksums.
-            total += len(read_rows(file))
-        except (ConfigError, OSError) as error:
-            reason = about(file) if pointer_in(file) else str(error)
-            raise ConfigError(
-                with_fix(f"data.{split}_files: {reason}", "let it be read")
-            ) from error
-    most = _get(config, f"data.{split}_max_samples")
-    return min(total, most) if isinstance(most, int) and most > 0 else total
-
-
-def _data_files(config: DictConfig, split: str) -> list[str]:
-    named = _get(config, f"data.{split}_files")
-    return [named] if isinstance(named, str) else [str(name) for name in named or ()]
-
-
 def _run_length_problems(config: DictConfig) -> Iterator[str]:
     for split in ("train", "val"):
-        for name in _data_files(config, split):
+        for name in data_files(config, split):
             if found := problem(f"data.{split}_files", name):
                 yield found
     try:

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from cartridge_distill.util.errors import ConfigError, with_fix
+from cartridge_distill.util.lfs import about, pointer_in
+from cartridge_distill.util.parquet import read_rows
+from verl_patches.config.data_files import path_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 BATCH, EPOCHS = "data.train_batch_size", "trainer.total_epochs"
 STEPS, SAVE = "trainer.total_training_steps", "trainer.save_freq"
@@ -92,3 +102,48 @@ class RunLength:
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def run_length(config: DictConfig) -> RunLength:
+    """How long the run is to be.
+
+    Raises:
+        ConfigError: a file of the data cannot be read.
+    """
+    return RunLength(
+        rows=_rows(config, "train"),
+        val_rows=_rows(config, "val"),
+        batch=_get(config, BATCH),
+        epochs=_get(config, EPOCHS),
+        steps=_get(config, STEPS),
+        save_every=_get(config, SAVE),
+    )
+
+
+def _rows(config: DictConfig, split: str) -> int | None:
+    """Rows of a split, as veRL will read them; None where a file is not there, or no parquet."""
+    total = 0
+    for name in data_files(config, split):
+        file = path_of(name)
+        if file.suffix != ".parquet" or not file.is_file():
+            return None
+        try:
+            # All of it: veRL's reader does not compare the checksums.
+            total += len(read_rows(file))
+        except (ConfigError, OSError) as error:
+            reason = about(file) if pointer_in(file) else str(error)
+            raise ConfigError(
+                with_fix(f"data.{split}_files: {reason}", "let it be read")
+            ) from error
+    most = _get(config, f"data.{split}_max_samples")
+    return min(total, most) if isinstance(most, int) and most > 0 else total
+
+
+def data_files(config: DictConfig, split: str) -> list[str]:
+    """A split's files, as they are named."""
+    named = _get(config, f"data.{split}_files")
+    return [named] if isinstance(named, str) else [str(name) for name in named or ()]
+
+
+def _get(config: DictConfig, key: str) -> Any:
+    return OmegaConf.select(config, key, default=None)

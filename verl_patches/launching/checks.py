@@ -273,7 +273,7 @@ def check_length(run: Run) -> None:
     Raises:
         ConfigError: rows, batch, epochs, steps and saving do not go together.
     """
-    from verl_patches.config.checks import run_length
+    from verl_patches.config.run_length import run_length
     from verl_patches.launching.configured import configuration
 
     if problems := run_length(configuration(run)).problems():

@@ -18,6 +18,7 @@ from cartridge_distill.util.tracker import ENGINE_FOLDER, step_folder, tracked_s
 from verl_patches.launching.configured import configuration
 from verl_patches.launching.settings import Run
 
+_PLACE = "trainer.default_local_dir="
 _STATE = "training_state.json"
 _PLACES = {
     "cartridge": "actor_rollout_ref.actor.cartridge",
@@ -34,6 +35,8 @@ def check_saved(run: Run) -> None:
     """
     if "trainer.resume_mode=resume_path" in run.overrides:
         return  # the engine compares with the checkpoint that was named
+    if not run.folder.exists() and not any(o.startswith(_PLACE) for o in run.overrides):
+        return  # nothing is there, and the settings need not be composed to know where
     config = configuration(run)
     checkpoints = Path(config.trainer.default_local_dir).expanduser().absolute()
     step = tracked_step(checkpoints) or 0

@@ -163,6 +163,18 @@ def check_model(settings: Distillation) -> Any:
     return config
 
 
+def look_at_model(settings: Distillation) -> int:
+    """Can a cartridge be trained on the model, and is there room for the run?
+
+    Returns:
+        The bytes that it takes at most, about.
+
+    Raises:
+        ConfigError: the model cannot be used, or there is no room.
+    """
+    return check_disk(settings, check_model(settings))
+
+
 def check_rebuilt(settings: Distillation, config: Any) -> None:
     """Can the run begin with the cartridge of --rebuild?
 

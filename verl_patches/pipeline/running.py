@@ -20,6 +20,7 @@ from cartridge_distill.util.processes import Supervisor, say
 from verl_patches import launch
 from verl_patches.launching.following import duration
 from verl_patches.pipeline import checks, costs, stages
+from verl_patches.pipeline.asking import Question
 from verl_patches.pipeline.more_steps import more_steps
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 from verl_patches.pipeline.state import DATA, EVALUATION, REPORT, TRAINING, State, begin
@@ -44,7 +45,6 @@ def run(
     """
     start = time.monotonic()
     checks.check_first(settings)
-    checks.check_disk(settings, checks.check_model(settings))
     data = _data(settings, state, supervisor, verbose)
     if TRAINING not in state.done:
         _training(settings, state, data, supervisor, record, verbose)
@@ -63,15 +63,19 @@ def run(
 
 
 def _data(settings: Distillation, state: State, supervisor: Supervisor, verbose: bool) -> Prepared:
-    """The run's data: those that are there, or new ones."""
+    """The run's data, those that are there, or new ones; the model is looked at meanwhile."""
+    env = stages.environment_of(settings)
+    model = Question(supervisor, env, checks.look_at_model, settings)
     if DATA in state.done:
+        model.answer()
         found = Prepared(**state.facts["data"])
-        checks.check_prepared(settings, settings.data, found)
+        Question(supervisor, env, checks.check_prepared, settings, settings.data, found).answer()
         say(f"== data: {shorter(settings.data)} is there")
         return found
     with tempfile.TemporaryDirectory(prefix="cartridge-distill-") as scratch:
-        found = stages.prepare_data(settings, Path(scratch), supervisor, verbose)
-        checks.check_prepared(settings, Path(scratch) / "data", found)
+        with stages.start_data(settings, Path(scratch), supervisor) as writing:
+            model.answer()
+            found = stages.finish_data(settings, writing, Path(scratch), supervisor, verbose)
         begin(state)
         shutil.move(Path(scratch) / "data", settings.data)
         shutil.move(Path(scratch) / "data.log", settings.out / "data.log")
@@ -87,15 +91,18 @@ def _training(
     record: Callable[[], None],
     verbose: bool,
 ) -> None:
+    up = None
     if settings.server is None:
-        url = stages.start_server(settings, supervisor)
+        url, up = stages.start_server(settings, supervisor)
+        if settings.device != "cpu" or settings.engine != "embedded":
+            up.wait()  # it takes its part of a GPU's memory, or all cores, first
         say(f"== server: {url} ({settings.device}, {settings.dtype})")
     else:
         url = settings.server
         say(f"== server: {url}")
     wanted = as_run(settings, url, data)
     choose_last = settings.choose == "last"
-    result = stages.train(wanted, supervisor, verbose, record, choose_last)
+    result = stages.train(wanted, supervisor, verbose, record, choose_last, up)
     state.finish(TRAINING, cartridge=result.line())
 
 
@@ -109,10 +116,11 @@ def dry_run(settings: Distillation, supervisor: Supervisor, verbose: bool = Fals
         CartridgeDistillError, ChildFailed: as a start would be refused.
     """
     checks.check_first(settings)
-    disk = checks.check_disk(settings, checks.check_model(settings))
+    model = Question(supervisor, stages.environment_of(settings), checks.look_at_model, settings)
     with tempfile.TemporaryDirectory(prefix="cartridge-distill-") as scratch:
-        found = stages.prepare_data(settings, Path(scratch), supervisor, verbose)
-        checks.check_prepared(settings, Path(scratch) / "data", found)
+        with stages.start_data(settings, Path(scratch), supervisor) as writing:
+            disk = model.answer()
+            found = stages.finish_data(settings, writing, Path(scratch), supervisor, verbose)
         say("== cost, measured on a part of a step")
         cost = costs.measure(settings, Path(scratch), found, disk, supervisor)
     for line in cost.lines():

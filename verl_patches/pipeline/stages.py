@@ -22,12 +22,14 @@ from cartridge_distill.data.records import load_questions
 from cartridge_distill.engines.vllm.launch import PackagePath, ServeCommand, check_python
 from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.util.next_command import shorter
-from cartridge_distill.util.processes import ChildFailed, Supervisor, follow, say, wait_for
+from cartridge_distill.util.processes import Awaited, ChildFailed, Supervisor, follow, say
 from verl_patches import launch
 from verl_patches.launching.command import environment
 from verl_patches.launching.following import log_file
 from verl_patches.launching.result import Result, publish
 from verl_patches.launching.settings import Run
+from verl_patches.pipeline import checks
+from verl_patches.pipeline.asking import Question
 from verl_patches.pipeline.checks import shorter_than_the_cartridge
 from verl_patches.pipeline.settings import Distillation, Prepared, as_run
 
@@ -46,6 +48,47 @@ def environment_of(settings: Distillation) -> dict[str, str]:
     return environment(as_run(settings))
 
 
+class Stage:
+    """A stage's process, beside which others may be started. Left early, it is ended."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        name: str,
+        folder: Path,
+        supervisor: Supervisor,
+        env: dict[str, str],
+    ) -> None:
+        self._name, self._log = name, log_file(folder, name)
+        self._child = supervisor.start([sys.executable, *command], self._log, env)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child.poll() is None:
+            self._child.terminate()
+            self._child.wait()
+
+    def finish(self, verbose: bool = False) -> str:
+        """Waits for its end; returns what it printed.
+
+        Raises:
+            ChildFailed: it ended with an error; in its own words.
+        """
+        name = self._name
+        show: Callable[[str], str | None] = lambda line: line if verbose else None  # noqa: E731
+        status = follow(self._child, self._log, show, name, launch.QUIET_SECONDS)
+        printed = self._log.read_text(errors="replace")
+        if status != 0:
+            lines = printed.splitlines()
+            begun = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+            said = lines[begun[-1] :] if begun else lines[-_SHOWN_LINES:]
+            words = "\n".join(said[:_MOST_ERROR_LINES]).removeprefix("error: ")
+            raise ChildFailed(f"{name}: {words or f'it ended with status {status}'}")
+        return printed
+
+
 def run_stage(
     command: Sequence[str],
     name: str,
@@ -59,30 +102,17 @@ def run_stage(
     Raises:
         ChildFailed: it ended with an error; in its own words.
     """
-    log = log_file(folder, name)
-    child = supervisor.start([sys.executable, *command], log, env)
-    show: Callable[[str], str | None] = lambda line: line if verbose else None  # noqa: E731
-    status = follow(child, log, show, name, launch.QUIET_SECONDS)
-    printed = log.read_text(errors="replace")
-    if status != 0:
-        lines = printed.splitlines()
-        begun = [number for number, line in enumerate(lines) if _ERROR.match(line)]
-        said = lines[begun[-1] :] if begun else lines[-_SHOWN_LINES:]
-        words = "\n".join(said[:_MOST_ERROR_LINES]).removeprefix("error: ")
-        raise ChildFailed(f"{name}: {words or f'it ended with status {status}'}")
-    return printed
+    return Stage(command, name, folder, supervisor, env).finish(verbose)
 
 
-def prepare_data(
-    settings: Distillation, scratch: Path, supervisor: Supervisor, verbose: bool = False
-) -> Prepared:
-    """Writes ``scratch/data`` and ``scratch/data.log``, and says what is in it.
+def start_data(settings: Distillation, scratch: Path, supervisor: Supervisor) -> Stage:
+    """Begins to write ``scratch/data`` and ``scratch/data.log``.
 
     Not yet the run's folder: what the data show to be wrong is found before that is touched.
     """
-    data = scratch / "data"
     command = ["-m", "cartridge_distill.data.command"]
-    command += ["--data", settings.documents, "--tokenizer", settings.model, "--out", str(data)]
+    command += ["--data", settings.documents, "--tokenizer", settings.model]
+    command += ["--out", str(scratch / "data")]
     command += ["--recipe", settings.prompt_recipe, "--seed", str(settings.seed)]
     command += ["--rows", str(settings.rows), "--prompt-tokens", str(settings.prompt_tokens)]
     command += ["--response-tokens", str(settings.response_tokens)]
@@ -90,8 +120,24 @@ def prepare_data(
         command += ["--questions", settings.questions]
     if settings.rebuild is not None:
         command += ["--rebuild", settings.rebuild]
-    env = environment_of(settings)
-    printed = run_stage(command, "data", scratch, supervisor, env, verbose)
+    return Stage(command, "data", scratch, supervisor, environment_of(settings))
+
+
+def finish_data(
+    settings: Distillation,
+    writing: Stage,
+    scratch: Path,
+    supervisor: Supervisor,
+    verbose: bool = False,
+) -> Prepared:
+    """Waits for what :func:`start_data` began, says what it wrote, and looks whether it will do.
+
+    Raises:
+        ChildFailed: it was not written.
+        ConfigError, NotReady: the run cannot be trained with it.
+    """
+    data = scratch / "data"
+    printed = writing.finish(verbose)
     # The last is for who trains with another command.
     lines = [line for line in printed.splitlines() if line.strip() and _FOR_TRAIN not in line]
     lines = [line for line in lines if " dropped: " not in line or " 0 dropped" not in line]
@@ -103,7 +149,19 @@ def prepare_data(
     if len(lines) == 3:  # one document: what it is, and what becomes of it
         lines = [lines[0], f"{lines[1]}; {lines[2]}"]
     say("== data: " + "\n   ".join(lines))
-    return prepared(settings, data)
+    env = environment_of(settings)
+    return Question(supervisor, env, look_at_data, settings, data).answer()
+
+
+def look_at_data(settings: Distillation, data: Path) -> Prepared:
+    """What training needs to know of a data folder, once the whole run was looked at with it.
+
+    Raises:
+        ConfigError, NotReady: the run cannot be trained with it.
+    """
+    found = prepared(settings, data)
+    checks.check_prepared(settings, data, found)
+    return found
 
 
 def prepared(settings: Distillation, data: Path) -> Prepared:
@@ -134,12 +192,14 @@ def prepared(settings: Distillation, data: Path) -> Prepared:
     return Prepared(questions, chosen, max(lengths.values()), len(lengths))
 
 
-def start_server(settings: Distillation, supervisor: Supervisor) -> str:
-    """Starts the embedded server, or vLLM, on a free port; returns its URL.
+def start_server(settings: Distillation, supervisor: Supervisor) -> tuple[str, Awaited]:
+    """Starts the embedded server, or vLLM, on a free port.
+
+    Returns:
+        Its URL, and what tells when it answers.
 
     Raises:
         ConfigError: there is no such Python as vLLM's.
-        ChildFailed: it did not come up.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -153,18 +213,19 @@ def start_server(settings: Distillation, supervisor: Supervisor) -> str:
     if settings.engine == "vllm":
         command, env = vllm_server(settings, port, env)
     server = supervisor.start(command, log, env)
-
     # One client: httpx.get() makes a TLS context, 60 ms of the server's cores, at every look.
-    with httpx.Client(base_url=url, timeout=2) as http:
+    http = httpx.Client(base_url=url, timeout=2)
 
-        def answers() -> bool:
-            try:
-                return http.get("/ping").status_code == 200
-            except httpx.TransportError:
-                return False
+    def answers() -> bool:
+        try:
+            up = http.get("/ping").status_code == 200
+        except httpx.TransportError:
+            return False
+        if up:
+            http.close()
+        return up
 
-        wait_for(answers, server, log, "server", timeout_s=_START_SECONDS[settings.engine])
-    return url
+    return url, Awaited(answers, server, log, "server", _START_SECONDS[settings.engine])
 
 
 def vllm_server(
@@ -205,13 +266,21 @@ def train(
     verbose: bool = False,
     started: Callable[[], None] = lambda: None,
     choose_last: bool = False,
+    server: Awaited | None = None,
 ) -> Result:
     """veRL, a line a step; its best cartridge, or its last, lies at RUN/cartridge afterwards.
 
+    Args:
+        server: of the run's own, that veRL waits for when it needs it.
+
     Raises:
+        ChildFailed: the server did not come up.
         TrainingFailed: it ended with an error; the cause is named.
     """
-    saved = launch.train(run, supervisor, verbose, started)
+    if server is None:
+        saved = launch.train(run, supervisor, verbose, started)
+    else:
+        saved = launch.train(run, supervisor, verbose, started, server.look)
     assert saved is not None  # the last step is saved
     return publish(run.folder, launch.checkpoints(run), launch.saved_step(run), choose_last)
 

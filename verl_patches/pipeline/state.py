@@ -187,7 +187,7 @@ def _not_a_run(folder: Path) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        said = json_text.load(file)
+        said = json_text.load(file, file_names=True)
         found = {name: said[name] for name in ("settings", "documents", "done", "facts")}
     except (json_text.JsonError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -201,12 +201,12 @@ def documents_sha256(documents: str) -> str:
     path = Path(documents).expanduser()
     digest = hashlib.sha256()
     if not path.exists():
-        digest.update(documents.encode())
+        digest.update(os.fsencode(documents))
         return digest.hexdigest()
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     for file in files:
         with file.open("rb") as handle:
             content = hashlib.file_digest(handle, "sha256").hexdigest()
         name = file.name if file == path else file.relative_to(path).as_posix()
-        digest.update(f"{name} {content}\n".encode())
+        digest.update(os.fsencode(f"{name} {content}\n"))
     return digest.hexdigest()

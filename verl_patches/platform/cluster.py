@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from cartridge_distill.rollout.http import CREDENTIAL_VARIABLES
 from cartridge_distill.util.openmp import SPINNING
+from verl_patches.platform.forks import fork_workers
 
 FORWARDED = (
     *("PYTHONPATH", "VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES"),
@@ -34,7 +35,7 @@ _SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how `ray job submit` tells the
 
 
 def forward_environment(
-    ray_init: dict[str, Any], config: DictConfig, environment: Mapping[str, str] = os.environ
+    ray_init: dict[str, Any], config: DictConfig, environment: MutableMapping[str, str] = os.environ
 ) -> dict[str, Any]:
     """``ray_init`` with this process's variables in its ``runtime_env``, when a cluster is joined.
 
@@ -46,7 +47,7 @@ def forward_environment(
         config: veRL's configuration.
     """
     if not joins_a_cluster(config, environment):
-        return ray_init
+        return fork_workers(ray_init, environment)
     runtime_env = ray_init.get("runtime_env") or {}
     submitted = json.loads(environment.get(_SUBMITTED_JOB) or "{}").get("runtime_env") or {}
     sent = submitted.get("env_vars") or {}

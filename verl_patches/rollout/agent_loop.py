@@ -11,20 +11,26 @@ whose answer was lost is drawn again and not anew, where the server takes seeds.
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any, ClassVar
 from uuid import uuid4
 
 import ray
+from ray.exceptions import RayActorError
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.import_utils import load_class_from_fqn
 from verl.utils.profiler import simple_timer
 
 from cartridge_distill.distill.mixing import rollout_seed
-from cartridge_distill.distill.on_policy import OLDEST_STEP, oldest_step
+from cartridge_distill.distill.on_policy import OLDEST_STEP, ONLY_STEP, oldest_step
 from cartridge_distill.model.prompts import render_prompt
-from cartridge_distill.util.errors import ConfigError
-from verl_patches.rollout.ray_errors import kind_and_message
+from cartridge_distill.util.errors import ConfigError, ProcessDied
+from verl_patches.rollout.ray_errors import kind_and_message, why
 from verl_patches.rollout.teacher import EPOCH, PLAN, RolloutTeacher, rollout_teacher
+from verl_patches.rollout.tokasaurus_rollout.direct import DirectClient
+from verl_patches.rollout.tokasaurus_rollout.replica import proxies_of
 
 AGENT_NAME = "cartridge_agent"
 _ERRORS_KEPT = 3
@@ -66,7 +72,7 @@ class CartridgeAgentLoop(AgentLoopBase):
                 output = await self.server_manager.generate(
                     request_id=uuid4().hex,
                     prompt_ids=prompt_ids,
-                    sampling_params=sampling_params | self._seed(kwargs) | self._oldest(kwargs),
+                    sampling_params=sampling_params | self._seed(kwargs) | self._version(kwargs),
                 )
                 tokens, logprobs = output.token_ids, output.log_probs
                 labels = output.extra_fields
@@ -94,20 +100,23 @@ class CartridgeAgentLoop(AgentLoopBase):
         choice = int(sample["session_id"])
         return {"seed": rollout_seed(self._config.data.seed, row, epoch, choice)}
 
-    def _oldest(self, sample: dict[str, Any]) -> dict[str, int]:
-        """Which version may answer a prompt that is asked for ahead; else there is only one."""
-        ahead = self._config.actor_rollout_ref.actor.cartridge.async_steps
-        if not ahead or EPOCH not in sample:
+    def _version(self, sample: dict[str, Any]) -> dict[str, int]:
+        """Which version may answer a prompt of a batch of the trainer's."""
+        if EPOCH not in sample or "global_steps" not in sample:
             return {}
-        return {OLDEST_STEP: oldest_step(int(sample["global_steps"]), ahead)}
+        ahead = self._config.actor_rollout_ref.actor.cartridge.async_steps
+        name = OLDEST_STEP if ahead else ONLY_STEP
+        return {name: oldest_step(int(sample["global_steps"]), ahead)}
 
 
 class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
-    """veRL's worker; remembers why prompts failed, and computes no reward."""
+    """veRL's worker; asks the servers itself, remembers why prompts failed, computes no reward."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._errors: list[str] = []
+        replicas = self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+        self.llm_client = DirectClient(partial(proxies_of, replicas), self.tokenizer)
         CartridgeAgentLoop.teacher = rollout_teacher(self.config, self.model_config)
 
     async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +127,11 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
             if len(self._errors) < _ERRORS_KEPT:
                 self._errors.append(kind_and_message(error))
             raise
+
+    def connect(self, teacher_client: Any, reward_handles: Any) -> None:
+        """What was not there yet when the worker began. The servers it finds by itself."""
+        self.teacher_client = teacher_client
+        self.reward_loop_worker_handles = reward_handles
 
     def take_errors(self) -> list[str]:
         """The first causes since the last call."""
@@ -131,6 +145,45 @@ class _CartridgeAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_clas
 class CartridgeAgentLoopManager(AgentLoopManagerTQ):
     """``rollout.agent.agent_loop_manager_class``."""
 
+    _begun: ClassVar[list[Any] | None] = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(_CartridgeAgentLoopWorker)
+
+    @classmethod
+    def begin(cls, config: Any) -> None:
+        """Starts the workers, which import and read the tokenizer while the trainer's model loads.
+
+        veRL makes them when all else is there. The manager that it makes then takes these.
+        """
+        if config.actor_rollout_ref.rollout.trace.get("token2text", False):
+            return  # a worker then asks its client as it begins
+        manager = cls(config, None)
+        asyncio.run(super(CartridgeAgentLoopManager, manager)._init_agent_loop_workers())
+        CartridgeAgentLoopManager._begun = manager.agent_loop_workers
+
+    async def _init_agent_loop_workers(self) -> None:
+        begun, CartridgeAgentLoopManager._begun = CartridgeAgentLoopManager._begun, None
+        if begun is None:
+            await super()._init_agent_loop_workers()
+            return
+        self.agent_loop_workers = begun
+        clients = self.teacher_client, self.reward_loop_worker_handles
+        try:
+            await asyncio.gather(*(worker.connect.remote(*clients) for worker in begun))
+        except RayActorError as error:
+            if (reason := why(error)) is None:
+                raise
+            raise ProcessDied(
+                f"an agent loop worker died while the run was starting ({reason}); fix: start the "
+                "same command again"
+            ) from error
+
+
+def begin_workers(config: Any) -> None:
+    """:meth:`CartridgeAgentLoopManager.begin`, where that is the manager of the configuration."""
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    manager = load_class_from_fqn(name, "AgentLoopManager") if name else None
+    if manager is not None and issubclass(manager, CartridgeAgentLoopManager):
+        manager.begin(config)

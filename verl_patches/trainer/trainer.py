@@ -36,6 +36,8 @@ from cartridge_distill.util.errors import ProcessDied, RolloutError
 from verl_patches.actor.samples import column
 from verl_patches.actor.worker import CartridgeWorker
 from verl_patches.hooks import TRAINER_MODE
+from verl_patches.rollout.agent_loop import begin_workers
+from verl_patches.rollout.ray_errors import why
 from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name
 from verl_patches.trainer import run_folder
 from verl_patches.trainer.ahead import Ahead, staleness_metrics
@@ -44,7 +46,7 @@ from verl_patches.trainer.mixing import Mixing
 from verl_patches.trainer.progress import length_metrics, progress_line
 from verl_patches.trainer.replay import StrictReplayBuffer
 from verl_patches.trainer.training_record import add_training_record
-from verl_patches.trainer.watch import ActorWatch, find_actor, why
+from verl_patches.trainer.watch import ActorWatch, find_actor
 
 # veRL polls its queue every 2 s; a step on a small model takes less. A poll is a metadata lookup.
 _POLL_SECONDS = 0.05
@@ -228,12 +230,13 @@ class CartridgeTrainer(PPOTrainerSync):
         for line in self._logged_before:
             self.logger.log(data=line["data"], step=line["step"], backend=["file"])
 
-    # ---------------------------------------------------------------- validation
-
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:  # there is but one: actor and rollout
             self.role_worker_mapping[role] = ray.remote(CartridgeWorker)
+        begin_workers(self.config)  # beside the rank that loads the model next
+
+    # ---------------------------------------------------------------- validation
 
     def _validate(self) -> dict[str, float]:
         """Instead of veRL's rewards: the engine's own scores on held-out questions."""

@@ -10,7 +10,6 @@ says what died and how to go on.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cartridge_distill.util.errors import ProcessDied
+from verl_patches.rollout.ray_errors import why
 
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 30.0
@@ -135,14 +135,3 @@ def _last_words(sign: Any) -> str | None:
     except RayActorError as error:
         return why(error) or str(error)
     return None
-
-
-def why(error: RayActorError) -> str | None:
-    """Ray's reason for an actor's death, in one line.
-
-    None when the actor failed by itself, in its ``__init__``: the error that it failed with says
-    more, and to start it again would not help.
-    """
-    text = " ".join(str(error).split())
-    found = re.search(r"The actor is dead because (.*?)(?: Some common| There are some|$)", text)
-    return f"{found[1]} Killed, or out of memory?" if found else None

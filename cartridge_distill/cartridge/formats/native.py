@@ -22,6 +22,7 @@ from cartridge_distill.cartridge.content_hash import (
     check_hashes,
     sha256_of,
 )
+from cartridge_distill.cartridge.formats.file_names import FILES, META_FILE, WEIGHTS_FILE
 from cartridge_distill.cartridge.formats.known_keys import read_safetensors, refuse_unknown
 from cartridge_distill.cartridge.formats.stored_cartridge import (
     CartridgeMeta,
@@ -34,9 +35,7 @@ from cartridge_distill.util.errors import CartridgeFormatError, with_fix
 from cartridge_distill.util.files import replace_directory, replace_file
 from cartridge_distill.util.sealed import sealed
 
-WEIGHTS_FILE = "cartridge.safetensors"
-META_FILE = "cartridge.json"
-FILES = (WEIGHTS_FILE, META_FILE)
+__all__ = ["FILES", "META_FILE", "WEIGHTS_FILE", "read", "write"]
 _FORMAT = "cartridge-distill/1"
 _ANOTHER_COPY = "take another copy of it"
 

@@ -30,6 +30,7 @@ from cartridge_distill.data.documents.restructured import clean_restructured, lo
 from cartridge_distill.data.documents.structure import first_heading
 from cartridge_distill.util.errors import DocumentError
 from cartridge_distill.util.lfs import about, is_pointer
+from cartridge_distill.util.shown_text import name_as_text
 
 _NAMED = 3  # of files of one kind that is not read
 _CONVERTED = frozenset(
@@ -88,7 +89,7 @@ def read_documents(path: Path, skip_unreadable: bool = False) -> Reading:
     refused: list[str] = []
     unknown: dict[str, list[str]] = {}
     for file in files:
-        document_id = file.relative_to(root).as_posix()
+        document_id = name_as_text(file.relative_to(root).as_posix())
         if file.suffix.lower() not in KINDS:
             unknown.setdefault(file.suffix.lower(), []).append(document_id)
             continue
@@ -159,7 +160,8 @@ def read_file(path: Path, document_id: str | None = None) -> ReadFile:
         raise DocumentError(f"{path} holds no text; fix: put some in, or take it out")
     text = text.strip("\n").rstrip()
     text = text.strip() if form == "markdown" else text
-    return ReadFile(document_id or path.name, title or path.stem, text, form, tuple(notes))
+    name, stem = name_as_text(path.name), name_as_text(path.stem)
+    return ReadFile(document_id or name, title or stem, text, form, tuple(notes))
 
 
 def _files_below(folder: Path) -> list[Path]:

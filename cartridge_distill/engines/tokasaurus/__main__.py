@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
+from cartridge_distill.util.standard_output import guard_output
 
 EXAMPLES = """\
 examples:
@@ -120,4 +121,5 @@ def run() -> NoReturn:
 
 
 if __name__ == "__main__":
+    guard_output()
     run()

@@ -15,6 +15,7 @@ from cartridge_distill.engines.vllm.options import Options
 from cartridge_distill.engines.vllm.versions import SUPPORTED, installed
 from cartridge_distill.util.clean_logs import hide_secrets_in_logs
 from cartridge_distill.util.errors import CartridgeDistillError
+from cartridge_distill.util.standard_output import guard_output
 
 EXAMPLES = f"""\
 examples:
@@ -160,4 +161,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -34,7 +34,7 @@ from cartridge_distill.util.errors import CartridgeFormatError, ConfigError, Syn
 from verl_patches.hooks import cartridge_config_of
 from verl_patches.rollout.ray_errors import kind_and_message
 from verl_patches.rollout.run_ids import record_start
-from verl_patches.rollout.tokasaurus_rollout.replica import proxy_name, server_urls
+from verl_patches.rollout.tokasaurus_rollout.replica import proxies_of, server_urls
 
 
 class ServerAdapter(BaseRollout):
@@ -108,7 +108,7 @@ class ServerAdapter(BaseRollout):
         except CartridgeFormatError as error:
             raise SyncError(f"the weight update is no cartridge: {error}") from error
         publisher, version = self.publisher, version_id(self.run_id, global_steps)
-        proxies = [ray.get_actor(proxy_name(rank)) for rank in range(self.replicas)]
+        proxies = proxies_of(self.replicas)
         await asyncio.gather(*[proxy.expect.remote(version) for proxy in proxies])
         self._publishing = self._thread.submit(self._publish, publisher, version, snapshot, proxies)
 

@@ -20,6 +20,7 @@ from cartridge_distill.rollout.fingerprint import Completion
 from cartridge_distill.rollout.http import ClientSettings
 from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError
+from cartridge_distill.util.standard_output import guard_output
 
 SOURCES = ("local", "huggingface", "wandb")
 DEFAULT_PROMPT = "What is the patient's name, and what is the diagnosis?"
@@ -155,4 +156,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

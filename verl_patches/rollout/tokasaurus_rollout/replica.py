@@ -21,6 +21,15 @@ def proxy_name(replica_rank: int, suffix: str = "") -> str:
     return f"tokasaurus_http_server_{replica_rank}{suffix}"
 
 
+def proxies_of(replicas: int) -> list[Any]:
+    """The proxies of so many replicas, as actor handles.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    return [ray.get_actor(proxy_name(rank)) for rank in range(replicas)]
+
+
 def server_urls(custom: Any) -> list[str]:
     """``rollout.custom.tokasaurus_url``: one URL or a list of them.
 

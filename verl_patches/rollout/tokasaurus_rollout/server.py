@@ -1,9 +1,9 @@
-"""The Ray actor that veRL talks to: an HTTP proxy, no GPU, no model.
+"""The Ray actor that stands for a server in veRL: a proxy, no GPU, no model.
 
-It asks the server for completions with the cartridge version it was told to use, and labels every
-answer with it. The teacher's answers, whose prompts begin with the document, go the same way
-without a cartridge. The server itself runs elsewhere: on Modal, on a GPU box, or embedded on this
-CPU.
+It is in charge of versions: which one is on its way, which one completions ask for, and whether the
+server serves it. The agent loops ask it for the version and the server for the answer (``direct``);
+whoever calls it as veRL's own client does gets the same answer through it. The server itself runs
+elsewhere: on Modal, on a GPU box, or embedded on this CPU.
 """
 
 from __future__ import annotations
@@ -14,28 +14,18 @@ from typing import Any
 
 from verl.workers.rollout.replica import TokenOutput
 
-from cartridge_distill.distill.mixing import STUDENT, TEACHER
 from cartridge_distill.distill.on_policy import OLDEST_STEP
-from cartridge_distill.rollout.client import TokasaurusClient
-from cartridge_distill.rollout.http import ClientSettings
-from cartridge_distill.rollout.protocol import CartridgeRef
 from cartridge_distill.sync.versions import step_of
 from cartridge_distill.util.errors import ConfigError, RolloutError, SyncError
+from verl_patches.rollout.tokasaurus_rollout.asking import Asking, ServerSettings
 
 
 class TokasaurusHttpServer:
     """Proxy to one server.
 
     Args:
-        url: of the server, e.g. ``http://127.0.0.1:10210``.
-        response_length: ``max_tokens`` of each completion.
-        vocab_size: ids outside it are refused.
-        end_ids: with which the server may end an answer; one that ended otherwise is asked for
-            again. None where nobody knows.
-        static_cartridges: fixed cartridges (``rollout.custom.cartridges``), for rollouts outside
-            training; a training run refuses them.
-        client_options: timeouts and retries, see
-            :class:`cartridge_distill.rollout.http.ClientSettings`.
+        url, response_length, vocab_size, static_cartridges, client_options, end_ids: as
+            :class:`.asking.ServerSettings` has them.
         sync_timeout_s: how long a rollout waits for a version that is on its way.
     """
 
@@ -49,12 +39,12 @@ class TokasaurusHttpServer:
         sync_timeout_s: float = 1800.0,
         end_ids: Collection[int] | None = None,
     ) -> None:
-        self.response_length = response_length
-        settings = ClientSettings(**(client_options or {}))
-        self.client = TokasaurusClient(
-            url, settings, vocab_size, None if end_ids is None else frozenset(end_ids)
+        self._settings = ServerSettings(
+            *(url, response_length, vocab_size, static_cartridges or [], client_options or {}),
+            end_ids,
         )
-        self.static = [CartridgeRef(**ref) for ref in static_cartridges or []]
+        self._asking = Asking(self._settings)
+        self.client = self._asking.client
         self.sync_timeout_s = sync_timeout_s
         self.version: str | None = None
         self.served: list[str] = []
@@ -100,7 +90,7 @@ class TokasaurusHttpServer:
             raise SyncError(f"version {version} arrived, version {self._expected} is expected")
         try:
             await self.client.complete(
-                [0], max_tokens=1, temperature=0.0, cartridges=self._refs(version)
+                [0], max_tokens=1, temperature=0.0, cartridges=self._asking.refs(version)
             )
         except RolloutError as error:
             raise SyncError(
@@ -157,12 +147,24 @@ class TokasaurusHttpServer:
             )
         return version
 
+    async def version_for(self, oldest_step: int | None) -> str:
+        """The version that a rollout asks for.
+
+        Args:
+            oldest_step: of one that is asked for ahead, see :data:`OLDEST_STEP`; else None.
+
+        Raises:
+            SyncError: none was ever synced, or the one on its way did not arrive.
+        """
+        return await (self.current() if oldest_step is None else self._newest(oldest_step))
+
     async def versions_served(self) -> list[str]:
         """Every version activated so far, in order."""
         return list(self.served)
 
-    def _refs(self, version: str) -> list[CartridgeRef]:
-        return [CartridgeRef(id=version, source="local"), *self.static]
+    async def settings(self) -> ServerSettings:
+        """How the server is asked, for whoever asks it itself."""
+        return self._settings
 
     async def generate(
         self,
@@ -173,10 +175,7 @@ class TokasaurusHttpServer:
         image_data: Any = None,
         video_data: Any = None,
     ) -> TokenOutput:
-        """One completion, labelled with the version that made it.
-
-        ``sampling_params`` with ``author="teacher"`` asks the bare model, for a prompt that begins
-        with its document: no cartridge, no version, and no waiting for the version on its way.
+        """One completion, as :meth:`.asking.Asking.ask` makes it.
 
         Raises:
             ConfigError: sampling parameters that Tokasaurus refuses.
@@ -188,50 +187,12 @@ class TokasaurusHttpServer:
                 "the tokasaurus rollout is text only, and the sample carries images or video; fix: "
                 "take them out"
             )
-        _check_sampling(sampling_params)
-        by_teacher = sampling_params.get("author", STUDENT) == TEACHER
-        version = None
-        if not by_teacher:
-            oldest = sampling_params.get(OLDEST_STEP)
-            version = await (self.current() if oldest is None else self._newest(oldest))
-        completion = (
-            await self.client.complete(
-                prompt_ids,
-                max_tokens=int(sampling_params.get("max_tokens", self.response_length)),
-                temperature=float(sampling_params["temperature"]),
-                cartridges=[] if version is None else self._refs(version),
-                seed=sampling_params.get("seed"),
-            )
-        )[0]
-        if not completion.token_ids:
-            raise RolloutError(f"the server answered request {request_id} with no token")
-        labels: dict[str, Any] = {"author": TEACHER, "finish_reason": completion.finish_reason}
-        if version is not None:
-            labels |= {
-                "author": STUDENT,
-                "global_steps": step_of(version),
-                "cartridge_version": version,
-            }
-        return TokenOutput(
-            token_ids=completion.token_ids,
-            log_probs=completion.logprobs,
-            stop_reason="completed",
-            extra_fields=labels,
-        )
+
+        async def version_for(params: dict[str, Any]) -> str:
+            return await self.version_for(params.get(OLDEST_STEP))
+
+        return await self._asking.ask(request_id, prompt_ids, sampling_params, version_for)
 
     async def close(self) -> None:
         """Closes the connections to the server."""
         await self.client.close()
-
-
-def _check_sampling(params: dict[str, Any]) -> None:
-    for name, neutral in (
-        ("top_p", (1, None)),
-        ("top_k", (-1, 0, None)),
-        ("repetition_penalty", (1, None)),
-    ):
-        if params.get(name) not in neutral:
-            raise ConfigError(
-                f"{name}={params[name]}: Tokasaurus samples from the whole distribution only; "
-                f"fix: set it to {neutral[0]}"
-            )

@@ -2,8 +2,8 @@
 
 A script, not a pytest file. It composes the project's own configuration, builds
 ``TokasaurusReplica`` from veRL's registry as veRL's server manager does, waits for the server,
-publishes and activates a cartridge version, and generates for a few prompts at once through the Ray
-actor. Every answer is checked: tokens, log-probs, version label; with ``--compare`` also the
+publishes and activates a cartridge version, and asks for a few prompts at once as an agent loop
+does. Every answer is checked: tokens, log-probs, version label; with ``--compare`` also the
 log-probs against the trainer's own forward over the same cartridge. Nothing is trained.
 """
 
@@ -33,6 +33,7 @@ from cartridge_distill.cartridge.checkpoint import load_cartridge
 from cartridge_distill.cartridge.kv_shape import text_config
 from cartridge_distill.cartridge.snapshot import Snapshot
 from cartridge_distill.cartridge.trainable import TrainableCache
+from cartridge_distill.distill.on_policy import ONLY_STEP
 from cartridge_distill.model.forward import packed_forward
 from cartridge_distill.model.loading import load_model
 from cartridge_distill.model.logprobs import chosen_logprobs
@@ -44,6 +45,8 @@ from cartridge_distill.sync.http import HttpPublisher
 from cartridge_distill.sync.shared_dir import CartridgePublisher, SharedDirectoryPublisher
 from cartridge_distill.sync.versions import new_run_id, step_of, version_id
 from cartridge_distill.util.errors import CartridgeDistillError, ConfigError, SyncError
+from cartridge_distill.util.standard_output import guard_output
+from verl_patches.rollout.tokasaurus_rollout.direct import DirectClient
 
 PROMPTS = (
     "What is the patient's name?",
@@ -195,7 +198,8 @@ def build_replica(config: DictConfig) -> Any:
 async def roll_out(
     replica: Any, version: str, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
 ) -> list[Rollout]:
-    """Launches the proxy, activates the version, and generates for all prompts at once."""
+    """Launches the proxy, activates the version, and asks for all prompts at once as an agent loop
+    does."""
     await replica.launch_servers()
     proxy = replica.server_handle
     say(f"the replica's proxy is up, the server at {replica.server_address} answers")
@@ -205,14 +209,17 @@ async def roll_out(
     texts = [text for text in (options.prompt or PROMPTS) for _ in range(options.copies)]
     prompts = [render_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     sampling = {"temperature": options.temperature, "top_p": 1.0, "top_k": -1}
+    sampling[ONLY_STEP] = step_of(version)
+    client = DirectClient(lambda: [proxy])
     start = time.perf_counter()
     outputs = await asyncio.gather(
         *[
-            proxy.generate.remote(f"test-{number}", prompt_ids=ids, sampling_params=sampling)
+            client.generate(f"test-{number}", prompt_ids=ids, sampling_params=sampling)
             for number, ids in enumerate(prompts)
         ]
     )
     seconds = time.perf_counter() - start
+    await client.close()
     tokens = sum(len(output.token_ids) for output in outputs)
     say(f"{len(outputs)} rollouts at once: {tokens} tokens in {seconds:.2f} s")
     return [
@@ -337,4 +344,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())
