@@ -122,8 +122,8 @@ def merged_attention(
     """
     pieces = pieces_of(layout, query.shape[0])
     pk, pv = past if past is not None else (None, None)
-    keep = torch.is_grad_enabled()
-    found: Tensor = _Merged.apply(query, key, value, pk, pv, scaling, pieces, keep)
+    is_saved = torch.is_grad_enabled()
+    found: Tensor = _Merged.apply(query, key, value, pk, pv, scaling, pieces, is_saved)
     return found
 
 
@@ -171,7 +171,7 @@ class _Merged(torch.autograd.Function):
         past_value: Tensor | None,
         scaling: float,
         pieces: Pieces,
-        keep: bool,
+        is_saved: bool,
     ) -> Tensor:
         heads, dtype = key.shape[0], query.dtype
         exact = torch.promote_types(dtype, torch.float32)
@@ -189,17 +189,17 @@ class _Merged(torch.autograd.Function):
             weights, log = _softmax(scores, dtype)
             outs.append(torch.matmul(weights, own.value).view(heads, members * length, -1))
             logs.append(log.view(heads, members * length, -1))
-            kept += [weights] if keep else []
+            kept += [weights] if is_saved else []
         out = torch.cat(outs, dim=1).index_select(1, pieces.restore).view(asked.shape)
         shares = []
         if past_key is not None and past_value is not None:
             log = torch.cat(logs, dim=1).index_select(1, pieces.restore)[..., None]
-            behind, of_past, weights_of = _behind(asked, past_key, past_value, exact, keep)
+            behind, of_past, weights_of = _behind(asked, past_key, past_value, exact, is_saved)
             both = torch.logaddexp(log, of_past)
             shares = [(of_past - both).exp_().to(dtype), (log - both).exp_().to(dtype)]
             out = torch.addcmul(behind.mul_(shares[0]), out, shares[1])
             kept += weights_of
-        if keep:
+        if is_saved:
             ctx.save_for_backward(asked, key, value, past_key, past_value, out, *shares, *kept)
         ctx.scaling, ctx.pieces = scaling, pieces
         return out.transpose(0, 1).reshape(out.shape[1], -1, out.shape[3])
@@ -233,13 +233,13 @@ class _Merged(torch.autograd.Function):
 
 
 def _behind(
-    asked: Tensor, key: Tensor, value: Tensor, exact: torch.dtype, keep: bool
+    asked: Tensor, key: Tensor, value: Tensor, exact: torch.dtype, is_saved: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Queries ``[H, U, G, D]`` over a prefix ``[H, P, D]``.
 
     Returns:
         Values ``[H, U, G, D]``, logs of the sums ``[H, U, G, 1]``, and the weights, in the order of
-        :func:`_cut`, if they are kept.
+        :func:`_cut`, if they are saved.
     """
     out = torch.empty_like(asked)
     logs = asked.new_empty((*asked.shape[:3], 1), dtype=exact)
@@ -248,7 +248,7 @@ def _behind(
         scores = rows_product(asked[head].flatten(0, 1)[rows], key[head]).to(exact)
         weights, logs[head].view(-1, 1)[rows] = _softmax(scores, asked.dtype)
         out[head].view(-1, out.shape[3])[rows] = rows_product(weights, value[head].t())
-        kept += [weights] if keep else []
+        kept += [weights] if is_saved else []
     return out, logs, kept
 
 
