@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cartridge_distill.cartridge.formats.file_names import FILES
 from cartridge_distill.report.recipe import seed_of, write_recipe
@@ -31,7 +32,6 @@ from cartridge_distill.util.secrecy import clean_arguments, clean_text
 from cartridge_distill.util.shown_text import printable
 from cartridge_distill.util.standard_output import guard_output
 from cartridge_distill.util.tracker import tracked_step
-from verl_patches.config.run_length import RunLength
 from verl_patches.launching import checks
 from verl_patches.launching.command import command, environment, model_path, overrides
 from verl_patches.launching.configured import configuration
@@ -40,6 +40,9 @@ from verl_patches.launching.preloading import preload
 from verl_patches.launching.result import Result, check_place, publish
 from verl_patches.launching.resuming import check_saved
 from verl_patches.launching.settings import CONFIG_FOLDER, CONFIG_NAME, Run, add_flags, make_run
+
+if TYPE_CHECKING:  # --help needs no OmegaConf
+    from verl_patches.config.run_length import RunLength
 
 _DESCRIPTION = """\
 Train a cartridge, on-policy: veRL trains, the server writes the rollouts, and gets the new version

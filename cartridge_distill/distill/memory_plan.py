@@ -21,8 +21,10 @@ no input then):
 - norms: a float32 copy of each norm's input, ``4Th``; of queries and keys where they have norms.
 - MLP: what gate and up put out and the activation, ``1.5 * bTm`` (``bTm`` without a gate).
 - attention, ``flex``: queries and result ``2bTHqd``, keys and values of prefix and row
-  ``2b(P+T)Hd``, one float32 a query and head. ``grouped`` and ``dense`` keep the attention weights
-  besides: for each head, query and visible key a float32, and a copy in another dtype.
+  ``2b(P+T)Hd``, one float32 a query and head. ``grouped`` keeps the attention weights besides, for
+  each head, query and visible key; ``dense``, and ``grouped`` where there are soft caps, a float32
+  of each and a copy in another dtype. Layers whose window is narrower than what is there do so,
+  too, which is not counted.
 - with gradient checkpointing a layer keeps its input alone, ``bTh``; one layer's worth of the above
   comes back in the backward, and the joined float32 cartridge stays until then.
 
@@ -270,9 +272,12 @@ def _kept_by_layer(model: DecoderShape, step: StepShape, row: int) -> Terms:
         keys = _row(step, step.cartridge_tokens) + row
         attention += _FLOAT * row * model.heads
     else:
-        # Softmax' float32 result, and the copy that the product with the values is given.
         seen = model.heads * _seen(step, row, step.cartridge_tokens)
-        attention += (_FLOAT if size == _FLOAT else _FLOAT + size) * seen
+        if step.backend == "grouped" and not model.capped_logits:
+            attention += size * seen  # what the merged attention's backward is given
+        else:
+            # Softmax' float32 result, and the copy that the product with the values is given.
+            attention += (_FLOAT if size == _FLOAT else _FLOAT + size) * seen
     attention += 2 * size * keys * kv
     return {"norms": norms, "MLP": mlp, "attention": attention}
 

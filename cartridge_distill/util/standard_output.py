@@ -39,8 +39,11 @@ def guard_output() -> None:
     except (OSError, ValueError):
         return
     given.flush()
+    raw = _Raw(_DESCRIPTOR, "wb", closefd=False)
+    # With PYTHONUNBUFFERED nothing is kept back, and a newline must not come after a later error.
+    keeps: Any = raw if given.write_through else io.BufferedWriter(raw)
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Raw(_DESCRIPTOR, "wb", closefd=False)),
+        keeps,
         encoding=given.encoding,
         errors="backslashreplace",
         line_buffering=given.line_buffering,

@@ -72,11 +72,12 @@ def test_a_forward_and_its_gradients_are_those_of_the_cpu() -> None:
     with FakeGpu() as gpu:
         fake_logits, fake_gradients = step(gpu)
     assert isinstance(fake_logits, OnGpu) and len(fake_gradients) == len(gradients) == 4
-    assert torch.equal(fake_logits.inner, logits)
+    # On a CPU norms and the gated MLP are fused, and round otherwise.
+    torch.testing.assert_close(fake_logits.inner, logits, atol=1e-5, rtol=1e-5)
     for fake, real in zip(fake_gradients, gradients, strict=True):
         # A frozen linear layer may have a kernel of its own on a CPU.
         assert isinstance(fake, OnGpu)
-        torch.testing.assert_close(fake.inner, real, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(fake.inner, real, atol=5e-6, rtol=1e-5)
 
 
 def test_a_wait_names_the_projects_own_line() -> None:

@@ -93,7 +93,7 @@ def test_keep_takes_rows_by_mask() -> None:
     with torch.no_grad():
         everything = packed_forward(model, None, batch)
         some = packed_forward(model, None, batch, logit_mask)
-    torch.testing.assert_close(some, everything[logit_mask], atol=1e-6, rtol=0)
+    torch.testing.assert_close(some, everything[logit_mask], atol=5e-6, rtol=0)
 
 
 def test_prefix_from_tokens_is_the_models_own_kv() -> None:

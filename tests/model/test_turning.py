@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cartridge_distill.model.loading import prepare_model
-from cartridge_distill.model.turning import Rotation, Turner, _keys
+from cartridge_distill.model.turning import HALF_TOLERANCE, Rotation, Turner, _keys
 from cartridge_distill.util.errors import ConfigError
 from tests.tiny import tiny_model
 
@@ -47,6 +47,15 @@ def test_in_bfloat16_keys_stay_bfloat16() -> None:
     turned = turner.turn(1, here, torch.full(here.shape[:2], 20))
     assert turned.dtype == torch.bfloat16
     torch.testing.assert_close(turned, there, atol=3e-2, rtol=2e-2)
+
+
+def test_many_layers_in_bfloat16_are_found_out_about_in_float32() -> None:
+    """Rounding adds up over layers: in bfloat16 itself the keys would not agree."""
+    model = prepare_model(tiny_model(num_hidden_layers=24).bfloat16())
+    here, there = _keys(model, IDS, 0)[23], _keys(model, IDS, 20)[23]
+    turned = Turner.of(model).turn(23, here, torch.full(here.shape[:2], 20))
+    off = float((turned.float() - there.float()).abs().max() / there.float().std())
+    assert HALF_TOLERANCE < off < 1
 
 
 def test_a_model_with_positions_elsewhere_is_refused_by_name() -> None:

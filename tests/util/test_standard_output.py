@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,19 @@ def test_an_output_that_takes_all_gets_all_and_names_that_are_no_text_too() -> N
     )
     assert (found.returncode, found.stderr) == (0, b"")
     assert found.stdout == "ü a\\udcff\n".encode()
+
+
+def test_unbuffered_output_keeps_its_place_among_errors() -> None:
+    code = GUARDED + (
+        "import sys; print('a', end=''); print('b', file=sys.stderr); print('c'); "
+        "print('d', file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.stdout == "ab\nc\nd\n"
