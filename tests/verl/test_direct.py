@@ -13,7 +13,7 @@ pytest.importorskip("verl.workers.rollout.replica", reason="veRL is not installe
 from cartridge_distill.sync.versions import version_id
 from cartridge_distill.util.errors import ConfigError, RolloutError, SyncError
 from tests.tiny import random_cartridge, tiny_model, write_cartridge
-from tests.verl.proxy_rig import PATIENCE, SAMPLING, sync
+from tests.verl.proxy_rig import SAMPLING, serving_versions, sync
 from verl_patches.rollout.tokasaurus_rollout.direct import DirectClient
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
@@ -41,13 +41,8 @@ class Handle:
 
 @pytest.fixture
 async def handle(start_server: Any, tmp_path: Path) -> Any:
-    for step in range(3):
-        write_cartridge(
-            random_cartridge(tiny_model(), 16, seed=step), tmp_path, version_id("run", step)
-        )
-    proxy = TokasaurusHttpServer(start_server().url, 6, vocab_size=259, client_options=PATIENCE)
-    yield Handle(proxy)
-    await proxy.close()
+    async with serving_versions(start_server, tmp_path, 3) as proxy:
+        yield Handle(proxy)
 
 
 @pytest.fixture

@@ -25,20 +25,15 @@ from tests.tiny import (
     write_cartridge,
 )
 from tests.two_servers import Answer, Asked, serving
-from tests.verl.proxy_rig import PATIENCE, SAMPLING, sync
+from tests.verl.proxy_rig import PATIENCE, SAMPLING, serving_versions, sync
 from verl_patches.rollout.tokasaurus_rollout.replica import server_urls
 from verl_patches.rollout.tokasaurus_rollout.server import TokasaurusHttpServer
 
 
 @pytest.fixture
 async def proxy(start_server: Any, tmp_path: Path) -> Any:
-    for step in range(2):
-        write_cartridge(
-            random_cartridge(tiny_model(), 16, seed=step), tmp_path, version_id("run", step)
-        )
-    made = TokasaurusHttpServer(start_server().url, 6, vocab_size=259, client_options=PATIENCE)
-    yield made
-    await made.close()
+    async with serving_versions(start_server, tmp_path, 2) as made:
+        yield made
 
 
 async def test_each_answer_is_labelled_with_the_version_that_made_it(proxy: Any) -> None:
